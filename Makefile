@@ -1,0 +1,50 @@
+# make demo   the main job on an embedded example      make test    the test suite
+# make check  everything CI asks for                   make bench   time the update on this machine
+# make clean  remove what the above created
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+# MLX on Linux needs a backend package of its own; on macOS it brings Metal.
+ifeq ($(shell uname -s),Darwin)
+EXTRAS := lm,dev
+else ifneq ($(shell nvidia-smi >/dev/null 2>&1 && echo gpu),)
+EXTRAS := lm,dev,$(if $(shell nvidia-smi | grep -E 'CUDA Version: *1[3-9]'),cuda13,cuda12)
+else
+EXTRAS := lm,dev,cpu
+endif
+
+.PHONY: demo test check lint types doctest bench clean
+.DEFAULT_GOAL := check
+
+.venv/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "compiled_adam needs Python 3.10 or newer: make PYTHON=python3.12 ..."; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
+	@touch $@
+
+demo: .venv/installed
+	$(BIN)/compiled-adam demo
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: .venv/installed
+	$(BIN)/mypy
+
+doctest: .venv/installed
+	$(BIN)/python -m pytest --doctest-modules compiled_adam
+
+check: lint types test doctest
+
+bench: .venv/installed
+	$(BIN)/python -m bench
+
+clean:
+	rm -rf .venv demo .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

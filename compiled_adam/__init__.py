@@ -1,0 +1,31 @@
+"""Adam and AdamW for MLX, compiled: the whole update is one graph, and so is the training step around it."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+try:
+    import mlx.core as _mx  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"MLX cannot be loaded ({error}); on Linux `mlx` comes without a backend, so install one with"
+        " `pip install 'compiled-adam[cpu]'`, or [cuda12] or [cuda13] with an NVIDIA GPU."
+    ) from error
+
+from . import schedulers
+from .optimizers import Adam, AdamW
+from .step import StepResult, TrainStep, make_step
+
+if TYPE_CHECKING:
+    from .lora import train
+
+__version__ = "0.1.0"
+__all__ = ["Adam", "AdamW", "StepResult", "TrainStep", "make_step", "schedulers", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    # `train` needs mlx-lm, which is optional and takes seconds to import.
+    if name == "train":
+        return importlib.import_module(".lora", __name__).train
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

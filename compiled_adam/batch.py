@@ -1,0 +1,50 @@
+"""Batches as flat arrays and a hashable signature: what a gradient trace is specific to."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from typing import Any
+
+import mlx.core as mx
+
+
+def flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[mx.array], Hashable]:
+    """The arrays of a call's arguments, and its signature: structure, shapes, dtypes and constants.
+
+    Arguments are trees of dicts, lists and tuples. Equal signatures mean that one trace serves both. Numbers,
+    strings and None are constants, a part of the signature; anything else is a TypeError that names its place.
+
+    >>> arrays, signature = flatten((mx.zeros((2, 3)), 7), {"mask": mx.zeros(3)})
+    >>> rebuild(signature, iter(["first array", "second"]))
+    (('first array', 7), {'mask': 'second'})
+    """
+    arrays: list[mx.array] = []
+    return arrays, (tuple, (_flatten(args, "batch", arrays), _flatten(kwargs, "batch", arrays)))
+
+
+def _flatten(node: Any, path: str, arrays: list[mx.array]) -> Hashable:
+    if isinstance(node, mx.array):
+        arrays.append(node)
+        return "array", node.shape, node.dtype
+    if type(node) in (list, tuple):
+        return type(node), tuple(_flatten(item, f"{path}[{i}]", arrays) for i, item in enumerate(node))
+    if type(node) is dict:
+        return dict, tuple((key, _flatten(value, f"{path}[{key!r}]", arrays)) for key, value in node.items())
+    if node is None or isinstance(node, (bool, int, float, str)):
+        return "constant", type(node), node  # with its type, since 1 == 1.0 == True
+    raise TypeError(
+        f"{path} is {type(node).__module__}.{type(node).__qualname__}; a batch is made of mx.array, dict, list, tuple,"
+        " numbers, strings and None: convert it, for example with mx.array(...)"
+    )
+
+
+def rebuild(signature: Any, arrays: Iterator[Any]) -> Any:
+    """The inverse of `flatten`: the tree of ``signature`` with its arrays taken from ``arrays`` in order."""
+    kind, *rest = signature
+    if kind == "array":
+        return next(arrays)
+    if kind == "constant":
+        return rest[1]
+    if kind is dict:
+        return {key: rebuild(value, arrays) for key, value in rest[0]}
+    return kind(rebuild(item, arrays) for item in rest[0])
