@@ -84,8 +84,9 @@ class Adam(optim.Adam):
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
         """Updates one parameter with the present ``step`` and ``learning_rate``; ``state`` gets the new moments."""
-        c = rule.coefficients(self.step, self.learning_rate, *self._constants())
-        parameter, state["m"], state["v"] = rule.adam(parameter, gradient, state["m"], state["v"], c, tuple(self.betas))
+        constants = self._constants()
+        c = rule.coefficients(self.step, self.learning_rate, *constants)
+        parameter, state["m"], state["v"] = rule.adam(parameter, gradient, state["m"], state["v"], c, constants[0])
         return parameter
 
     def apply_gradients(self, gradients: dict, parameters: dict) -> dict:

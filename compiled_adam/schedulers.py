@@ -175,7 +175,7 @@ def one_cycle(
     """Half a cosine up from ``warmup_init`` to ``peak`` at ``warmup``, and half a cosine down to ``end`` at ``steps``.
 
     Defaults: ``warmup`` 30 % of ``steps``, ``warmup_init`` ``peak / 25``, ``end`` ``warmup_init / 10_000``.
-    Source: Smith and Topin, "Super-convergence", 2017 (arXiv 1708.07120), in the two-phase form of PyTorch's OneCycleLR.
+    Source: Smith and Topin, "Super-convergence", 2017 (arXiv 1708.07120), in PyTorch's form of two phases.
 
     >>> [round(one_cycle(1.0, 100)(step).item(), 6) for step in (0, 15, 30, 65, 100)]
     [0.04, 0.52, 1.0, 0.500002, 4e-06]

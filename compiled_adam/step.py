@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -72,6 +72,7 @@ class TrainStep:
         # How often the Python of each graph ran: once a trace, or at every call where nothing is compiled.
         self.traces = {"grad": 0, "accumulate": 0, "update": 0, "evicted": 0}
         self._gradients: OrderedDict[Hashable, _Gradient] = OrderedDict()
+        self._window: Any
         self._add = mx.compile(self._trace_accumulate)
         self._update = mx.compile(self._trace_update)
         self._bind_model()
@@ -113,7 +114,7 @@ class TrainStep:
             self._state.read(),
             self._others.read(),
             self._window,
-            mx.random.state[0],
+            _random_key(),
         )
         learning_rate = _learning_rate(self.optimizer)
         return StepResult(loss, tuple(aux), grad_norm, learning_rate, grad_norm is not None, mx.array(0))
@@ -129,13 +130,13 @@ class TrainStep:
                 self._gradients.popitem(last=False)
                 self.traces["evicted"] += 1
             gradient = self._compile_gradient(signature)
-        random_key = mx.random.state[0]
+        random_key = _random_key()
         try:
             result = gradient.run(self._parameters.read(), self._others.read(), arrays)
         except BaseException:
             # A trace that ends early leaves a placeholder in MLX's random state, where nothing else can be assigned.
-            if mx.random.state[0] is not random_key:
-                high, low = random_key.tolist()
+            if _random_key() is not random_key:
+                high, low = cast(list[int], random_key.tolist())
                 mx.random.seed(high << 32 | low)
             raise
         self._gradients[key] = gradient  # the most recently used comes last
@@ -148,20 +149,26 @@ class TrainStep:
             self.traces["grad"] += 1
             args, kwargs = batches.rebuild(signature, iter(arrays))
 
-            def forward(parameters: list[mx.array]) -> Any:
+            # Everything but the loss leaves by a list: as a further output of value_and_grad it gets a
+            # stop_gradient, over which mx.compile loses outputs (IndexError) if a cast occurs in the loss as well.
+            rest: list[Any] = []
+
+            def forward(parameters: list[mx.array]) -> mx.array:
                 self._parameters.write(parameters)
                 self._others.write(others)
                 loss, aux, weight = _checked(self.loss_fn(self.model, *args, **kwargs), self.weighted)
                 self._refuse_new_arrays()
                 now = self._others.read()
                 assigned[:] = [i for i, array in enumerate(now) if array is not others[i]]
-                return loss, aux, [now[i] for i in assigned], weight
+                rest.extend((aux, [now[i] for i in assigned], weight))
+                return loss
 
             before = self._structure.snapshot()
             try:
-                (loss, aux, buffers, weight), gradients = mx.value_and_grad(forward)(parameters)
+                loss, gradients = mx.value_and_grad(forward)(parameters)
             finally:
                 self._structure.restore(before)
+            aux, buffers, weight = rest
             return loss, aux, buffers, gradients, weight
 
         random_state = [mx.random.state]
@@ -180,7 +187,7 @@ class TrainStep:
     def _open_window(self) -> None:
         self._filled = 0
         totals = [mx.zeros(p.shape, mx.float32) for p in self._parameters.read()] if self.accumulate > 1 else []
-        self._window: Any = (totals, mx.array(0.0), mx.array(0.0))  # gradient, weight and loss
+        self._window = (totals, mx.array(0.0), mx.array(0.0))  # gradient, weight and loss
 
     def _trace_accumulate(self, window: Any, gradients: list[mx.array], weight: mx.array, loss: mx.array) -> Any:
         self.traces["accumulate"] += 1
@@ -355,6 +362,11 @@ def _checked(output: Any, weighted: bool) -> tuple[mx.array, list[Any], mx.array
     if weight.shape != ():
         raise ValueError(f"loss_fn returned a weight of shape {weight.shape}; reduce it to a scalar, as with .sum()")
     return loss, aux, weight
+
+
+def _random_key() -> mx.array:
+    """MLX's global random state, which code can read here but only ``mx.random.seed`` and ``mx.compile`` can set."""
+    return mx.random.state[0]  # type: ignore[index]
 
 
 def _states(optimizer: optim.Optimizer) -> list[Any]:

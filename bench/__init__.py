@@ -1,0 +1,1 @@
+"""Benchmarks of the update: ``python -m bench --help``."""

@@ -1,0 +1,95 @@
+"""``python -m bench``: the time of an update, ours against what an MLX user has."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from . import measure
+from .contenders import CONTENDERS
+from .workloads import DTYPES, WORKLOADS, arrays, parameter_count
+
+
+def main() -> int:
+    arguments = _parser().parse_args()
+    if arguments.json and not arguments.json.parent.is_dir():
+        print(f"bench: the folder of {arguments.json} does not exist; create it first", file=sys.stderr)
+        return 2
+    console = Console()
+    if not console.is_terminal:
+        console.width = 140  # a pipe has no width, and 80 columns would break the rows
+    record: dict[str, Any] = {"environment": measure.environment(), "update": []}
+    table = _table(record["environment"])
+    for workload in arguments.workload or WORKLOADS:
+        for dtype in arguments.dtype or DTYPES:
+            rows = _measure(workload, dtype, arguments.seconds)
+            record["update"] += rows
+            for i, row in enumerate(rows):
+                table.add_row(*_cells(row, first=i == 0), end_section=i == len(rows) - 1)
+            print(f"measured {workload}, {dtype}", file=sys.stderr)
+    console.print(table)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+def _measure(workload: str, dtype: str, seconds: float) -> list[dict[str, Any]]:
+    shapes = WORKLOADS[workload]
+    figures = measure.compare(
+        CONTENDERS,
+        lambda: arrays(shapes, DTYPES[dtype], 0.02, seed=0),
+        arrays(shapes, DTYPES[dtype], 1e-3, seed=1),
+        seconds,
+    )
+    size = {"tensors": len(shapes), "parameters": parameter_count(shapes)}
+    return [
+        {"workload": workload, "dtype": dtype, "contender": name, **size, **values} for name, values in figures.items()
+    ]
+
+
+def _table(environment: dict[str, Any]) -> Table:
+    table = Table(
+        title=f"One AdamW update, MLX {environment['mlx']}, {environment['device']}, {environment['cores']} cores",
+        caption="median over interleaved rounds; ratio: median of the ratios to mlx eager within a round;"
+        " extra: memory allocated during the update",
+    )
+    for column in ("workload", "dtype", "contender"):
+        table.add_column(column)
+    for column in ("ms", "p10-p90", "ratio", "us/tensor", "ns/parameter", "extra MB", "kernels/tensor"):
+        table.add_column(column, justify="right")
+    return table
+
+
+def _cells(row: dict[str, Any], *, first: bool) -> list[str]:
+    return [
+        row["workload"] if first else "",
+        row["dtype"] if first else "",
+        row["contender"],
+        f"{row['median_ms']:.1f}",
+        f"{row['p10_ms']:.1f}-{row['p90_ms']:.1f}",
+        f"{row['ratio']:.2f}",
+        f"{1e3 * row['median_ms'] / row['tensors']:.1f}",
+        f"{1e6 * row['median_ms'] / row['parameters']:.2f}",
+        f"{row['peak_extra_bytes'] / 1e6:.1f}",
+        f"{row['kernels'] / row['tensors']:.2f}",
+    ]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--workload", action="append", choices=list(WORKLOADS), help="one of them; repeatable")
+    parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="of the parameters; repeatable")
+    parser.add_argument("--seconds", type=float, default=20.0, help="for each workload and dtype (default: 20)")
+    parser.add_argument("--quick", dest="seconds", action="store_const", const=3.0, help="the same as --seconds 3")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything measured to this file")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""The command ``compiled-adam``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line; returns the exit code: 0, 2 for input that cannot be used, 130 after Ctrl-C."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.command(arguments)
+        sys.stdout.flush()
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if isinstance(error, BrokenPipeError):
+            # The reader (head, less) has left; Python would complain once more when it flushes at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        if arguments.debug:
+            raise
+        print(f"compiled-adam: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("compiled-adam: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="compiled-adam", description="Adam for MLX whose whole update is one compiled graph."
+    )
+    parser.add_argument("--version", action="version", version=f"compiled-adam {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    demo = commands.add_parser(
+        "demo",
+        help="make a small language model and fine-tune it with LoRA; needs no network",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    demo.add_argument("--out", type=Path, default=Path("demo"), help="the folder for the model and the adapters")
+    demo.add_argument("--iters", type=int, default=100, help="iterations of fine-tuning")
+    demo.add_argument("--pretraining", type=int, default=100, help="iterations of training before that")
+    demo.add_argument("--seed", type=int, default=0, help="of the weights and the order of the batches")
+    demo.set_defaults(command=_demo)
+    return parser
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    try:
+        from . import demo  # here, because it imports mlx-lm
+    except ImportError as error:
+        raise ImportError(f"the demo needs mlx-lm ({error}); pip install 'compiled-adam[lm]'") from error
+    demo.run(arguments.out, arguments.pretraining, arguments.iters, arguments.seed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

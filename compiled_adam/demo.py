@@ -1,0 +1,154 @@
+"""``compiled-adam demo``: the main job from nothing, without a network. A small language model is made, trained a
+little, and then fine-tuned with LoRA on text it has not seen: mlx-lm's own manuals, which every install has."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.models import llama
+from mlx_lm.tuner.datasets import CacheDataset, TextDataset
+from mlx_lm.tuner.trainer import TrainingArgs, default_loss, evaluate, iterate_batches
+from mlx_lm.tuner.utils import linear_to_lora_layers
+from mlx_lm.utils import load, save_config
+from rich.console import Console
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from . import schedulers
+from .lora import train
+from .optimizers import AdamW
+from .progress import TrainingProgress
+from .step import make_step
+
+MARKER = ".compiled-adam-demo"
+LAYERS, VOCABULARY, CHUNK = 4, 512, 200  # a chunk is one example, in characters
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": LAYERS,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": VOCABULARY,
+    "tie_word_embeddings": True,
+    "eos_token_id": 0,
+}
+LORA = {"rank": 8, "dropout": 0.0, "scale": 20.0}
+
+
+def run(folder: Path, pretraining: int = 100, iterations: int = 100, seed: int = 0) -> tuple[float, float]:
+    """Writes ``folder``/model and ``folder``/adapters; returns the validation loss before and after fine-tuning.
+
+    Raises ValueError for a folder that holds something else, and for too few iterations.
+    """
+    for name, value in (("pretraining", pretraining), ("iters", iterations)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / MARKER).exists())):
+        raise ValueError(f"{folder} exists and is not a demo's folder; name another one with --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARKER).touch()
+    console = Console()
+    mx.random.seed(seed)
+    np.random.seed(seed)
+
+    manuals = sorted(Path(mlx_lm.__file__).parent.glob("*.md"))
+    topic = next(path for path in manuals if path.name == "LORA.md").read_text()
+    general = "".join(path.read_text() for path in manuals if path.name != "LORA.md")
+    _make_model(folder / "model", general + topic)
+    model, tokenizer, *_ = load(str(folder / "model"))
+    chunks = [topic[i : i + CHUNK] for i in range(0, len(topic), CHUNK)]
+    valid = chunks[::5]
+    base_set = _dataset([general[i : i + CHUNK] for i in range(0, len(general), CHUNK)], tokenizer)
+    train_set = _dataset([chunk for i, chunk in enumerate(chunks) if i % 5], tokenizer)
+    valid_set = _dataset(valid, tokenizer)
+    size = sum(array.size for _, array in tree_flatten(model.parameters()))
+    console.print(f"1. a Llama of {size:,} parameters learns from {len(general):,} characters of manuals")
+    _pretrain(model, base_set, pretraining)
+    _save_weights(model, folder / "model")
+
+    console.print(f"2. LoRA fine-tuning on {len(train_set)} pieces of LORA.md, validated on the {len(valid)} others")
+    model.freeze()
+    linear_to_lora_layers(model, LAYERS, LORA)
+    before = _validation_loss(model, valid_set)
+    adapters = folder / "adapters"
+    adapters.mkdir(exist_ok=True)
+    config = {"fine_tune_type": "lora", "num_layers": LAYERS, "lora_parameters": LORA}
+    save_config({**config, "model": str(folder / "model")}, adapters / "adapter_config.json")
+    train(
+        model,
+        AdamW(schedulers.cosine(1e-3, iterations, warmup=iterations // 10), bias_correction=True),
+        train_set,
+        args=TrainingArgs(
+            batch_size=4,
+            iters=iterations,
+            steps_per_report=max(1, iterations // 10),
+            steps_per_save=iterations + 1,
+            adapter_file=str(adapters / "adapters.safetensors"),
+        ),
+    )
+    after = _validation_loss(model, valid_set)
+    console.print(f"validation loss {before:.4f} -> {after:.4f}")
+    console.print(f"adapters in {adapters}; try them with", soft_wrap=True, highlight=False)
+    console.print(
+        f"  mlx_lm.generate --model {folder / 'model'} --adapter-path {adapters} --prompt 'To fine-tune' -m 40",
+        soft_wrap=True,
+        highlight=False,
+    )
+    return before, after
+
+
+def _make_model(folder: Path, text: str) -> None:
+    """A byte-level BPE tokenizer trained on ``text`` and a Llama with random weights, as files that mlx-lm loads."""
+    folder.mkdir(exist_ok=True)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        text.splitlines(),
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY,
+            special_tokens=["<|endoftext|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(special))
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    _save_weights(llama.Model(llama.ModelArgs.from_dict(CONFIG)), folder)
+
+
+def _save_weights(model: nn.Module, folder: Path) -> None:
+    mx.save_safetensors(
+        str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), metadata={"format": "mlx"}
+    )
+
+
+def _dataset(texts: list[str], tokenizer: Any) -> CacheDataset:
+    return CacheDataset(TextDataset([{"text": text} for text in texts], tokenizer))
+
+
+def _pretrain(model: nn.Module, dataset: Any, iterations: int) -> None:
+    learning_rate = schedulers.cosine(5e-3, iterations + 1, warmup=iterations // 10)
+    step = make_step(model, default_loss, AdamW(learning_rate, bias_correction=True), weighted=True)
+    batches = iterate_batches(dataset, batch_size=4, max_seq_length=256, loop=True)
+    with TrainingProgress(iterations) as progress:
+        for iteration, batch in zip(range(1, iterations + 1), batches, strict=False):
+            result = step(*batch)
+            progress.advance()
+            if iteration == 1 or iteration % max(1, iterations // 4) == 0:
+                progress.line(f"iter {iteration:>5}  loss {result.loss.item():.4f}")
+
+
+def _validation_loss(model: nn.Module, dataset: Any) -> float:
+    return evaluate(model, dataset, batch_size=4, num_batches=-1)

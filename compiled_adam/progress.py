@@ -1,0 +1,53 @@
+"""What a person sees of a run: a live line on a terminal, plain lines in a pipe."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class TrainingProgress:
+    """A context in which a training loop advances a bar and reports lines that stay."""
+
+    def __init__(self, total: int, console: Console | None = None) -> None:
+        self._console = console or Console()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._training = self._bar.add_task("train", total=total, status="")
+
+    def __enter__(self) -> TrainingProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def advance(self) -> None:
+        self._bar.advance(self._training)
+
+    def report(self, info: dict[str, Any]) -> None:
+        """Prints a training report: the dictionary that callbacks get."""
+        rate, norm = info["learning_rate"], info["grad_norm"]
+        self.line(
+            f"iter {info['iteration']:>5}  loss {info['train_loss']:.4f}"
+            f"  lr {'-' if rate is None else f'{rate:.2e}'}  norm {'-' if norm is None else f'{norm:.3f}'}"
+            f"  {info['tokens_per_second']:,.0f} tokens/s  peak {info['peak_memory']:.2f} GB  traces {info['traces']}"
+        )
+        self._bar.update(self._training, status=f"loss {info['train_loss']:.4f}")
+
+    def line(self, text: str) -> None:
+        # Without soft_wrap a pipe, which has no width, would get lines broken at 80 columns.
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
