@@ -19,7 +19,9 @@ LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.01
 
 
 class Contender(Protocol):
-    parameters: Tree
+    @property
+    def parameters(self) -> Tree:
+        """As they are after the last update."""
 
     def build(self, gradients: Tree) -> list[mx.array]:
         """One update, not yet evaluated: everything it changes."""

@@ -16,7 +16,7 @@ from mlx_lm.models import llama
 from mlx_lm.tuner.datasets import CacheDataset, TextDataset
 from mlx_lm.tuner.trainer import TrainingArgs, default_loss, evaluate, iterate_batches
 from mlx_lm.tuner.utils import linear_to_lora_layers
-from mlx_lm.utils import load, save_config
+from mlx_lm.utils import get_total_parameters, load, save_config
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -63,15 +63,16 @@ def run(folder: Path, pretraining: int = 100, iterations: int = 100, seed: int =
     manuals = sorted(Path(mlx_lm.__file__).parent.glob("*.md"))
     topic = next(path for path in manuals if path.name == "LORA.md").read_text()
     general = "".join(path.read_text() for path in manuals if path.name != "LORA.md")
-    _make_model(folder / "model", general + topic)
+    make_model(folder / "model", general + topic)
     model, tokenizer, *_ = load(str(folder / "model"))
     chunks = [topic[i : i + CHUNK] for i in range(0, len(topic), CHUNK)]
     valid = chunks[::5]
     base_set = _dataset([general[i : i + CHUNK] for i in range(0, len(general), CHUNK)], tokenizer)
     train_set = _dataset([chunk for i, chunk in enumerate(chunks) if i % 5], tokenizer)
     valid_set = _dataset(valid, tokenizer)
-    size = sum(array.size for _, array in tree_flatten(model.parameters()))
-    console.print(f"1. a Llama of {size:,} parameters learns from {len(general):,} characters of manuals")
+    console.print(
+        f"1. a Llama of {get_total_parameters(model):,} parameters learns from {len(general):,} characters of manuals"
+    )
     _pretrain(model, base_set, pretraining)
     _save_weights(model, folder / "model")
 
@@ -106,7 +107,7 @@ def run(folder: Path, pretraining: int = 100, iterations: int = 100, seed: int =
     return before, after
 
 
-def _make_model(folder: Path, text: str) -> None:
+def make_model(folder: Path, text: str) -> None:
     """A byte-level BPE tokenizer trained on ``text`` and a Llama with random weights, as files that mlx-lm loads."""
     folder.mkdir(exist_ok=True)
     tokenizer = Tokenizer(models.BPE())

@@ -59,6 +59,7 @@ class Adam(optim.Adam):
         super().__init__(learning_rate, betas, eps, bias_correction)  # type: ignore[arg-type]
         if moments != "float32":
             raise ValueError(f'moments is {moments!r}; the one allowed value is "float32"')
+        self.learning_rate = self.state["learning_rate"]  # float32, whatever a schedule returns
         self.weight_decay = 0.0
         self.traces = 0  # how often the update's Python ran: once a layout, or each time where nothing compiles
         self._compiled: dict[tuple[str, ...], Callable[..., Any]] = {}
@@ -93,7 +94,7 @@ class Adam(optim.Adam):
         """The updated parameters, as a tree like ``gradients``, which may be a subset of ``parameters``.
 
         Raises ValueError or TypeError, naming the path, for a gradient that has no parameter or no state, is not
-        an array, or differs from its parameter in shape; parameters and state are as before then.
+        an array, or differs from its parameter in shape; moments and step are as before then.
         """
         if not self._initialized:
             Aligned(gradients, parameters, self.state)  # raises before any state is made for a wrong tree
@@ -105,7 +106,7 @@ class Adam(optim.Adam):
                 " call optimizer.init(parameters) with all parameters (moments that exist are kept)"
             )
         # Outside the compiled update, because a schedule may be any Python function of the step's value.
-        scheduled = {name: schedule(self.step) for name, schedule in self._schedulers.items()}
+        scheduled = {name: mx.array(f(self.step), mx.float32) for name, f in self._schedulers.items()}
         learning_rate = scheduled.get("learning_rate", self.learning_rate)
 
         update = self._compiled.get(leaves.paths)

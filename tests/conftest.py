@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    mx.random.seed(0)
+
+
+@pytest.fixture
+def uncompiled() -> Iterator[None]:
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a Llama of 0.3 M random parameters and its tokenizer."""
+    from compiled_adam import demo
+
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    mx.random.seed(0)
+    demo.make_model(folder, manual())
+    return folder
+
+
+def manual() -> str:
+    """Real text that every install of mlx-lm has."""
+    return (Path(mlx_lm.__file__).parent / "LORA.md").read_text()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs Python with arguments in an empty folder, without waiting for ever."""
+
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **environment},
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+
+    return run

@@ -1,0 +1,67 @@
+"""What holds for the package as a whole: how it is installed, imported and documented."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import compiled_adam as ca
+
+
+def test_public_names_exist() -> None:
+    for name in ca.__all__:
+        assert getattr(ca, name).__doc__, name
+    with pytest.raises(AttributeError, match="no attribute 'Adamm'"):
+        ca.Adamm  # noqa: B018
+
+
+def test_version_is_the_projects() -> None:
+    assert f'\nversion = "{ca.__version__}"\n' in (ROOT / "pyproject.toml").read_text()
+    assert re.search(rf"^## {re.escape(ca.__version__)}", (ROOT / "CHANGELOG.md").read_text(), re.M)
+
+
+def test_mlx_without_a_backend_says_what_to_install(run, tmp_path: Path) -> None:
+    # What plain `pip install mlx` does on Linux.
+    (tmp_path / "mlx").mkdir()
+    (tmp_path / "mlx" / "__init__.py").touch()
+    (tmp_path / "mlx" / "core.py").write_text("raise ImportError('libmlx.so: cannot open shared object file')")
+    done = run("-c", "import compiled_adam", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    message = done.stderr.splitlines()[-1]
+    assert message.startswith("ImportError: MLX cannot be loaded (libmlx.so")
+    assert "pip install 'compiled-adam[cpu]'" in message
+
+
+def test_import_does_not_need_mlx_lm(run, tmp_path: Path) -> None:
+    (tmp_path / "mlx_lm").mkdir()
+    (tmp_path / "mlx_lm" / "__init__.py").write_text("raise ImportError('not installed')")
+    code = "import compiled_adam as ca\nca.make_step\ntry: ca.train\nexcept ImportError as error: print(error)"
+    done = run("-c", code, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert "pip install 'compiled-adam[lm]'" in done.stdout, done.stderr
+
+
+def test_without_a_compiler_on_the_path_the_numbers_are_the_same(run) -> None:
+    code = """
+import mlx.core as mx, mlx.nn as nn, compiled_adam as ca
+mx.random.seed(0)
+model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.2), nn.Tanh(), nn.Linear(8, 1))
+step = ca.make_step(model, lambda model, x: mx.square(model(x) - 1).mean(), ca.AdamW(1e-2))
+print(*(step(mx.random.normal((8, 4), key=mx.random.key(i))).loss.item() for i in range(5)))
+print(step.traces["update"])
+"""
+    compiled, uncompiled = run("-c", code).stdout, run("-c", code, PATH="/nonexistent").stdout
+    losses, others = ([float(word) for word in out.splitlines()[0].split()] for out in (compiled, uncompiled))
+    assert len(losses) == 5
+    assert others == pytest.approx(losses, rel=1e-5)  # float32 rounding of differently fused graphs
+    assert (compiled.splitlines()[1], uncompiled.splitlines()[1]) == ("1", "5")
+
+
+BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_readme_code_runs(number: int, run) -> None:
+    done = run("-c", BLOCKS[number])
+    assert done.returncode == 0, done.stderr
