@@ -73,17 +73,24 @@ class Structure:
         )
 
     def snapshot(self) -> list[Any]:
-        """The present content of every container, for `restore`."""
-        return [node.copy() if isinstance(node, list) else dict(node) for node, *_ in self._nodes]
+        """The present content of every container, and the attributes of modules, for `restore`."""
+        return [
+            (list(node) if isinstance(node, list) else dict(node), dict(getattr(node, "__dict__", {})))
+            for node, *_ in self._nodes
+        ]
 
-    def restore(self, snapshot: list[Any]) -> None:
-        """Puts back what `snapshot` found, whatever was assigned, added or deleted since."""
-        for (node, *_), content in zip(self._nodes, snapshot, strict=True):
+    def restore(self, snapshot: list[Any], attributes: bool = False) -> None:
+        """Puts back the arrays of a `snapshot`, and with ``attributes`` everything else that modules had."""
+        for (node, *_), (content, state) in zip(self._nodes, snapshot, strict=True):
             if isinstance(node, list):
                 node[:] = content
             else:
                 node.clear()
                 dict.update(node, content)  # nn.Module.update means something else
+            if attributes and isinstance(node, nn.Module):
+                # Assigning an array to an attribute that was None moves it from here to the dictionary.
+                vars(node).clear()
+                vars(node).update(state)
 
 
 def _items(node: Any) -> Iterator[tuple[Any, Any]]:

@@ -166,8 +166,10 @@ class TrainStep:
             before = self._structure.snapshot()
             try:
                 loss, gradients = mx.value_and_grad(forward)(parameters)
-            finally:
-                self._structure.restore(before)
+            except BaseException:
+                self._structure.restore(before, attributes=True)
+                raise
+            self._structure.restore(before)
             aux, buffers, weight = rest
             return loss, aux, buffers, gradients, weight
 

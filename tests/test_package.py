@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from conftest import ROOT
 
 import compiled_adam as ca
+from bench import readme
 
 
 def test_public_names_exist() -> None:
@@ -65,3 +67,9 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), 
 def test_readme_code_runs(number: int, run) -> None:
     done = run("-c", BLOCKS[number])
     assert done.returncode == 0, done.stderr
+
+
+def test_readme_table_is_the_record() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert readme.rendered(text, json.loads(readme.RECORD.read_text())) == text, "run python -m bench.readme"
+    assert "| 95 M GPT-2 | bfloat16 |" in text
