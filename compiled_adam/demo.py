@@ -60,9 +60,7 @@ def run(folder: Path, pretraining: int = 100, iterations: int = 100, seed: int =
     mx.random.seed(seed)
     np.random.seed(seed)
 
-    manuals = sorted(Path(mlx_lm.__file__).parent.glob("*.md"))
-    topic = next(path for path in manuals if path.name == "LORA.md").read_text()
-    general = "".join(path.read_text() for path in manuals if path.name != "LORA.md")
+    name, topic, general = texts()
     make_model(folder / "model", general + topic)
     model, tokenizer, *_ = load(str(folder / "model"))
     chunks = [topic[i : i + CHUNK] for i in range(0, len(topic), CHUNK)]
@@ -76,7 +74,7 @@ def run(folder: Path, pretraining: int = 100, iterations: int = 100, seed: int =
     _pretrain(model, base_set, pretraining)
     _save_weights(model, folder / "model")
 
-    console.print(f"2. LoRA fine-tuning on {len(train_set)} pieces of LORA.md, validated on the {len(valid)} others")
+    console.print(f"2. LoRA fine-tuning on {len(train_set)} pieces of {name}, validated on the {len(valid)} others")
     model.freeze()
     linear_to_lora_layers(model, LAYERS, LORA)
     before = _validation_loss(model, valid_set)
@@ -105,6 +103,18 @@ def run(folder: Path, pretraining: int = 100, iterations: int = 100, seed: int =
         highlight=False,
     )
     return before, after
+
+
+def texts(most: int = 15_000) -> tuple[str, str, str]:
+    """The name and text of the largest of mlx-lm's manuals, and the text of the others, of ``most`` characters each.
+
+    The wheel of mlx-lm 0.31, the last for Python 3.10, has no manuals; there its own source is the text.
+    """
+    folder = Path(mlx_lm.__file__).parent
+    files = sorted(folder.glob("*.md")) or sorted(folder.glob("*.py"))
+    topic = max(files, key=lambda file: file.stat().st_size)
+    general = "".join(file.read_text(encoding="utf-8") for file in files if file != topic)
+    return topic.name, topic.read_text(encoding="utf-8")[:most], general[:most]
 
 
 def make_model(folder: Path, text: str) -> None:

@@ -17,7 +17,6 @@ from mlx.utils import tree_flatten
 try:
     from mlx_lm.tuner import trainer as mlx_lm_trainer
     from mlx_lm.tuner.callbacks import TrainingCallback
-    from mlx_lm.utils import maybe_set_recommended_wired_limit
 except ImportError as error:
     raise ImportError(
         f"fine-tuning needs mlx-lm ({error}); install it with `pip install 'compiled-adam[lm]'`"
@@ -61,7 +60,8 @@ def train(
     world = mx.distributed.init()
     if world.size() > 1:
         raise ValueError(f"train runs in one process, but this is one of {world.size()}; start it without mlx.launch")
-    maybe_set_recommended_wired_limit()
+    if (limit := mx.device_info().get("max_recommended_working_set_size")) is not None:
+        mx.set_wired_limit(int(limit))  # Metal: keeps weights from being paged out between steps
     if args.grad_checkpoint:
         mlx_lm_trainer.grad_checkpoint(model.layers[0])
 

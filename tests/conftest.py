@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import mlx.core as mx
-import mlx_lm
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -32,13 +31,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("tiny") / "model"
     mx.random.seed(0)
-    demo.make_model(folder, manual())
+    demo.make_model(folder, demo.texts()[1])
     return folder
-
-
-def manual() -> str:
-    """Real text that every install of mlx-lm has."""
-    return (Path(mlx_lm.__file__).parent / "LORA.md").read_text()
 
 
 @pytest.fixture

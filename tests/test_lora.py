@@ -7,7 +7,6 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from conftest import manual
 from mlx.utils import tree_flatten
 from mlx_lm import load
 from mlx_lm.tuner import trainer
@@ -16,6 +15,7 @@ from mlx_lm.tuner.datasets import CacheDataset, TextDataset
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 
 import compiled_adam as ca
+from compiled_adam.demo import texts
 
 
 class Recorder(TrainingCallback):
@@ -39,7 +39,7 @@ def setting(tiny_model: Path, kind: str):
         model.layers[-1].unfreeze()
     else:
         linear_to_lora_layers(model, 2, {"rank": 4, "dropout": 0.0, "scale": 10.0})
-    text = manual()
+    text = texts()[1]
     # Pieces of two lengths, which pad to two shapes.
     pieces = [{"text": text[i : i + (60 if i % 400 else 120)]} for i in range(0, 4000, 200)]
     return model, CacheDataset(TextDataset(pieces, tokenizer)), CacheDataset(TextDataset(pieces[:4], tokenizer))
