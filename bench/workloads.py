@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import mlx.core as mx
@@ -51,10 +52,4 @@ def arrays(shapes: Shapes, dtype: mx.Dtype, scale: float, seed: int) -> dict[str
 
 
 def parameter_count(shapes: Shapes) -> int:
-    total = 0
-    for shape in shapes.values():
-        size = 1
-        for extent in shape:
-            size *= extent
-        total += size
-    return total
+    return sum(math.prod(shape) for shape in shapes.values())

@@ -14,18 +14,19 @@ except ImportError as error:
     ) from error
 
 from . import schedulers
+from .groups import decay_matrices
 from .optimizers import Adam, AdamW
 from .step import StepResult, TrainStep, make_step
 
 if TYPE_CHECKING:
-    from .lora import train
+    from .lora import train as train
 
 __version__ = "0.1.0"
-__all__ = ["Adam", "AdamW", "StepResult", "TrainStep", "make_step", "schedulers", "train"]
+__all__ = ["Adam", "AdamW", "StepResult", "TrainStep", "decay_matrices", "make_step", "schedulers"]
 
 
 def __getattr__(name: str) -> Any:
-    # `train` needs mlx-lm, which is optional and takes seconds to import.
+    # `train` needs mlx-lm, which is optional and takes seconds to import; so it is not in __all__ either.
     if name == "train":
         return importlib.import_module(".lora", __name__).train
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

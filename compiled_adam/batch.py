@@ -30,8 +30,10 @@ def _flatten(node: Any, path: str, arrays: list[mx.array]) -> Hashable:
         return type(node), tuple(_flatten(item, f"{path}[{i}]", arrays) for i, item in enumerate(node))
     if type(node) is dict:
         return dict, tuple((key, _flatten(value, f"{path}[{key!r}]", arrays)) for key, value in node.items())
-    if node is None or isinstance(node, (bool, int, float, str)):
-        return "constant", type(node), node  # with its type, since 1 == 1.0 == True
+    if isinstance(node, float):
+        return "float", node.hex()  # its bits, since 0.0 == -0.0 and nan != nan
+    if node is None or isinstance(node, (bool, int, str)):
+        return "constant", type(node), node  # with its type, since 1 == True
     raise TypeError(
         f"{path} is {type(node).__module__}.{type(node).__qualname__}; a batch is made of mx.array, dict, list, tuple,"
         " numbers, strings and None: convert it, for example with mx.array(...)"
@@ -45,6 +47,8 @@ def rebuild(signature: Any, arrays: Iterator[Any]) -> Any:
         return next(arrays)
     if kind == "constant":
         return rest[1]
+    if kind == "float":
+        return float.fromhex(rest[0])
     if kind is dict:
         return {key: rebuild(value, arrays) for key, value in rest[0]}
     return kind(rebuild(item, arrays) for item in rest[0])

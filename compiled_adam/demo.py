@@ -4,6 +4,7 @@ little, and then fine-tuned with LoRA on text it has not seen: mlx-lm's own manu
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,8 @@ def run(folder: Path, pretraining: int = 100, iterations: int = 100, seed: int =
     for name, value in (("pretraining", pretraining), ("iters", iterations)):
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed is {seed}; it must be in 0 to {2**32 - 1}")
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / MARKER).exists())):
         raise ValueError(f"{folder} exists and is not a demo's folder; name another one with --out")
     folder.mkdir(parents=True, exist_ok=True)
@@ -96,12 +99,12 @@ def run(folder: Path, pretraining: int = 100, iterations: int = 100, seed: int =
     )
     after = _validation_loss(model, valid_set)
     console.print(f"validation loss {before:.4f} -> {after:.4f}")
-    console.print(f"adapters in {adapters}; try them with", soft_wrap=True, highlight=False)
-    console.print(
-        f"  mlx_lm.generate --model {folder / 'model'} --adapter-path {adapters} --prompt 'To fine-tune' -m 40",
-        soft_wrap=True,
-        highlight=False,
-    )
+    model_flags = f"--model {shlex.quote(str(folder / 'model'))} --adapter-path {shlex.quote(str(adapters))}"
+    for line in (
+        f"adapters in {adapters}; try them with",
+        f"  mlx_lm.generate {model_flags} --prompt 'To fine-tune' -m 40",
+    ):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
     return before, after
 
 

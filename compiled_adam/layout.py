@@ -20,6 +20,9 @@ class Places:
         self.paths = tuple(path for path, _, _ in places)
         self._places = [(container, key) for _, container, key in places]
 
+    def __len__(self) -> int:
+        return len(self._places)
+
     def read(self) -> list[mx.array]:
         return [container[key] for container, key in self._places]
 
@@ -74,10 +77,7 @@ class Structure:
 
     def snapshot(self) -> list[Any]:
         """The present content of every container, and the attributes of modules, for `restore`."""
-        return [
-            (list(node) if isinstance(node, list) else dict(node), dict(getattr(node, "__dict__", {})))
-            for node, *_ in self._nodes
-        ]
+        return [(list(node) if isinstance(node, list) else dict(node), _attributes(node)) for node, *_ in self._nodes]
 
     def restore(self, snapshot: list[Any], attributes: bool = False) -> None:
         """Puts back the arrays of a `snapshot`, and with ``attributes`` everything else that modules had."""
@@ -99,6 +99,12 @@ def _items(node: Any) -> Iterator[tuple[Any, Any]]:
 
 def _keys(node: Any) -> Any:
     return list(node) if isinstance(node, dict) else len(node)
+
+
+def _attributes(node: Any) -> dict[str, Any]:
+    """A module's attributes that are not in its dictionary; sets, such as its frozen keys, are copied."""
+    attributes = vars(node) if isinstance(node, nn.Module) else {}
+    return {name: set(value) if isinstance(value, set) else value for name, value in attributes.items()}
 
 
 def _frozen(node: Any) -> frozenset[str]:
@@ -150,7 +156,7 @@ class Aligned:
             )
         if not isinstance(parameter, mx.array):
             raise ValueError(f"the gradient of {path!r} is an array, but the parameter is {type(parameter).__name__}")
-        if not isinstance(state, dict) or "v" not in state:
+        if not (isinstance(state, dict) and "m" in state and "v" in state):
             self.without_state.append(path)
         paths.append(path)
         self.gradients.append(gradient)

@@ -12,8 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 class TrainingProgress:
     """A context in which a training loop advances a bar and reports lines that stay."""
 
-    def __init__(self, total: int, console: Console | None = None) -> None:
-        self._console = console or Console()
+    def __init__(self, total: int) -> None:
+        self._console = Console()
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),

@@ -20,11 +20,13 @@ import mlx.core as mx
 
 
 class Coefficients(NamedTuple):
-    """What the elementwise update needs to know of a step: three 0-d float32 arrays, the same for all parameters."""
+    """What the elementwise update needs to know of a step: 0-d float32 arrays, the same for all of a group's leaves."""
 
     step_size: mx.array  # a sqrt(c2) / c1
     eps: mx.array  # eps sqrt(c2)
-    decay: mx.array  # a w
+    decay: mx.array | None  # a w; None without weight decay
+    clip: mx.array | None  # the factor of the gradient; None without clipping
+    clip_v: mx.array | None  # (1 - b2) clip
 
 
 def coefficients(
@@ -32,28 +34,32 @@ def coefficients(
     learning_rate: mx.array,
     betas: tuple[float, float],
     eps: float,
-    weight_decay: float,
     bias_correction: bool,
+    weight_decay: float = 0.0,
+    clip: mx.array | None = None,
 ) -> Coefficients:
     """The scalar part of the update for ``step`` (1 at the first update; any integer dtype).
 
     The bias correction is folded into the step size and eps by ``(m / c1) / (sqrt(v / c2) + eps) =
     (sqrt(c2) / c1) m / (sqrt(v) + eps sqrt(c2))``, which keeps it out of the elementwise kernel.
 
-    >>> c = coefficients(mx.array(1), mx.array(0.1), (0.9, 0.999), 1e-8, 0.01, bias_correction=True)
-    >>> [f"{x.item():.4g}" for x in c]
+    >>> c = coefficients(mx.array(1), mx.array(0.1), (0.9, 0.999), 1e-8, True, 0.01)
+    >>> [f"{x.item():.4g}" for x in c[:3]]
     ['0.03162', '3.162e-10', '0.001']
     """
     learning_rate = learning_rate.astype(mx.float32)
+    step_size, denominator = learning_rate, mx.array(eps, mx.float32)
     if bias_correction:
         c1, c2 = (_one_minus_power(beta, step) for beta in betas)
         root = mx.sqrt(c2)
-        scalars = [learning_rate * root / c1, eps * root, learning_rate * weight_decay]
-    else:
-        scalars = [learning_rate, mx.array(eps, mx.float32), learning_rate * weight_decay]
-    # A chain of scalars with a single consumer would be fused into that consumer's kernel and be computed once
-    # per element (two expm1 calls each). `depends` is not fusable, so the chain ends here.
-    return Coefficients(*mx.depends(scalars, [step]))
+        step_size, denominator = learning_rate * root / c1, eps * root
+    return Coefficients(
+        unfused(step_size),
+        unfused(denominator),
+        unfused(learning_rate * weight_decay) if weight_decay else None,
+        None if clip is None else unfused(clip),
+        None if clip is None else unfused((1 - betas[1]) * clip),
+    )
 
 
 def _one_minus_power(beta: float, step: mx.array) -> mx.array:
@@ -63,27 +69,31 @@ def _one_minus_power(beta: float, step: mx.array) -> mx.array:
     return -mx.expm1(step.astype(mx.float32) * math.log(beta))
 
 
-def adam(
-    parameter: mx.array,
-    gradient: mx.array,
-    m: mx.array,
-    v: mx.array,
-    c: Coefficients,
-    betas: tuple[float, float],
-) -> tuple[mx.array, mx.array, mx.array]:
-    """One update of one parameter: the new parameter (same dtype) and the new moments (float32).
-
-    All four arrays have the parameter's shape; ``parameter`` and ``gradient`` may be of any float dtype. The
-    decay is added to the update rather than multiplied into the parameter as ``p (1 - a w)``: ``1 - a w``
-    rounds the same way at every step, and that error would accumulate.
-    """
+def next_moments(
+    gradient: mx.array, m: mx.array, v: mx.array, c: Coefficients, betas: tuple[float, float]
+) -> tuple[mx.array, mx.array]:
+    """The new ``m`` and ``v``, float32, from the gradient of one parameter, of any float dtype and the same shape."""
     b1, b2 = betas
     g = gradient.astype(mx.float32)
-    p = parameter.astype(mx.float32)
-    m = b1 * m + (1 - b1) * g
-    v = b2 * v + (1 - b2) * mx.square(g)
-    p = p - (c.step_size * m / (mx.sqrt(v) + c.eps) + c.decay * p)
-    return p.astype(parameter.dtype), m, v
+    if c.clip is None or c.clip_v is None:
+        return b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * mx.square(g)
+    clipped = c.clip * g
+    # Not (1 - b2) clipped^2: one level deeper. Not (1 - b2) clip^2 g^2: that overflows where clipping is for.
+    return b1 * m + (1 - b1) * clipped, b2 * v + clipped * (c.clip_v * g)
+
+
+def next_weight(p: mx.array, m: mx.array, v: mx.array, c: Coefficients, coarse: bool = False) -> mx.array:
+    """The new value of one parameter, float32, from its new moments.
+
+    The decay is added to the change, not multiplied into the parameter as ``p (1 - a w)``: ``1 - a w`` rounds the same
+    way at every step, and that error would add up. MLX fuses at most eleven levels of a graph, which clipping, a
+    cast in, a select and a cast out fill up: ``coarse`` saves one at the price of a second float32 rounding, for
+    weights that are rounded to half precision right after.
+    """
+    change = c.step_size * m / (mx.sqrt(v) + c.eps)
+    if c.decay is None:
+        return p - change
+    return (p - c.decay * p) - change if coarse else p - (change + c.decay * p)
 
 
 def global_norm(gradients: list[mx.array]) -> mx.array:
@@ -92,5 +102,24 @@ def global_norm(gradients: list[mx.array]) -> mx.array:
     >>> global_norm([mx.array([3.0]), mx.array(4.0, mx.float16)]).item()
     5.0
     """
-    squares = [mx.square(g.astype(mx.float32)).sum() for g in gradients]
+    # Without `abs`, MLX would see that the update casts the gradient too, and write the cast out for both to share.
+    squares = [mx.square(mx.abs(g).astype(mx.float32)).sum() for g in gradients]
     return mx.sqrt(mx.stack(squares).sum()) if squares else mx.array(0.0)
+
+
+def clip_factor(norm: mx.array, max_norm: float) -> mx.array:
+    """What gradients of global norm ``norm`` are multiplied by so that it is at most ``max_norm``: 1 or less.
+
+    >>> clip_factor(mx.array(4.0), 1.0).item(), clip_factor(mx.array(0.0), 1.0).item()
+    (0.25, 1.0)
+    """
+    return max_norm / mx.maximum(norm, max_norm)
+
+
+def unfused(x: mx.array) -> mx.array:
+    """``x`` itself, computed in a kernel of its own rather than in that of what uses it.
+
+    MLX fuses a chain of scalars into its consumer if there is only one, and then computes it once per element: with a
+    single parameter that would be two expm1 for each weight. ``contiguous`` is not fusable, and moves nothing here.
+    """
+    return mx.contiguous(x, allow_col_major=True)

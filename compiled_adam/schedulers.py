@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -83,12 +84,12 @@ def warmup_stable_decay(
     peak: float,
     steps: int,
     end: float = 0.0,
+    decay: int | None = None,
     *,
-    decay: int,
     warmup: int = 0,
     warmup_init: float = 0.0,
 ) -> Schedule:
-    """``peak`` until ``decay`` updates before ``steps``, then a straight line to ``end``.
+    """``peak`` until ``decay`` updates before ``steps`` (default: a fifth of them), then a straight line to ``end``.
 
     Source: Hu et al., "MiniCPM", 2024 (arXiv 2404.06395).
 
@@ -97,6 +98,7 @@ def warmup_stable_decay(
     [0.0, 0.5, 1.0, 1.0, 0.5, 0.0]
     """
     length = _decay_length(peak, steps, end, warmup)
+    decay = max(1, steps // 5) if decay is None else decay
     _count("decay", decay, 1)
     if decay > length:
         raise ValueError(f"decay is {decay}; it must be at most steps - warmup = {length}")
@@ -221,7 +223,7 @@ def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
 
 _CONFIG_KEYS = ("name", "arguments", "warmup", "warmup_init")
 _MLX: dict[str, Callable[..., Any]] = {
-    f.__name__: f for f in (optim.cosine_decay, optim.linear_schedule, optim.exponential_decay)
+    f.__name__: f for f in (optim.cosine_decay, optim.linear_schedule, optim.exponential_decay, optim.step_decay)
 }
 _OURS: dict[str, Callable[..., Any]] = {
     f.__name__: f
@@ -233,7 +235,6 @@ _OURS: dict[str, Callable[..., Any]] = {
         warmup_stable_decay,
         inverse_sqrt,
         exponential,
-        step_decay,
         one_cycle,
     )
 }
@@ -326,7 +327,7 @@ def _falling(peak: float, decay_rate: float, end: float) -> None:
 
 
 def _rate(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < math.inf:
         raise ValueError(f"{name} is {value!r}; it must be a finite number of at least 0")
 
 
@@ -337,5 +338,5 @@ def _positive(name: str, value: float) -> None:
 
 
 def _count(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
         raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}")

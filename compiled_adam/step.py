@@ -6,6 +6,7 @@ joined lazily and evaluated together: a new sequence length traces the forward a
 
 from __future__ import annotations
 
+import numbers
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, cast
@@ -32,15 +33,59 @@ class StepResult(NamedTuple):
     skipped: mx.array  # 0-d, how many updates were skipped so far
 
 
+class _Update(NamedTuple):
+    """What an update makes."""
+
+    parameters: list[mx.array]
+    state: list[mx.array]
+    grad_norm: mx.array
+
+
 class _Gradient(NamedTuple):
     """The compiled loss and gradient of one batch signature."""
 
     run: Callable[..., Any]
-    assigned: list[int]  # which arrays other than parameters the forward pass assigns; known once traced
+    assigned: list[int]  # which of the model's arrays the forward pass assigns; known once traced
 
 
 class TrainStep:
-    """A training step that is called with a batch; made by `make_step`, where the arguments are described."""
+    """A compiled train step: ``step(*batch)`` computes the loss and its gradient and updates the model in place.
+
+    With ``accumulate=N`` every N-th call updates, with the mean gradient ``sum_i w_i g_i / sum_i w_i`` of the N
+    micro-batches (summed in float32), where ``w_i`` is 1, or with ``weighted=True`` what loss_fn returns second.
+
+    loss_fn is traced: its Python runs when a batch has a new signature, not at every call. So a trace holds what
+    Python it met: other arrays than the model's and the batch's (a second model in a closure), attributes such as a
+    dropout rate, activation functions. Pass what changes in the batch; the modules' ``training`` flags are followed.
+
+    Args:
+        model: the module to train: its trainable parameters are updated, and arrays that the forward pass assigns
+            (such as running statistics) are kept. The random state (dropout) advances as it does without a step.
+        loss_fn: ``loss_fn(model, *args, **kwargs)`` returns the loss, a 0-d float array, or a tuple that begins
+            with it.
+        optimizer: any ``mlx.optimizers`` optimizer. Default ``Adam(1e-3)``.
+        accumulate: micro-batches per update, at least 1. Default 1.
+        weighted: whether the second item of loss_fn's tuple is the weight of the batch, a 0-d array, usually its
+            number of tokens. The loss is then a mean over that many; a batch of weight 0 counts for nothing.
+            Default False.
+        max_traces: how many gradient traces are kept. A trace belongs to a batch signature (structure, shapes,
+            dtypes, Python constants) and the modules' ``training`` flags; the least recently used goes first.
+
+    A call returns a `StepResult`; ``flush()`` applies a partly filled window; ``traces`` counts how often the Python
+    of each graph ran, which is once a trace, or at every call where nothing is compiled.
+
+    Raises:
+        TypeError, ValueError: here for an unusable argument or a model without trainable parameters; at a call
+            for a loss that is no scalar, or if parameters were frozen, unfrozen or added since. If anything in a call
+            raises, model, optimizer, window and random state are as before it.
+
+    >>> model = nn.Linear(2, 1)
+    >>> step = make_step(model, lambda model, x, y: mx.square(model(x) - y).mean(), Adam(0.1))
+    >>> x, y = mx.array([[1.0, 2.0], [3.0, 4.0]]), mx.array([[1.0], [2.0]])
+    >>> losses = [step(x, y).loss.item() for _ in range(50)]
+    >>> losses[-1] < 0.1 * losses[0], step.traces
+    (True, {'grad': 1, 'accumulate': 0, 'update': 1, 'evicted': 0})
+    """
 
     def __init__(
         self,
@@ -63,61 +108,74 @@ class TrainStep:
         for name, value in (("accumulate", accumulate), ("max_traces", max_traces)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
-        self.model = model
-        self.loss_fn = loss_fn
-        self.optimizer: optim.Optimizer = Adam(1e-3) if optimizer is None else optimizer
-        self.accumulate = accumulate
-        self.weighted = weighted
-        self.max_traces = max_traces
-        # How often the Python of each graph ran: once a trace, or at every call where nothing is compiled.
+        self._model = model
+        self._loss_fn = loss_fn
+        self._optimizer: optim.Optimizer = Adam(1e-3) if optimizer is None else optimizer
+        self._accumulate = accumulate
+        self._weighted = weighted
+        self._max_traces = max_traces
         self.traces = {"grad": 0, "accumulate": 0, "update": 0, "evicted": 0}
-        self._gradients: OrderedDict[Hashable, _Gradient] = OrderedDict()
-        self._window: Any
-        self._add = mx.compile(self._trace_accumulate)
-        self._update = mx.compile(self._trace_update)
-        self._bind_model()
-        self._bind_optimizer()
-        self._open_window()
+        self._filled = 0
+        self._bind()
+        self._window = self._empty_window()
+
+    # Read-only, because traces contain them.
+    model = property(lambda self: self._model)
+    loss_fn = property(lambda self: self._loss_fn)
+    optimizer = property(lambda self: self._optimizer)
+    accumulate = property(lambda self: self._accumulate)
+    weighted = property(lambda self: self._weighted)
 
     def __call__(self, *args: Any, **kwargs: Any) -> StepResult:
         """One (micro-)batch: ``loss_fn(model, *args, **kwargs)``, its gradient and, at a window's end, the update."""
         self._rebind_if_changed()
+        random_key = _random_key()
+        try:
+            return self._step(args, kwargs)
+        except BaseException:
+            # A trace that ends early leaves a placeholder in MLX's random state, where nothing else can be assigned.
+            if _random_key() is not random_key:
+                high, low = cast(list[int], random_key.tolist())
+                mx.random.seed(high << 32 | low)
+            raise
+
+    def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepResult:
+        # First everything is built, lazily; then the model and the optimizer are assigned; nothing raises in between.
         arrays, signature = batches.flatten(args, kwargs)
-        assigned, (loss, aux, buffers, gradients, weight) = self._gradient(signature, arrays)
-        grad_norm = None
-        if self.accumulate == 1:
-            grad_norm = self._apply(gradients, weight)
-        else:
-            self._window = self._add(self._window, gradients, weight, loss)
-            self._filled += 1
+        assigned, (loss, aux, values, gradients, weight) = self._gradient(signature, arrays)
+        window, filled = self._window, self._filled
+        if self._accumulate > 1:
+            window, filled = self._add(window, gradients, weight, loss), filled + 1
+            gradients, weight, _ = window
+        update = None
+        if self._accumulate == 1 or filled == self._accumulate:
+            update = self._apply(gradients, weight, dict(zip(assigned, values, strict=True)))
+            window, filled = self._empty_window(), 0
         del gradients  # the graph alone must hold them, or their memory cannot be reused
-        if self._filled == self.accumulate:
-            grad_norm = self._close_window()
-        self._others.write_at(assigned, buffers)
-        return self._finish(loss, aux, grad_norm)
+        self._arrays.write_at(assigned, values)
+        self._window, self._filled = window, filled
+        return self._finish(loss, aux, update)
 
     def flush(self) -> StepResult | None:
         """Applies a window that is only partly filled, as the mean over what it has; None if it is empty."""
         if not self._filled:
             return None
         self._rebind_if_changed()
-        _, weight, loss = self._window
-        return self._finish(loss / weight, (), self._close_window())
+        gradients, weight, loss = self._window
+        update = self._apply(gradients, weight, {})
+        del gradients
+        self._window, self._filled = self._empty_window(), 0
+        return self._finish(loss / weight, (), update)
 
-    def _finish(self, loss: mx.array, aux: Any, grad_norm: mx.array | None) -> StepResult:
-        """Starts the evaluation of everything the call has changed, all at once."""
-        mx.async_eval(
-            loss,
-            aux,
-            grad_norm,
-            self._parameters.read(),
-            self._state.read(),
-            self._others.read(),
-            self._window,
-            _random_key(),
-        )
-        learning_rate = _learning_rate(self.optimizer)
-        return StepResult(loss, tuple(aux), grad_norm, learning_rate, grad_norm is not None, mx.array(0))
+    def _finish(self, loss: mx.array, aux: Any, update: _Update | None) -> StepResult:
+        """Assigns what an update has made, and starts the evaluation of everything that changed, all at once."""
+        if update is not None:
+            self._parameters.write(update.parameters)
+            self._state.write(update.state)
+        grad_norm = None if update is None else update.grad_norm
+        mx.async_eval(loss, aux, grad_norm, self._arrays.read(), self._state.read(), self._window, _random_key())
+        skipped = self._optimizer.state.get("skipped", mx.array(0))
+        return StepResult(loss, tuple(aux), grad_norm, _learning_rate(self._optimizer), update is not None, skipped)
 
     # The gradient, one compiled function for each batch signature.
 
@@ -126,109 +184,107 @@ class TrainStep:
         key = signature, tuple([module.training for module in self._structure.modules])
         gradient = self._gradients.pop(key, None)
         if gradient is None:
-            while len(self._gradients) >= self.max_traces:
+            while len(self._gradients) >= self._max_traces:
                 self._gradients.popitem(last=False)
                 self.traces["evicted"] += 1
             gradient = self._compile_gradient(signature)
-        random_key = _random_key()
-        try:
-            result = gradient.run(self._parameters.read(), self._others.read(), arrays)
-        except BaseException:
-            # A trace that ends early leaves a placeholder in MLX's random state, where nothing else can be assigned.
-            if _random_key() is not random_key:
-                high, low = cast(list[int], random_key.tolist())
-                mx.random.seed(high << 32 | low)
-            raise
+        result = gradient.run(self._arrays.read(), arrays)
         self._gradients[key] = gradient  # the most recently used comes last
         return gradient.assigned, result
 
     def _compile_gradient(self, signature: Hashable) -> _Gradient:
         assigned: list[int] = []
 
-        def gradient(parameters: list[mx.array], others: list[mx.array], arrays: list[mx.array]) -> Any:
+        def gradient(given: list[mx.array], arrays: list[mx.array]) -> Any:
             self.traces["grad"] += 1
             args, kwargs = batches.rebuild(signature, iter(arrays))
-
+            trainable = len(self._parameters)
             # Everything but the loss leaves by a list: as a further output of value_and_grad it gets a
             # stop_gradient, over which mx.compile loses outputs (IndexError) if a cast occurs in the loss as well.
             rest: list[Any] = []
 
             def forward(parameters: list[mx.array]) -> mx.array:
-                self._parameters.write(parameters)
-                self._others.write(others)
-                loss, aux, weight = _checked(self.loss_fn(self.model, *args, **kwargs), self.weighted)
+                placed = [*parameters, *given[trainable:]]
+                self._arrays.write(placed)
+                loss, aux, weight = _checked(self._loss_fn(self._model, *args, **kwargs), self._weighted)
                 self._refuse_new_arrays()
-                now = self._others.read()
-                assigned[:] = [i for i, array in enumerate(now) if array is not others[i]]
+                now = self._arrays.read()
+                assigned[:] = [i for i, array in enumerate(now) if array is not placed[i]]
                 rest.extend((aux, [now[i] for i in assigned], weight))
                 return loss
 
             before = self._structure.snapshot()
             try:
-                loss, gradients = mx.value_and_grad(forward)(parameters)
+                loss, gradients = mx.value_and_grad(forward)(given[:trainable])
             except BaseException:
                 self._structure.restore(before, attributes=True)
                 raise
             self._structure.restore(before)
-            aux, buffers, weight = rest
-            return loss, aux, buffers, gradients, weight
+            aux, values, weight = rest
+            return loss, aux, values, gradients, weight
 
         random_state = [mx.random.state]
         return _Gradient(mx.compile(gradient, inputs=random_state, outputs=random_state), assigned)
 
     def _refuse_new_arrays(self) -> None:
         if not self._structure.intact():
-            new = {path for path, *_ in Structure(self.model).leaves} - {p for p, *_ in self._structure.leaves}
+            new = {path for path, *_ in Structure(self._model).leaves} - {p for p, *_ in self._structure.leaves}
             raise ValueError(
                 f"loss_fn changed the structure of the model ({', '.join(sorted(new)) or 'replaced a container'});"
                 " what the forward pass assigns must exist before make_step, so create it in __init__"
             )
 
-    # The window of accumulated gradients.
+    # The window of accumulated gradients: their weighted sum, the sum of weights and of losses.
 
-    def _open_window(self) -> None:
-        self._filled = 0
-        totals = [mx.zeros(p.shape, mx.float32) for p in self._parameters.read()] if self.accumulate > 1 else []
-        self._window = (totals, mx.array(0.0), mx.array(0.0))  # gradient, weight and loss
+    def _empty_window(self) -> Any:
+        totals = [mx.zeros(p.shape, mx.float32) for p in self._parameters.read()] if self._accumulate > 1 else []
+        return totals, mx.array(0.0), mx.array(0.0)
 
-    def _trace_accumulate(self, window: Any, gradients: list[mx.array], weight: mx.array, loss: mx.array) -> Any:
+    def _trace_add(self, window: Any, gradients: list[mx.array], weight: mx.array, loss: mx.array) -> Any:
         self.traces["accumulate"] += 1
-        totals, total_weight, total_loss = window
-        totals = [t + weight * g.astype(mx.float32) for t, g in zip(totals, gradients, strict=True)]
-        return totals, total_weight + weight, total_loss + weight * loss.astype(mx.float32)
 
-    def _close_window(self) -> mx.array:
-        totals, weight, _ = self._window
-        grad_norm = self._apply(totals, weight)
-        self._open_window()
-        return grad_norm
+        def weighted(x: mx.array) -> mx.array:
+            # A batch without tokens has the loss 0/0, which must not count; times zero it would still be nan.
+            return mx.where(weight > 0, weight * x.astype(mx.float32), 0.0)
+
+        totals, total_weight, total_loss = window
+        totals = [total + weighted(g) for total, g in zip(totals, gradients, strict=True)]
+        return totals, total_weight + weight, total_loss + weighted(loss)
 
     # The update, one compiled function.
 
-    def _apply(self, gradients: list[mx.array], weight: mx.array) -> mx.array:
-        parameters, state, grad_norm = self._update(self._parameters.read(), gradients, weight, self._state.read())
-        self._parameters.write(parameters)
-        self._state.write(state)
-        return grad_norm
+    def _apply(self, gradients: list[mx.array], weight: mx.array, assigned: dict[int, mx.array]) -> _Update:
+        # What the forward pass assigned to a parameter is what is updated, as in a loop without a step.
+        parameters = [assigned.get(i, p) for i, p in enumerate(self._parameters.read())]
+        return _Update(*self._update(parameters, gradients, weight, self._state.read(), _settings(self._optimizer)))
 
     def _trace_update(
-        self, parameters: list[mx.array], gradients: list[mx.array], weight: mx.array, state: list[mx.array]
+        self,
+        parameters: list[mx.array],
+        gradients: list[mx.array],
+        weight: mx.array,
+        state: list[mx.array],
+        settings: list[Any],
     ) -> tuple[list[mx.array], list[mx.array], mx.array]:
+        # `settings` are not read, the optimizer reads its own: they make a trace hold for these values only.
         self.traces["update"] += 1
-        if self.accumulate > 1:
+        if self._accumulate > 1:
             # Rounded once, to the dtype that the gradient of one big batch would have.
             gradients = [(g / weight).astype(p.dtype) for g, p in zip(gradients, parameters, strict=True)]
         before = self._state_structure.snapshot()
         try:
             self._state.write(state)
-            updated = self.optimizer.apply_gradients(self._tree(gradients), self._tree(parameters))
+            updated = self._optimizer.apply_gradients(self._tree(gradients), self._tree(parameters))
             if not self._state_structure.intact():
                 raise ValueError("the optimizer changed the structure of its state; create all of it in init_single")
             state = self._state.read()
+            norm = self._optimizer.state.get("grad_norm")
         finally:
             self._state_structure.restore(before)
         leaves = {path: container[key] for path, container, key in along(self._template, updated)}
-        return [leaves[path] for path in self._parameters.paths], state, rule.global_norm(gradients)
+        # Ours computes the norm itself if it clips or skips.
+        norm = rule.global_norm(gradients) if norm is None else norm
+        return [leaves[path] for path in self._parameters.paths], state, norm
 
     def _tree(self, arrays: list[mx.array]) -> Any:
         """The flat ``arrays`` as a tree of parameters; tied parameters get the same array in every place."""
@@ -236,14 +292,14 @@ class TrainStep:
 
     # What the graphs are bound to.
 
-    def _bind_model(self) -> None:
-        """Finds every array of the model: the trainable ones, and the others (frozen parameters and buffers)."""
-        trainable = self.model.trainable_parameters()
-        self._structure = Structure(self.model)
+    def _bind(self) -> None:
+        """Finds every array of the model and of the optimizer's state; makes new compiled functions for them."""
+        trainable = self._model.trainable_parameters()
+        structure = Structure(self._model)
         index: dict[tuple[int, Any], int] = {}
         places: list[tuple[str, Any, Any]] = []
         indices = []
-        for path, container, key in along(trainable, self.model):
+        for path, container, key in along(trainable, self._model):
             if not mx.issubdtype(container[key].dtype, mx.floating):
                 raise TypeError(
                     f"the trainable parameter {path!r} is {container[key].dtype}, which has no gradient;"
@@ -255,90 +311,56 @@ class TrainStep:
             indices.append(index[id(container), key])
         if not places:
             raise ValueError("the model has no trainable parameters; unfreeze some with model.unfreeze()")
+        others = [leaf for leaf in structure.leaves if (id(leaf[1]), leaf[2]) not in index]
+        # State exists before the first trace, or that trace would hold for the first step only.
+        self._optimizer.init(trainable)
+
+        self._structure = structure
         self._parameters = Places(places)
-        self._others = Places([leaf for leaf in self._structure.leaves if (id(leaf[1]), leaf[2]) not in index])
+        self._arrays = Places([*places, *others])  # the parameters come first
         order = iter(indices)
         self._template = tree_map(lambda _: next(order), trainable)
-
-    def _bind_optimizer(self) -> None:
-        # State exists before the first trace, or that trace would hold for the first step only.
-        self.optimizer.init(self.model.trainable_parameters())
-        self._state_roots = _states(self.optimizer)
+        self._state_roots = _states(self._optimizer)
         self._state_structure = Structure(self._state_roots)
         self._state = Places(self._state_structure.leaves)
+        self._gradients: OrderedDict[Hashable, _Gradient] = OrderedDict()
+        self._add = mx.compile(self._trace_add)
+        self._update = mx.compile(self._trace_update)
 
     def _rebind_if_changed(self) -> None:
-        """Follows a model or optimizer whose containers were replaced; refuses other trainable parameters."""
-        if not self._structure.intact():
-            trainable = self.model.trainable_parameters()
-            before = {path for path, *_ in along(self._template, self._template)}
-            now = {path for path, *_ in along(trainable, trainable)}
-            if before != now:
-                changes = [
-                    f"{what}: {', '.join(sorted(paths))}"
-                    for what, paths in (
-                        ("no longer trainable", before - now),
-                        ("newly trainable", now - before),
-                    )
-                    if paths
-                ]
-                raise ValueError(
-                    f"the model's parameters changed since make_step ({'; '.join(changes)});"
-                    " call make_step again, with the same optimizer to keep its moments"
-                )
-            self._bind_model()
-            self._gradients.clear()  # they may contain replaced layers
-        states = _states(self.optimizer)
-        same = len(states) == len(self._state_roots) and all(
-            a is b for a, b in zip(states, self._state_roots, strict=True)
-        )
-        if not same or not self._state_structure.intact():
-            self._bind_optimizer()
+        """Follows a model or an optimizer state whose containers were replaced; refuses other parameters."""
+        states = _states(self._optimizer)
+        if (
+            self._structure.intact()
+            and self._state_structure.intact()
+            and len(states) == len(self._state_roots)
+            and all(a is b for a, b in zip(states, self._state_roots, strict=True))
+        ):
+            return
+        trainable = self._model.trainable_parameters()
+        before = {path for path, *_ in along(self._template, self._template)}
+        now = {path for path, *_ in along(trainable, trainable)}
+        if before != now:
+            changes = [
+                f"{what}: {', '.join(sorted(paths))}"
+                for what, paths in (("no longer trainable", before - now), ("newly trainable", now - before))
+                if paths
+            ]
+            raise ValueError(
+                f"the model's parameters changed since make_step ({'; '.join(changes)});"
+                " call make_step again, with the same optimizer to keep its moments"
+            )
+        if self._filled and not self._structure.intact():
+            raise ValueError(
+                f"layers of the model were replaced after {self._filled} of {self._accumulate} micro-batches, whose"
+                " gradients belong to the old ones; call flush() before you replace layers"
+            )
+        self._bind()
+        if not self._filled:
+            self._window = self._empty_window()
 
 
-def make_step(
-    model: nn.Module,
-    loss_fn: Callable[..., Any],
-    optimizer: optim.Optimizer | None = None,
-    *,
-    accumulate: int = 1,
-    weighted: bool = False,
-    max_traces: int = 64,
-) -> TrainStep:
-    """A compiled train step: ``step(*batch)`` computes the loss and its gradient and updates the model in place.
-
-    With ``accumulate=N`` every N-th call updates, with the mean gradient ``sum_i w_i g_i / sum_i w_i`` of the N
-    micro-batches (summed in float32), where ``w_i`` is 1, or with ``weighted=True`` what loss_fn returns second.
-
-    Args:
-        model: the module to train: its trainable parameters are updated, and arrays that the forward pass assigns
-            (such as running statistics) are kept. The random state (dropout) advances as it does without a step.
-        loss_fn: ``loss_fn(model, *args, **kwargs)`` returns the loss, a 0-d float array, or a tuple that begins
-            with it. It is traced: it runs when a batch has a new signature, not at every call.
-        optimizer: any ``mlx.optimizers`` optimizer. Default ``Adam(1e-3)``.
-        accumulate: micro-batches per update, at least 1. Default 1.
-        weighted: whether the second item of loss_fn's tuple is the weight of the batch, a 0-d array, usually its
-            number of tokens. The loss is then a mean over that many. Default False.
-        max_traces: how many gradient traces are kept. A trace belongs to a batch signature (structure, shapes,
-            dtypes, Python constants) and the modules' ``training`` flags; the least recently used goes first.
-
-    Returns:
-        a `TrainStep`: call it with a batch for a `StepResult`; ``flush()`` applies a partly filled window;
-        ``traces`` counts traces of each graph.
-
-    Raises:
-        TypeError, ValueError: here for an unusable argument or a model without trainable parameters; at a call
-            for a loss that is no scalar, or if parameters were frozen, unfrozen or added since. If loss_fn
-            raises, model, optimizer and random state are as before the call.
-
-    >>> model = nn.Linear(2, 1)
-    >>> step = make_step(model, lambda model, x, y: mx.square(model(x) - y).mean(), Adam(0.1))
-    >>> x, y = mx.array([[1.0, 2.0], [3.0, 4.0]]), mx.array([[1.0], [2.0]])
-    >>> losses = [step(x, y).loss.item() for _ in range(50)]
-    >>> losses[-1] < 0.1 * losses[0], step.traces
-    (True, {'grad': 1, 'accumulate': 0, 'update': 1, 'evicted': 0})
-    """
-    return TrainStep(model, loss_fn, optimizer, accumulate=accumulate, weighted=weighted, max_traces=max_traces)
+make_step = TrainStep
 
 
 def _checked(output: Any, weighted: bool) -> tuple[mx.array, list[Any], mx.array]:
@@ -369,6 +391,15 @@ def _checked(output: Any, weighted: bool) -> tuple[mx.array, list[Any], mx.array
 def _random_key() -> mx.array:
     """MLX's global random state, which code can read here but only ``mx.random.seed`` and ``mx.compile`` can set."""
     return mx.random.state[0]  # type: ignore[index]
+
+
+def _settings(optimizer: optim.Optimizer) -> list[Any]:
+    """The numbers among an optimizer's public attributes, which a trace of its update contains as constants."""
+    if isinstance(optimizer, optim.MultiOptimizer):
+        return [_settings(part) for part in optimizer.optimizers]
+    public = [value for name, value in vars(optimizer).items() if not name.startswith("_")]
+    values = (value if isinstance(value, (list, tuple)) else [value] for value in public)
+    return [float(x) for value in values for x in value if isinstance(x, numbers.Real)]
 
 
 def _states(optimizer: optim.Optimizer) -> list[Any]:

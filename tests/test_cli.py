@@ -48,6 +48,7 @@ def test_wrong_flags_and_values(run) -> None:
         (("demo", "--steps", "3"), "unrecognized arguments: --steps"),
         (("demo", "--iters", "many"), "invalid int value: 'many'"),
         (("demo", "--iters", "0"), "iters is 0; it must be at least 1"),
+        (("demo", "--seed", "-1"), "seed is -1; it must be in 0 to 4294967295"),
         (("demo", "--out", "/dev/null/x"), "Not a directory"),
     ):
         done = run("-m", "compiled_adam.cli", *arguments)

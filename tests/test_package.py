@@ -14,7 +14,7 @@ from bench import readme
 
 
 def test_public_names_exist() -> None:
-    for name in ca.__all__:
+    for name in (*ca.__all__, "train"):
         assert getattr(ca, name).__doc__, name
     with pytest.raises(AttributeError, match="no attribute 'Adamm'"):
         ca.Adamm  # noqa: B018
@@ -39,7 +39,10 @@ def test_mlx_without_a_backend_says_what_to_install(run, tmp_path: Path) -> None
 def test_import_does_not_need_mlx_lm(run, tmp_path: Path) -> None:
     (tmp_path / "mlx_lm").mkdir()
     (tmp_path / "mlx_lm" / "__init__.py").write_text("raise ImportError('not installed')")
-    code = "import compiled_adam as ca\nca.make_step\ntry: ca.train\nexcept ImportError as error: print(error)"
+    code = (
+        "from compiled_adam import *\nimport compiled_adam as ca\nmake_step\n"
+        "try: ca.train\nexcept ImportError as error: print(error)"
+    )
     done = run("-c", code, PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert "pip install 'compiled-adam[lm]'" in done.stdout, done.stderr
 

@@ -4,6 +4,7 @@ import math
 
 import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
 
 import compiled_adam as ca
 from bench.measure import kernels
@@ -13,36 +14,72 @@ from compiled_adam import rule
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.999, 0.99999])
 @pytest.mark.parametrize("step", [1, 2, 10, 1000, 10_000_000])
 def test_bias_correction_is_exact_to_float32(beta: float, step: int) -> None:
-    c = rule.coefficients(mx.array(step, mx.uint64), mx.array(1.0), (0.0, beta), 1.0, 0.0, True)
+    c = rule.coefficients(mx.array(step, mx.uint64), mx.array(1.0), (0.0, beta), 1.0, True)
     # Three roundings at 2^-24, and the exponent's own, which expm1 does not amplify for an exponent below 1.
     expected = math.sqrt(-math.expm1(step * math.log(beta))) if beta else 1.0
     assert c.eps.item() == pytest.approx(expected, rel=4e-7)
     assert c.step_size.item() == pytest.approx(expected, rel=4e-7)
 
 
-def graph(count: int, shape: tuple[int, ...], dtype: mx.Dtype) -> list[mx.array]:
+def graph(count: int, dtype: mx.Dtype, **options) -> list[mx.array]:
     """The unevaluated result of one update of ``count`` parameters that has been traced before."""
-    p = {f"p{i}": mx.ones(shape, dtype) for i in range(count)}
-    g = {f"p{i}": mx.ones(shape, dtype) for i in range(count)}
-    optimizer = ca.AdamW(ca.schedulers.constant(1e-3), bias_correction=True)
+    p = {f"p{i}": mx.ones((64, 64), dtype) for i in range(count)}
+    g = dict(p)
+    optimizer = ca.AdamW(ca.schedulers.constant(1e-3), **options)
     p = optimizer.apply_gradients(g, p)
     mx.eval(p, g, optimizer.state)
     p = optimizer.apply_gradients(g, p)
-    moments = [optimizer.state[path][moment] for path in p for moment in "mv"]
-    return [*p.values(), *moments, optimizer.step]
+    return [*p.values(), *(array for _, array in tree_flatten(optimizer.state))]
+
+
+def per_leaf(dtype: mx.Dtype, **options) -> dict[str, float]:
+    """How many kernels of each kind one more parameter adds."""
+    five, seven = (kernels(graph(count, dtype, **options)) for count in (5, 7))
+    return {name: (seven[name] - five[name]) / 2 for name in seven if seven[name] != five[name]}
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
-@pytest.mark.parametrize(("count", "shape"), [(1, (1000,)), (1, (64, 64)), (5, (64, 64))])
-def test_the_update_of_a_leaf_is_one_kernel_without_the_scalar_chain(
-    count: int, shape: tuple[int, ...], dtype: mx.Dtype
+@pytest.mark.parametrize("compensated", [False, True])
+@pytest.mark.parametrize("bias_correction", [False, True])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+@pytest.mark.parametrize("skip_nonfinite", [False, True])
+def test_the_update_of_a_leaf_is_one_kernel_or_two_with_compensation(
+    dtype: mx.Dtype,
+    compensated: bool,
+    bias_correction: bool,
+    weight_decay: float,
+    max_grad_norm: float | None,
+    skip_nonfinite: bool,
 ) -> None:
-    found = kernels(graph(count, shape, dtype))
-    elementwise = {name: n for name, n in found.items() if "SquareBroadcast" in name}
-    assert list(elementwise.values()) == [count], found
-    # With one parameter MLX would fuse its only consumer with what is scalar: two expm1 for every element.
-    assert "Expm1" not in next(iter(elementwise))
-    assert sum(found.values()) - count <= 8, found  # the scalar chain, whatever the number of parameters
+    found = per_leaf(
+        dtype,
+        compensated=compensated,
+        bias_correction=bias_correction,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        skip_nonfinite=skip_nonfinite,
+    )
+    norm = {"CompiledAbsSquare" if dtype == mx.float32 else "CompiledAbsAsTypeSquare", "Sum"}
+    update = {name: n for name, n in found.items() if name not in norm}
+    assert list(update.values()) == [1.0] * (2 if compensated and dtype != mx.float32 else 1), found
+    assert all(name.startswith("Compiled") for name in update), found
+    needs_norm = max_grad_norm is not None or skip_nonfinite
+    assert {name: n for name, n in found.items() if name in norm} == (dict.fromkeys(norm, 1.0) if needs_norm else {})
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_the_scalar_chain_stays_out_of_the_kernel_of_a_single_parameter(dtype: mx.Dtype) -> None:
+    # MLX would fuse it with its only consumer: two expm1 for every element.
+    found = kernels(
+        graph(
+            1, dtype, bias_correction=True, max_grad_norm=1.0, skip_nonfinite=True, weight_decay=0.1, compensated=False
+        )
+    )
+    (elementwise,) = [name for name in found if "SqrtBroadcast" in name]
+    for scalar in ("Expm1", "Maximum", "LogicalNot"):  # bias correction, clip factor, guard
+        assert scalar not in elementwise
+        assert any(scalar in name for name in found)
 
 
 def test_global_norm_does_not_overflow_in_float16() -> None:

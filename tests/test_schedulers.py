@@ -134,9 +134,27 @@ def test_from_config_is_mlx_after_the_warmup(name: str, arguments: list) -> None
         assert warm(mx.array(step)).item() == pytest.approx(expected, rel=2e-6)
 
 
-def test_from_config_knows_ours() -> None:
-    schedule = schedulers.from_config({"name": "cosine", "arguments": [1.0, 20, 0.1], "warmup": 10})
-    assert [schedule(step).item() for step in (5, 10, 20)] == [0.5, 1.0, np.float32(0.1)]
+@pytest.mark.parametrize(
+    ("name", "arguments", "after_warmup"),
+    [
+        ("constant", [1.0], 1.0),
+        ("linear", [1.0, 30, 0.1], 0.55),
+        ("cosine", [1.0, 30, 0.1], 0.55),
+        ("polynomial", [1.0, 30, 0.0, 3.0], 0.125),
+        ("warmup_stable_decay", [1.0, 30, 0.0, 20], 0.5),
+        ("inverse_sqrt", [1.0, 30], math.sqrt(0.75)),
+        ("exponential", [1.0, 0.9], 0.9**10),
+        ("one_cycle", [1.0, 30, 0.1], 0.55),
+    ],
+)
+def test_from_config_knows_ours(name: str, arguments: list, after_warmup: float) -> None:
+    schedule = schedulers.from_config({"name": name, "arguments": arguments, "warmup": 10, "warmup_init": 0.0})
+    assert [schedule(step).item() for step in (0, 5, 10)] == [0.0, 0.5, 1.0]
+    assert schedule(20).item() == pytest.approx(after_warmup, rel=1e-6)  # a few float32 roundings
+
+
+def test_numpy_numbers_are_numbers() -> None:
+    assert schedulers.linear(np.float32(1.0), np.int64(10))(np.int64(5)).item() == 0.5
 
 
 @pytest.mark.parametrize(

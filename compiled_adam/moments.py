@@ -1,0 +1,120 @@
+"""How the two moments are stored: encode and decode, as pure functions of arrays.
+
+"float32"   4 bytes each. The reference.
+"bfloat16"  2 bytes each, rounded stochastically: to the upper neighbour with a probability equal to the distance from
+            the lower one. Rounded to nearest, an average that changes by less than half a unit in the last
+            place per update never changes: with ``beta2 = 0.999`` that is every bfloat16 second moment.
+"8bit"      1 byte each and a float32 scale for every block of 128 in memory order, stochastically rounded too: ``m``
+            as absmax-scaled int8, ``v`` as the uint8 code of ``sqrt(v)``, whose range is half that of ``v`` in decades.
+            A code of 0 means half a code, so that no small ``v`` becomes the zero that Adam divides by. Leaves of
+            fewer than 4096 elements stay float32.
+"param"     the dtype of the parameter, rounded to nearest: what stock MLX does.
+
+Source: Dettmers et al., "8-bit optimizers via block-wise quantization", ICLR 2022, for the blocks; these codes are
+linear.
+"""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+
+POLICIES = ("float32", "bfloat16", "8bit", "param")
+BLOCK = 128
+SMALL = 4096
+_DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+
+Stored = dict[str, mx.array]
+
+
+def storage(policy: str, shape: tuple[int, ...], dtype: mx.Dtype) -> str:
+    """How the moments of a parameter are stored under a policy: "float32", "bfloat16", "float16" or "8bit".
+
+    >>> storage("8bit", (64,), mx.bfloat16), storage("param", (64,), mx.float16)
+    ('float32', 'float16')
+    """
+    if policy == "param":
+        return next(name for name, its_dtype in _DTYPES.items() if its_dtype == dtype)
+    return "float32" if policy == "8bit" and math.prod(shape) < SMALL else policy
+
+
+def is_stored(state: Stored, kind: str) -> bool:
+    """Whether ``state`` holds moments in the form of ``kind``."""
+    if kind == "8bit":
+        return state["m"].dtype == mx.int8
+    return state["m"].dtype == state["v"].dtype == _DTYPES[kind]
+
+
+def zeros(kind: str, shape: tuple[int, ...]) -> Stored:
+    """Moments that are zero: ``m`` and ``v`` of the parameter's shape, and the scales of "8bit"."""
+    zero = mx.zeros(shape, mx.float32)
+    return encode(kind, zero, zero)
+
+
+def decode(state: Stored) -> tuple[mx.array, mx.array]:
+    """``m`` and ``v`` in float32, of the parameter's shape, from any stored form."""
+    m, v = state["m"], state["v"]
+    if m.dtype != mx.int8:
+        return m.astype(mx.float32), v.astype(mx.float32)
+    m = _unblocked(_blocked(m).astype(mx.float32) * (state["m_scale"] / 127)[:, None], m.shape)
+    codes = mx.maximum(_blocked(v).astype(mx.float32), 0.5)
+    return m, _unblocked(mx.square(codes * (state["v_scale"] / 255)[:, None]), v.shape)
+
+
+def encode(kind: str, m: mx.array, v: mx.array, bits: mx.array | None = None) -> Stored:
+    """Stores float32 ``m`` and ``v``; ``bits`` (uint32, as many as elements) decide roundings, None: to nearest.
+
+    >>> stored = encode("8bit", mx.array([0.5, -1.0]), mx.array([0.0, 4.0]))
+    >>> [f"{x:.3f}" for array in decode(stored) for x in array.tolist()]
+    ['0.504', '-1.000', '0.000', '4.000']
+    """
+    if kind == "8bit":
+        low, high = (0.5, 0.5) if bits is None else (_uniform(_blocked(bits), 0), _uniform(_blocked(bits), 16))
+        m_blocks, roots = _blocked(m), mx.sqrt(_blocked(v))
+        m_scale, v_scale = mx.abs(m_blocks).max(axis=1), roots.max(axis=1)
+        m_codes = mx.clip(mx.floor(m_blocks * _per_scale(127, m_scale) + low), -127, 127).astype(mx.int8)
+        v_codes = mx.clip(mx.floor(roots * _per_scale(255, v_scale) + high), 0, 255).astype(mx.uint8)
+        return {
+            "m": _unblocked(m_codes, m.shape),
+            "v": _unblocked(v_codes, v.shape),
+            "m_scale": m_scale,
+            "v_scale": v_scale,
+        }
+    if kind == "bfloat16" and bits is not None:
+        return {"m": _stochastic_bfloat16(m, bits), "v": _stochastic_bfloat16(v, bits >> 16)}
+    return {"m": m.astype(_DTYPES[kind]), "v": v.astype(_DTYPES[kind])}
+
+
+def random_bits(key: mx.array, shape: tuple[int, ...]) -> mx.array:
+    """Uniform random uint32 of ``shape``, by splitting ``key``: MLX has no other function that returns raw bits."""
+    size = math.prod(shape)
+    return mx.random.split(key, (size + 1) // 2).reshape(-1)[:size].reshape(shape)
+
+
+def _per_scale(codes: int, scale: mx.array) -> mx.array:
+    """``codes / scale`` for each block, 0 for a block of zeros."""
+    return mx.where(scale > 0, codes / scale, 0.0)[:, None]
+
+
+def _uniform(bits: mx.array, shift: int) -> mx.array:
+    """Sixteen of the ``bits`` as a number in [0, 1)."""
+    return ((bits >> shift) & 0xFFFF).astype(mx.float32) * 2.0**-16
+
+
+def _stochastic_bfloat16(x: mx.array, bits: mx.array) -> mx.array:
+    """Adds sixteen random bits below the mantissa of bfloat16 and cuts them off: the carry is the rounding."""
+    pattern = (x.view(mx.uint32) + (bits & 0xFFFF)) & 0xFFFF0000
+    return pattern.view(mx.float32).astype(mx.bfloat16)
+
+
+def _blocked(x: mx.array) -> mx.array:
+    """Flat, padded with zeros to whole blocks: (ceil(size / 128), 128)."""
+    flat = x.reshape(-1)
+    if padding := -x.size % BLOCK:
+        flat = mx.pad(flat, (0, padding))
+    return flat.reshape(-1, BLOCK)
+
+
+def _unblocked(blocks: mx.array, shape: tuple[int, ...]) -> mx.array:
+    return blocks.reshape(-1)[: math.prod(shape)].reshape(shape)
