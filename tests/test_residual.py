@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compiled_adam import residual
+
+
+def stored(values: mx.array, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    return residual.split(values, mx.zeros(values.shape, dtype), residual.zeros(values.shape))
+
+
+def many(largest: float) -> mx.array:
+    """Values of both signs over many binades, and what lies around powers of two and ties."""
+    spread = mx.random.normal((100_000,)) * mx.exp(4 * mx.random.normal((100_000,)))
+    spread = mx.clip(spread, -largest, largest)
+    powers = mx.array([s * 2.0**e for e in range(-12, 12) for s in (1, -1)])
+    around = [powers * (1 + step * 2.0**-24) for step in (-3, -2, -1, 0, 1, 2, 3)]
+    ties = [powers * (1 + 2.0**-8 + step * 2.0**-23) for step in (-1, 0, 1)]
+    return mx.concatenate([spread, *around, *ties])
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_the_weight_is_the_rounded_value(dtype: mx.Dtype) -> None:
+    values = many(60_000.0)
+    weight, _ = stored(values, dtype)
+    assert mx.array_equal(weight, values.astype(dtype)).item()
+
+
+def test_bfloat16_and_residual_are_the_float32_value() -> None:
+    values = many(1e30)
+    joined = residual.join(*stored(values, mx.bfloat16))
+    exact = (joined == values).mean().item()
+    assert exact > 0.997  # all but values just below a power of two that bfloat16 rounds up to, and ties
+    error = np.abs(np.array(joined, np.float64) - np.array(values, np.float64)) / np.abs(np.array(values, np.float64))
+    assert error.max() <= 2.0**-23  # there, one spacing of float32
+
+
+def test_float16_and_residual_are_finer_than_float32() -> None:
+    values = many(60_000.0)
+    values = mx.where(mx.abs(values) < 1e-3, 1e-3, values)  # float32 goes on where float16 ends
+    assert mx.array_equal(residual.join(*stored(values, mx.float16)), values).item()
+    tiny = mx.random.normal((10_000,)) * 1e-6
+    # Below 2^-14 the unit is constant: 2^-25 / 32767, and half of that is the error.
+    assert mx.abs(residual.join(*stored(tiny, mx.float16)) - tiny).max().item() <= 2.0**-41 * 1.01
+
+
+@pytest.mark.parametrize(
+    ("dtype", "special"),
+    [
+        (mx.bfloat16, [0.0, -0.0, 1e-45, -1e-40, 1e-38, 1e-30, 3.38e38, -3.38e38]),
+        (mx.float16, [0.0, -0.0, 1e-45, 1e-8, -6e-8, 1e-7, 65503.0, -65519.0]),
+    ],
+)
+def test_zero_tiny_and_huge_weights(dtype: mx.Dtype, special: list[float]) -> None:
+    values = mx.array(special)
+    weight, steps = stored(values, dtype)
+    joined = residual.join(weight, steps)
+    assert mx.all(mx.isfinite(joined)).item()
+    assert weight[:2].tolist() == steps[:2].tolist() == joined[:2].tolist() == [0, 0]
+    # Half a unit in the last place of the weight at most, whatever the residual adds.
+    assert np.allclose(np.array(joined), special, rtol=2.0**-8, atol=2.0**-25 if dtype == mx.float16 else 2.0**-100)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.floats(-60_000, 60_000, width=32), st.sampled_from([mx.bfloat16, mx.float16]))
+def test_splitting_what_was_joined_changes_nothing(value: float, dtype: mx.Dtype) -> None:
+    first = stored(mx.array([value]), dtype)
+    second = stored(residual.join(*first), dtype)
+    assert first[0].item() == second[0].item()
+    # One step of the unit, where float32 is coarser than it (float16) or the last bit was lost (bfloat16).
+    assert abs(residual.join(*first).item() - residual.join(*second).item()) <= abs(value) * 2.0**-23 + 2.0**-40
