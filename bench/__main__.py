@@ -1,4 +1,4 @@
-"""``python -m bench``: the time of an update, ours against what an MLX user has."""
+"""``python -m bench``: the time of an update, ours against what an MLX user has; and what the policies do to a loss."""
 
 from __future__ import annotations
 
@@ -24,19 +24,43 @@ def main() -> int:
     console = Console()
     if not console.is_terminal:
         console.width = 140  # a pipe has no width, and 80 columns would break the rows
-    record: dict[str, Any] = {"environment": measure.environment(), "update": []}
-    table = _table(record["environment"])
-    for workload in arguments.workload or WORKLOADS:
-        for dtype in arguments.dtype or DTYPES:
-            rows = _measure(workload, dtype, arguments.seconds)
-            record["update"] += rows
-            for i, row in enumerate(rows):
-                table.add_row(*_cells(row, first=i == 0), end_section=i == len(rows) - 1)
-            print(f"measured {workload}, {dtype}", file=sys.stderr)
+    record: dict[str, Any] = {"environment": measure.environment()}
+    run = {"update": _update, "quality": _quality}[arguments.what]
+    record[arguments.what], table = run(arguments, record["environment"])
     console.print(table)
     if arguments.json:
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
     return 0
+
+
+def _update(arguments: argparse.Namespace, environment: dict[str, Any]) -> tuple[list[dict[str, Any]], Table]:
+    record = []
+    table = _update_table(environment)
+    for workload in arguments.workload or WORKLOADS:
+        for dtype in arguments.dtype or DTYPES:
+            rows = _measure(workload, dtype, arguments.seconds)
+            record += rows
+            for i, row in enumerate(rows):
+                table.add_row(*_cells(row, first=i == 0), end_section=i == len(rows) - 1)
+            print(f"measured {workload}, {dtype}", file=sys.stderr)
+    return record, table
+
+
+def _quality(arguments: argparse.Namespace, environment: dict[str, Any]) -> tuple[list[dict[str, Any]], Table]:
+    from . import quality  # here, because it needs mlx-lm
+
+    record = []
+    table = Table(title=f"A byte-level language model, {arguments.steps} steps, MLX {environment['mlx']}")
+    for column in ("moments", "seed", "eval loss", "state B/parameter"):
+        table.add_column(column, justify="right")
+    for seed in quality.SEEDS:
+        for policy in quality.POLICIES:
+            row = quality.train(policy, seed, steps=arguments.steps)
+            record.append(row)
+            size = f"{row['state_bytes_per_parameter']:.2f}"
+            table.add_row(policy, str(seed), f"{row['eval_loss']:.4f}", size)
+            print(f"trained {policy}, seed {seed}: eval loss {row['eval_loss']:.4f}", file=sys.stderr)
+    return record, table
 
 
 def _measure(workload: str, dtype: str, seconds: float) -> list[dict[str, Any]]:
@@ -53,7 +77,7 @@ def _measure(workload: str, dtype: str, seconds: float) -> list[dict[str, Any]]:
     ]
 
 
-def _table(environment: dict[str, Any]) -> Table:
+def _update_table(environment: dict[str, Any]) -> Table:
     table = Table(
         title=f"One AdamW update, MLX {environment['mlx']}, {environment['device']}, {environment['cores']} cores",
         caption="median over interleaved rounds; ratio: median of the ratios to mlx eager within a round;"
@@ -83,6 +107,8 @@ def _cells(row: dict[str, Any], *, first: bool) -> list[str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("what", nargs="?", choices=["update", "quality"], default="update")
+    parser.add_argument("--steps", type=int, default=600, help="of training, for quality (default: 600)")
     parser.add_argument("--workload", action="append", choices=list(WORKLOADS), help="one of them; repeatable")
     parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="of the parameters; repeatable")
     parser.add_argument("--seconds", type=float, default=20.0, help="for each workload and dtype (default: 20)")
