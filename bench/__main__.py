@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from . import measure
+from . import measure, numerics
 from .contenders import CONTENDERS
 from .workloads import DTYPES, WORKLOADS, arrays, parameter_count
 
@@ -25,7 +25,7 @@ def main() -> int:
     if not console.is_terminal:
         console.width = 140  # a pipe has no width, and 80 columns would break the rows
     record: dict[str, Any] = {"environment": measure.environment()}
-    run = {"update": _update, "quality": _quality}[arguments.what]
+    run = {"update": _update, "numerics": _numerics, "quality": _quality}[arguments.what]
     record[arguments.what], table = run(arguments, record["environment"])
     console.print(table)
     if arguments.json:
@@ -43,6 +43,21 @@ def _update(arguments: argparse.Namespace, environment: dict[str, Any]) -> tuple
             for i, row in enumerate(rows):
                 table.add_row(*_cells(row, first=i == 0), end_section=i == len(rows) - 1)
             print(f"measured {workload}, {dtype}", file=sys.stderr)
+    return record, table
+
+
+def _numerics(arguments: argparse.Namespace, environment: dict[str, Any]) -> tuple[list[dict[str, Any]], Table]:
+    record = numerics.measure()
+    table = Table(
+        title=f"{numerics.STEPS} updates of {numerics.SIZE} half-precision weights, MLX {environment['mlx']}",
+        caption="movement and decay: of float32's and of the exact; worst: relative error of a weight",
+    )
+    for column in ("dtype", "learning rate", "contender", "movement", "decay", "worst"):
+        table.add_column(column, justify="right")
+    for row in record:
+        cells = [numerics.percent(row["movement"]), numerics.percent(row["decay"])]
+        worst = "nan" if row["worst_error"] is None else f"{row['worst_error']:.1e}"
+        table.add_row(row["dtype"], f"{row['learning_rate']:g}", row["contender"], *cells, worst)
     return record, table
 
 
@@ -107,7 +122,7 @@ def _cells(row: dict[str, Any], *, first: bool) -> list[str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("what", nargs="?", choices=["update", "quality"], default="update")
+    parser.add_argument("what", nargs="?", choices=["update", "numerics", "quality"], default="update")
     parser.add_argument("--steps", type=int, default=600, help="of training, for quality (default: 600)")
     parser.add_argument("--workload", action="append", choices=list(WORKLOADS), help="one of them; repeatable")
     parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="of the parameters; repeatable")

@@ -67,15 +67,15 @@ def train(
     step = ca.make_step(trained, loss_fn, optimizer)
     losses = [step(windows(train_data, batch, context, seed * 1_000_000 + i)).loss for i in range(steps)]
     trained.eval()
-    evaluated = [loss_fn(trained, windows(eval_data, batch, context, i)).item() for i in range(24)]
-    parameters = sum(array.size for _, array in tree_flatten(trained.trainable_parameters()))
-    state = sum(array.nbytes for path, array in tree_flatten(optimizer.state) if path.startswith("model."))
+    evaluated = [float(loss_fn(trained, windows(eval_data, batch, context, i))) for i in range(24)]
+    parameters = sum(array.size for array in dict(tree_flatten(trained.trainable_parameters())).values())
+    state = sum(array.nbytes for path, array in dict(tree_flatten(optimizer.state)).items() if "." in path)
     return {
         "policy": policy,
         "seed": seed,
         "steps": steps,
         "parameters": parameters,
         "state_bytes_per_parameter": state / parameters,
-        "losses": [round(loss.item(), 5) for loss in losses],
+        "losses": [round(float(loss), 5) for loss in losses],
         "eval_loss": statistics.mean(evaluated),
     }

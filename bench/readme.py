@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from . import numerics
+
 ROOT = Path(__file__).parent.parent
-RECORD = Path(__file__).parent / "results" / "update-linux-cpu.json"
 
 
 def update_table(record: dict[str, Any]) -> str:
@@ -28,12 +31,61 @@ def update_table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def rendered(readme: str, record: dict[str, Any]) -> str:
-    """``readme`` with the table between its markers replaced."""
-    pattern = re.compile(r"(<!-- update table -->\n).*?(\n<!-- end -->)", re.S)
-    return pattern.sub(lambda match: match[1] + update_table(record) + match[2], readme)
+def numerics_table(record: dict[str, Any]) -> str:
+    """How far weights move, and how much of them decays, as parts of what is right; a row for each way to store."""
+    rows: dict[tuple[str, str], dict[float, dict[str, Any]]] = {}
+    for row in record["numerics"]:
+        rows.setdefault((row["dtype"], row["contender"]), {})[row["learning_rate"]] = row
+    rates = sorted({row["learning_rate"] for row in record["numerics"]}, reverse=True)
+    lines = [
+        "| weights | optimizer | " + " | ".join(f"movement, lr {rate:g}" for rate in rates) + " | decay, lr 0.0001 |",
+        "|---" * (len(rates) + 3) + "|",
+    ]
+    for (dtype, contender), by_rate in rows.items():
+        if contender != numerics.MASTER:
+            cells = [numerics.percent(by_rate[rate]["movement"]) for rate in rates]
+            cells.append(numerics.percent(by_rate[1e-4]["decay"]))
+            lines.append(f"| {dtype} | {contender} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def quality_table(record: dict[str, Any]) -> str:
+    """The eval loss of the small language model for each way to store the moments, a column for each seed."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for row in record["quality"]:
+        rows.setdefault(row["policy"], []).append(row)
+    seeds = [row["seed"] for row in next(iter(rows.values()))]
+    lines = [
+        "| moments | state, bytes per parameter | "
+        + " | ".join(f"eval loss, seed {seed}" for seed in seeds)
+        + " | mean |",
+        "|---" * (len(seeds) + 3) + "|",
+    ]
+    for policy, runs in rows.items():
+        losses = [run["eval_loss"] for run in runs]
+        cells = " | ".join(f"{loss:.4f}" for loss in [*losses, statistics.mean(losses)])
+        lines.append(f"| {policy} | {runs[0]['state_bytes_per_parameter']:.2f} | {cells} |")
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "update": update_table,
+    "numerics": numerics_table,
+    "quality": quality_table,
+}
+
+
+def rendered(readme: str) -> str:
+    """``readme`` with what stands between the markers of each table replaced by what the records say."""
+    for name, table in TABLES.items():
+        record = json.loads((Path(__file__).parent / "results" / f"{name}-linux-cpu.json").read_text())
+        pattern = re.compile(rf"(<!-- {name} table -->\n).*?(\n<!-- end -->)", re.S)
+        readme, count = pattern.subn(lambda match: match[1] + table(record) + match[2], readme)  # noqa: B023
+        if count != 1:
+            raise ValueError(f"README.md has {count} places for the {name} table; it must have one")
+    return readme
 
 
 if __name__ == "__main__":
     path = ROOT / "README.md"
-    path.write_text(rendered(path.read_text(), json.loads(RECORD.read_text())))
+    path.write_text(rendered(path.read_text()))

@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.optimizers as optim
 import pytest
 
-from bench import measure
+from bench import measure, numerics, quality, readme
 from bench.contenders import CONTENDERS
 from bench.workloads import WORKLOADS, arrays, parameter_count
 
@@ -96,3 +97,30 @@ def test_wrong_arguments(run) -> None:
     for arguments in (["--workload", "huge"], ["--json", "missing/folder/x.json"], ["--seconds", "soon"]):
         done = run("-m", "bench", *arguments)
         assert done.returncode == 2 and "Traceback" not in done.stderr, arguments
+
+
+def test_numerics_measures_movement_and_decay() -> None:
+    start = mx.random.normal((64,)).astype(mx.bfloat16)
+    sgd = numerics.trajectory(
+        lambda rate, decay: optim.SGD(rate, momentum=0.0, weight_decay=0.0), 0.0, start, mx.bfloat16
+    )
+    assert mx.array_equal(sgd, start.astype(mx.float32)).item()
+    decayed = numerics.trajectory(numerics.CONTENDERS["compiled_adam"], 1e-3, start, mx.bfloat16, decay=0.1)
+    assert mx.allclose(decayed, start.astype(mx.float32) * (1 - 1e-4) ** numerics.STEPS, rtol=1e-3).item()
+    assert (numerics.percent(0.123456), numerics.percent(None)) == ("12.35 %", "nan")
+
+
+def test_eight_bit_moments_train_a_small_language_model_as_well() -> None:
+    # The short version of `python -m bench quality`, with its tolerance of 0.5 %.
+    runs = {
+        policy: quality.train(policy, 0, steps=60, width=64, layers=2, context=32, batch=8)
+        for policy in ("float32", "8bit")
+    }
+    assert runs["8bit"]["eval_loss"] == pytest.approx(runs["float32"]["eval_loss"], rel=5e-3)
+    assert runs["float32"]["eval_loss"] < 0.8 * runs["float32"]["losses"][0]
+    assert runs["8bit"]["state_bytes_per_parameter"] < 2.2 < 8 == runs["float32"]["state_bytes_per_parameter"]
+
+
+def test_readme_needs_a_place_for_each_table() -> None:
+    with pytest.raises(ValueError, match="0 places for the update table"):
+        readme.rendered("no markers")

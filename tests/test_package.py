@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -72,7 +71,7 @@ def test_readme_code_runs(number: int, run) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_readme_table_is_the_record() -> None:
+def test_readme_tables_are_the_records() -> None:
     text = (ROOT / "README.md").read_text()
-    assert readme.rendered(text, json.loads(readme.RECORD.read_text())) == text, "run python -m bench.readme"
+    assert readme.rendered(text) == text, "run python -m bench.readme"
     assert "| 95 M GPT-2 | bfloat16 |" in text

@@ -1,0 +1,93 @@
+"""What half precision does to the weights: how far they move in 2000 updates, against a float32 master copy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optim
+
+import compiled_adam as ca
+from compiled_adam import residual
+
+RATES = (1e-3, 1e-4, 1e-5, 1e-6)
+DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16}
+STEPS, SIZE = 2000, 4096
+Make = Callable[[float, float], optim.Optimizer]  # of the learning rate and the weight decay
+
+CONTENDERS: dict[str, Make] = {
+    "mlx": lambda rate, decay: optim.AdamW(rate, weight_decay=decay, bias_correction=True),
+    **{
+        name: lambda rate, decay, options=options: ca.AdamW(  # type: ignore[misc]
+            rate, weight_decay=decay, bias_correction=True, **options
+        )
+        for name, options in {
+            "compiled_adam": {},
+            "compensated=False": {"compensated": False},
+            'moments="bfloat16"': {"moments": "bfloat16"},
+            'moments="8bit"': {"moments": "8bit"},
+            'moments="param"': {"moments": "param"},
+        }.items()
+    },
+}
+
+
+def trajectory(make: Make, rate: float, weights: mx.array, dtype: mx.Dtype, decay: float = 0.0) -> mx.array:
+    """The float32 value of ``weights`` (with its residual) after `STEPS` updates with the same random gradients.
+
+    Gradients are normal with mean 0.02 and standard deviation 0.1, rounded to ``dtype``; with ``decay`` they are 0.
+    """
+    optimizer = make(rate, decay)
+    p = {"w": weights}
+    optimizer.init(p)
+    key = mx.random.key(5)
+    for _ in range(STEPS):
+        key, subkey = mx.random.split(key)
+        g = mx.random.normal(weights.shape, key=subkey) * 0.1 + 0.02 if decay == 0 else mx.zeros(weights.shape)
+        p = optimizer.apply_gradients({"w": g.astype(dtype)}, p)
+        mx.async_eval(p, optimizer.state)
+    state = optimizer.state["w"]
+    return residual.join(p["w"], state["residual"]) if "residual" in state else p["w"].astype(mx.float32)
+
+
+MASTER = "float32 weights"
+
+
+def measure() -> list[dict[str, Any]]:
+    """For each dtype, rate and contender: the mean movement relative to the master's, the worst weight's relative
+    error (of those above 1e-3), and what weight decay 0.1 alone took off, relative to ``1 - (1 - 0.1 rate)^STEPS``.
+    None is what is not a number."""
+    rows = []
+    for name, dtype in DTYPES.items():
+        start = mx.random.normal((SIZE,), key=mx.random.key(0)).astype(dtype)
+        exact = start.astype(mx.float32)
+        for rate in RATES:
+            master = trajectory(CONTENDERS["compiled_adam"], rate, exact, dtype)
+            for contender, make in {MASTER: CONTENDERS["compiled_adam"], **CONTENDERS}.items():
+                weights = exact if contender == MASTER else start
+                ours = trajectory(make, rate, weights, dtype)
+                decayed = trajectory(make, rate, weights, dtype, decay=0.1)
+                error = mx.where(mx.abs(master) > 1e-3, mx.abs(ours - master) / mx.abs(master), 0.0).max()
+                movement = mx.abs(ours - exact).mean() / mx.abs(master - exact).mean()
+                taken = mx.abs(exact - decayed).mean() / mx.abs(exact).mean()
+                rows.append(
+                    {
+                        "dtype": name,
+                        "learning_rate": rate,
+                        "contender": contender,
+                        "movement": _number(movement),
+                        "worst_error": _number(error),
+                        "decay": _number(taken / (1 - (1 - 0.1 * rate) ** STEPS)),
+                    }
+                )
+    return rows
+
+
+def _number(x: mx.array) -> float | None:
+    return float(x) if math.isfinite(float(x)) else None
+
+
+def percent(part: float | None) -> str:
+    return "nan" if part is None else f"{100 * part:.2f} %"
