@@ -16,6 +16,7 @@ class Group(NamedTuple):
     decays: bool
 
 
+ALL_ALIKE = Group(1.0, True)  # of every parameter, without a filter and multipliers
 DecayFilter = Callable[[str, mx.array], bool]
 
 

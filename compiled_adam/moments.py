@@ -21,6 +21,7 @@ import math
 import mlx.core as mx
 
 POLICIES = ("float32", "bfloat16", "8bit", "param")
+STOCHASTIC = ("bfloat16", "8bit")
 BLOCK = 128
 SMALL = 4096
 _DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}

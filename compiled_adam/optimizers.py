@@ -12,12 +12,12 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_map
 
-from . import moments, residual, rule
-from .groups import DecayFilter, Group, check_patterns, group
+from .groups import ALL_ALIKE, DecayFilter, Group, check_patterns, group
 from .layout import Aligned, along
+from .moments import POLICIES, STOCHASTIC, Stored
+from .update import FLOATS, Constants, Form, check_leaf, update, update_leaf
 
 LearningRate = float | mx.array | Callable[[mx.array], mx.array]
-_FLOATS = (mx.float32, mx.bfloat16, mx.float16)
 
 
 class Adam(optim.Adam):
@@ -93,6 +93,7 @@ class Adam(optim.Adam):
         self._decay_filter: DecayFilter | None = None
         self._compiled: dict[tuple[str, ...], Callable[..., Any]] = {}
         self.state.update(self._scalars())
+        self._scalar_names = ("step", "learning_rate", *self._scalars())
 
     @property
     def learning_rate(self) -> mx.array:
@@ -122,43 +123,30 @@ class Adam(optim.Adam):
         """Creates the state that is missing. Moments that exist are kept, and stored as ``moments`` says."""
         leaves = list(along(parameters, parameters))
         check_patterns([path for path, _, _ in leaves], self._multipliers)
+        for path, container, key in leaves:
+            if container[key].dtype not in FLOATS:
+                raise TypeError(
+                    f"the parameter {path!r} is {container[key].dtype}; Adam updates float32, bfloat16 and float16:"
+                    " convert it, freeze it, or pass model.trainable_parameters()"
+                )
         super().init(parameters)
         for name, value in self._scalars().items():
             self.state.setdefault(name, value)
         for (path, container, key), (_, states, its_key) in zip(leaves, along(parameters, self.state), strict=True):
             self._group(path, container[key])  # raises for patterns that contradict each other
-            self._complete(container[key], states[its_key])
+            self._form(container[key]).complete(container[key], states[its_key])
 
     def init_single(self, parameter: mx.array, state: dict) -> None:
         """Fills ``state`` with moments that are zero, of the parameter's shape, and a residual if there is one."""
-        state.update(moments.zeros(self._storage(parameter), parameter.shape))
-        self._complete(parameter, state)
+        state.update(self._form(parameter).zeros(parameter.shape))
 
-    def _complete(self, parameter: mx.array, state: dict) -> None:
-        """Brings a parameter's state, which may be stock MLX's, to the form that this optimizer keeps."""
-        kind = self._storage(parameter)
-        if not moments.is_stored(state, kind):
-            values = moments.decode(state)
-            for name in ("m_scale", "v_scale"):
-                state.pop(name, None)
-            state.update(moments.encode(kind, *values))
-        if self._compensated and residual.applies_to(parameter.dtype):
-            state.setdefault("residual", residual.zeros(parameter.shape))
-        else:
-            state.pop("residual", None)
-
-    def _storage(self, parameter: mx.array) -> str:
-        if parameter.dtype not in _FLOATS:
-            raise TypeError(
-                f"a parameter is {parameter.dtype}; Adam updates float32, bfloat16 and float16:"
-                " convert it, or freeze it"
-            )
-        return moments.storage(self._moments, parameter.shape, parameter.dtype)
+    def _form(self, parameter: mx.array) -> Form:
+        return Form.of(parameter, self._moments, self._compensated)
 
     def _scalars(self) -> dict[str, mx.array]:
         """What the state has beside ``step`` and ``learning_rate``, at its start."""
         scalars = {}
-        if self._moments in ("bfloat16", "8bit"):
+        if self._moments in STOCHASTIC:
             scalars["rounding_key"] = mx.random.key(0)
         if self._needs_norm():
             scalars |= {"grad_norm": mx.array(0.0), "skipped": mx.array(0, mx.int32)}
@@ -179,9 +167,9 @@ class Adam(optim.Adam):
                 "apply_single sees one parameter without its path; with clipping, skip_nonfinite, stochastic rounding,"
                 " multipliers or a decay_filter use apply_gradients"
             )
-        betas, eps, bias_correction, weight_decay, _ = self._constants()
-        c = rule.coefficients(self.step, self.learning_rate, betas, eps, bias_correction, weight_decay)
-        parameter, new = self._update_leaf(gradient, parameter, state, None, c, betas, _new_value)
+        constants = self._constants()
+        c = constants.coefficients(self.step, self.learning_rate, ALL_ALIKE)
+        parameter, new = update_leaf(gradient, parameter, state, self._form(parameter), c, constants.betas)
         state.update(new)
         return parameter
 
@@ -205,14 +193,11 @@ class Adam(optim.Adam):
             )
         # Outside the compiled update, because a schedule may be any Python function of the step's value.
         scheduled = {name: mx.array(f(self.step), mx.float32) for name, f in self._schedulers.items()}
-        update = self._compiled.get(leaves.paths)
-        if update is None:
-            groups = [self._group(*leaf) for leaf in zip(leaves.paths, leaves.parameters, strict=True)]
-            update = mx.compile(partial(self._update, leaves.paths, groups))
-            self._compiled[leaves.paths] = update
-        names = ("step", "learning_rate", *self._scalars())
-        scalars = {name: self.state[name] for name in names if name not in scheduled} | scheduled
-        new_parameters, states, scalars = update(
+        compiled = self._compiled.get(leaves.paths)
+        if compiled is None:
+            compiled = self._compiled[leaves.paths] = mx.compile(partial(self._trace, leaves.paths))
+        scalars = {name: self.state[name] for name in self._scalar_names if name not in scheduled} | scheduled
+        new_parameters, states, scalars = compiled(
             leaves.gradients, leaves.parameters, leaves.states, scalars, self._constants()
         )
         self.state.update(scalars)
@@ -221,114 +206,37 @@ class Adam(optim.Adam):
         result = iter(new_parameters)
         return tree_map(lambda _: next(result), gradients)
 
-    def _constants(self) -> tuple[tuple[float, float], float, bool, float, float | None]:
+    def _trace(
+        self,
+        paths: tuple[str, ...],
+        gradients: list[mx.array],
+        parameters: list[mx.array],
+        states: list[Stored],
+        scalars: Stored,
+        constants: tuple[Any, ...],
+    ) -> tuple[list[mx.array], list[Stored], Stored]:
+        """What is compiled: `update` of leaves whose groups and forms of storage are found out here, once a trace."""
+        self._traces += 1
+        forms = [self._form(p) for p in parameters]
+        for leaf in zip(paths, gradients, parameters, states, forms, strict=True):
+            check_leaf(*leaf)
+        groups = [self._group(path, p) for path, p in zip(paths, parameters, strict=True)]
+        return update(gradients, parameters, states, scalars, groups, forms, Constants(*constants))
+
+    def _constants(self) -> Constants:
         # Arguments of the compiled update rather than attributes it reads, so that changing one takes effect.
         b1, b2 = map(float, self.betas)
-        return (b1, b2), float(self.eps), bool(self.bias_correction), float(self.weight_decay), self._max_grad_norm
+        return Constants(
+            (b1, b2),
+            float(self.eps),
+            bool(self.bias_correction),
+            float(self.weight_decay),
+            self._max_grad_norm,
+            self._skip_nonfinite,
+        )
 
     def _group(self, path: str, parameter: mx.array) -> Group:
         return group(path, parameter, self._decay_filter, self._multipliers)
-
-    def _update(
-        self,
-        paths: tuple[str, ...],
-        groups: list[Group],
-        gradients: list[mx.array],
-        parameters: list[mx.array],
-        states: list[dict[str, mx.array]],
-        scalars: dict[str, mx.array],
-        constants: tuple[tuple[float, float], float, bool, float, float | None],
-    ) -> tuple[list[mx.array], list[dict[str, mx.array]], dict[str, mx.array]]:
-        """The whole update as a function of arrays; runs once per trace, so it is also the place to check."""
-        self._traces += 1
-        betas, eps, bias_correction, weight_decay, max_grad_norm = constants
-        new: dict[str, mx.array] = {**scalars, "step": scalars["step"] + 1}
-        clip = finite = None
-        if self._needs_norm():
-            new["grad_norm"] = norm = rule.global_norm(gradients)
-            clip = None if max_grad_norm is None else rule.clip_factor(norm, max_grad_norm)
-            finite = rule.unfused(mx.isfinite(norm)) if self._skip_nonfinite else None
-        bits: list[mx.array | None] = [None] * len(parameters)
-        if "rounding_key" in scalars:
-            new["rounding_key"], *keys = mx.random.split(scalars["rounding_key"], len(parameters) + 1)
-            bits = [moments.random_bits(key, p.shape) for key, p in zip(keys, parameters, strict=True)]
-        coefficients = {
-            each: rule.coefficients(
-                new["step"],
-                new["learning_rate"] * each.learning_rate_multiplier,
-                betas,
-                eps,
-                bias_correction,
-                weight_decay if each.decays else 0.0,
-                clip,
-            )
-            for each in dict.fromkeys(groups)
-        }
-
-        # Selected, not multiplied by zero: 0 * inf is not a number.
-        keep: residual.Keep = _new_value if finite is None else partial(mx.where, finite)
-        new_parameters, new_states = [], []
-        for path, its_group, g, p, state, its_bits in zip(
-            paths, groups, gradients, parameters, states, bits, strict=True
-        ):
-            self._check_leaf(path, g, p, state)
-            new_p, new_state = self._update_leaf(g, p, state, its_bits, coefficients[its_group], betas, keep)
-            new_parameters.append(new_p)
-            new_states.append(new_state)
-        if finite is not None:
-            new["skipped"] = scalars["skipped"] + mx.logical_not(finite)
-        for name in ("step", "rounding_key"):
-            if name in new:
-                new[name] = keep(new[name], scalars[name])
-        return new_parameters, new_states, new
-
-    def _update_leaf(
-        self,
-        gradient: mx.array,
-        parameter: mx.array,
-        state: dict[str, mx.array],
-        bits: mx.array | None,
-        c: rule.Coefficients,
-        betas: tuple[float, float],
-        keep: residual.Keep,
-    ) -> tuple[mx.array, dict[str, mx.array]]:
-        """Decode, update, encode: the new parameter and its new state, or the old ones where ``keep`` says so.
-
-        MLX fuses a value into a kernel only if all that uses it is in that kernel or is an output. So what is
-        selected is selected first, and everything after it uses the selected value.
-        """
-        kind = self._storage(parameter)
-        old_m, old_v = moments.decode(state)
-        m, v = rule.next_moments(gradient, old_m, old_v, c, betas)
-        if kind == "float32":
-            m, v = keep(m, old_m), keep(v, old_v)
-            new = {"m": m, "v": v}
-        else:
-            new = {name: keep(array, state[name]) for name, array in moments.encode(kind, m, v, bits).items()}
-        if "residual" not in state:
-            coarse = parameter.dtype != mx.float32
-            value = rule.next_weight(parameter.astype(mx.float32), m, v, c, coarse)
-            return keep(value.astype(parameter.dtype), parameter), new
-        # Two kernels: in one, MLX would cut where its eleven levels happen to end.
-        value = rule.unfused(rule.next_weight(residual.join(parameter, state["residual"]), m, v, c))
-        weight, new["residual"] = residual.split(value, parameter, state["residual"], keep)
-        return weight, new
-
-    def _check_leaf(self, path: str, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> None:
-        for what, array in (("gradient", gradient), ("first moment", state["m"])):
-            if array.shape != parameter.shape:
-                raise ValueError(
-                    f"the {what} of {path!r} has shape {array.shape}, but the parameter has {parameter.shape};"
-                    " they must be the same"
-                )
-        if gradient.dtype not in _FLOATS:
-            raise TypeError(f"the gradient of {path!r} is {gradient.dtype}; it must be float32, bfloat16 or float16")
-        needs_residual = self._compensated and residual.applies_to(parameter.dtype)
-        if needs_residual != ("residual" in state) or not moments.is_stored(state, self._storage(parameter)):
-            raise ValueError(
-                f"the state of {path!r} was made for another dtype or other options;"
-                " call optimizer.init(parameters), which converts it"
-            )
 
     def __getstate__(self) -> dict[str, Any]:
         # Compiled functions can be neither copied nor pickled; a copy traces its own.
@@ -384,10 +292,6 @@ class AdamW(Adam):
         self._decay_filter = decay_filter
 
 
-def _new_value(new: mx.array, old: mx.array) -> mx.array:
-    return new
-
-
 def _check_options(
     policy: str,
     compensated: bool,
@@ -395,8 +299,8 @@ def _check_options(
     skip_nonfinite: bool,
     multipliers: Mapping[str, float] | None,
 ) -> None:
-    if policy not in moments.POLICIES:
-        raise ValueError(f"moments is {policy!r}; it must be one of {', '.join(map(repr, moments.POLICIES))}")
+    if policy not in POLICIES:
+        raise ValueError(f"moments is {policy!r}; it must be one of {', '.join(map(repr, POLICIES))}")
     for name, flag in (("compensated", compensated), ("skip_nonfinite", skip_nonfinite)):
         if not isinstance(flag, bool):
             raise ValueError(f"{name} is {flag!r}; it must be True or False")

@@ -22,6 +22,11 @@ import mlx.core as mx
 Keep = Callable[[mx.array, mx.array], mx.array]  # of a new and an old value, the one that holds
 
 
+def new_value(new: mx.array, old: mx.array) -> mx.array:
+    """The `Keep` that always updates."""
+    return new
+
+
 def applies_to(dtype: mx.Dtype) -> bool:
     """Whether weights of this dtype lose anything: bfloat16 and float16 do."""
     return dtype in (mx.bfloat16, mx.float16)
@@ -43,9 +48,7 @@ def join(weight: mx.array, residual: mx.array) -> mx.array:
     return rounded + residual.astype(mx.float32) * unit
 
 
-def split(
-    value: mx.array, weight: mx.array, residual: mx.array, keep: Keep = lambda new, old: new
-) -> tuple[mx.array, mx.array]:
+def split(value: mx.array, weight: mx.array, residual: mx.array, keep: Keep = new_value) -> tuple[mx.array, mx.array]:
     """``value`` (float32) as a new weight of the dtype of ``weight``, and its residual: the inverse of `join`.
 
     ``keep`` selects between each of them and the old one.

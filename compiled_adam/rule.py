@@ -14,6 +14,7 @@ and ``1 - a w`` are both 1, so the second moment never decays and the weights ne
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -96,7 +97,7 @@ def next_weight(p: mx.array, m: mx.array, v: mx.array, c: Coefficients, coarse: 
     return (p - c.decay * p) - change if coarse else p - (change + c.decay * p)
 
 
-def global_norm(gradients: list[mx.array]) -> mx.array:
+def global_norm(gradients: Sequence[mx.array]) -> mx.array:
     """The Euclidean norm over all gradients together, in float32: a 0-d array, 0 for an empty list.
 
     >>> global_norm([mx.array([3.0]), mx.array(4.0, mx.float16)]).item()

@@ -121,6 +121,14 @@ def test_adapters_load_into_mlx_lm(tiny_model: Path, tmp_path: Path) -> None:
         assert mx.array_equal(a, b).item(), path
 
 
+@pytest.mark.parametrize("policy", ["float32", "bfloat16", "8bit", "param"])
+def test_stock_mlx_lm_trains_with_every_policy(policy: str, tiny_model: Path, tmp_path: Path) -> None:
+    optimizer = ca.AdamW(1e-3, moments=policy, max_grad_norm=1.0, skip_nonfinite=True, decay_filter=ca.decay_matrices)
+    _, reported = run(trainer.train, tiny_model, "full", optimizer, tmp_path)
+    assert reported.validation[-1]["val_loss"] < reported.validation[0]["val_loss"]
+    assert optimizer.step.item() == 8 and optimizer.skipped.item() == 0 and optimizer.grad_norm.item() > 0
+
+
 def test_any_mlx_optimizer_and_gradient_checkpointing(tiny_model: Path, tmp_path: Path) -> None:
     from mlx_lm.models import llama
 

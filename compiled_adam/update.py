@@ -1,0 +1,164 @@
+"""The whole update as one function of arrays: norm, clipping, guard, coefficients, and every leaf."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from . import moments, residual, rule
+from .groups import Group
+from .moments import Stored
+from .residual import Keep
+
+FLOATS = (mx.float32, mx.bfloat16, mx.float16)
+
+
+class Form(NamedTuple):
+    """How one parameter's state is stored."""
+
+    moments: str  # "float32", "bfloat16", "float16" or "8bit"
+    stochastic: bool  # whether the moments are rounded at random
+    compensated: bool  # whether the weight has a residual
+
+    @classmethod
+    def of(cls, parameter: mx.array, policy: str, compensated: bool) -> Form:
+        kind = moments.storage(policy, parameter.shape, parameter.dtype)
+        return cls(kind, policy in moments.STOCHASTIC, compensated and residual.applies_to(parameter.dtype))
+
+    def zeros(self, shape: tuple[int, ...]) -> Stored:
+        state = moments.zeros(self.moments, shape)
+        return {**state, "residual": residual.zeros(shape)} if self.compensated else state
+
+    def fits(self, state: Stored) -> bool:
+        return self.compensated == ("residual" in state) and moments.is_stored(state, self.moments)
+
+    def complete(self, parameter: mx.array, state: Stored) -> None:
+        """Brings a parameter's state, which may be stock MLX's or another policy's, to this form."""
+        if not moments.is_stored(state, self.moments):
+            m, v = moments.decode(state)
+            for name in ("m_scale", "v_scale"):
+                state.pop(name, None)
+            state.update(moments.encode(self.moments, m, v))
+        if self.compensated:
+            state.setdefault("residual", residual.zeros(parameter.shape))
+        else:
+            state.pop("residual", None)
+
+
+class Constants(NamedTuple):
+    """The numbers and switches that a trace contains."""
+
+    betas: tuple[float, float]
+    eps: float
+    bias_correction: bool
+    weight_decay: float
+    max_grad_norm: float | None
+    skip_nonfinite: bool
+
+    def coefficients(
+        self, step: mx.array, learning_rate: mx.array, group: Group, clip: mx.array | None = None
+    ) -> rule.Coefficients:
+        return rule.coefficients(
+            step,
+            learning_rate * group.learning_rate_multiplier,
+            self.betas,
+            self.eps,
+            self.bias_correction,
+            self.weight_decay if group.decays else 0.0,
+            clip,
+        )
+
+
+def update(
+    gradients: Sequence[mx.array],
+    parameters: Sequence[mx.array],
+    states: Sequence[Stored],
+    scalars: Stored,
+    groups: Sequence[Group],
+    forms: Sequence[Form],
+    constants: Constants,
+) -> tuple[list[mx.array], list[Stored], Stored]:
+    """The new parameters, states and scalars, all in the order and form of the old.
+
+    ``scalars`` has ``step``, ``learning_rate`` (already that of this step), ``rounding_key`` for stochastic rounding,
+    and ``grad_norm`` and ``skipped`` with clipping or the guard.
+    """
+    new = {**scalars, "step": scalars["step"] + 1}
+    clip = finite = None
+    if "grad_norm" in scalars:
+        new["grad_norm"] = norm = rule.global_norm(gradients)
+        clip = None if constants.max_grad_norm is None else rule.clip_factor(norm, constants.max_grad_norm)
+        finite = rule.unfused(mx.isfinite(norm)) if constants.skip_nonfinite else None
+    bits: list[mx.array | None] = [None] * len(parameters)
+    if "rounding_key" in scalars:
+        new["rounding_key"], *keys = mx.random.split(scalars["rounding_key"], len(parameters) + 1)
+        bits = [moments.random_bits(key, p.shape) for key, p in zip(keys, parameters, strict=True)]
+    coefficients = {
+        group: constants.coefficients(new["step"], new["learning_rate"], group, clip) for group in dict.fromkeys(groups)
+    }
+
+    # Selected, not multiplied by zero: 0 * inf is not a number.
+    keep: Keep = residual.new_value if finite is None else partial(mx.where, finite)
+    updated = [
+        update_leaf(g, p, state, form, coefficients[group], constants.betas, its_bits, keep)
+        for g, p, state, form, group, its_bits in zip(gradients, parameters, states, forms, groups, bits, strict=True)
+    ]
+    if finite is not None:
+        new["skipped"] = scalars["skipped"] + mx.logical_not(finite)
+    for name in ("step", "rounding_key"):
+        if name in new:
+            new[name] = keep(new[name], scalars[name])
+    return [p for p, _ in updated], [state for _, state in updated], new
+
+
+def update_leaf(
+    gradient: mx.array,
+    parameter: mx.array,
+    state: Stored,
+    form: Form,
+    c: rule.Coefficients,
+    betas: tuple[float, float],
+    bits: mx.array | None = None,
+    keep: Keep = residual.new_value,
+) -> tuple[mx.array, Stored]:
+    """Decode, update, encode: a new parameter and its new state, or the old ones where ``keep`` says so.
+
+    MLX fuses a value into a kernel only if all that uses it is in that kernel or is an output. So what is selected is
+    selected first, and everything after it uses the selected value.
+    """
+    old_m, old_v = moments.decode(state)
+    m, v = rule.next_moments(gradient, old_m, old_v, c, betas)
+    if form.moments == "float32":
+        m, v = keep(m, old_m), keep(v, old_v)
+        new = {"m": m, "v": v}
+    else:
+        stored = moments.encode(form.moments, m, v, bits if form.stochastic else None)
+        new = {name: keep(array, state[name]) for name, array in stored.items()}
+    if not form.compensated:
+        coarse = parameter.dtype != mx.float32
+        value = rule.next_weight(parameter.astype(mx.float32), m, v, c, coarse)
+        return keep(value.astype(parameter.dtype), parameter), new
+    # Two kernels: in one, MLX would cut where its eleven levels happen to end.
+    value = rule.unfused(rule.next_weight(residual.join(parameter, state["residual"]), m, v, c))
+    weight, new["residual"] = residual.split(value, parameter, state["residual"], keep)
+    return weight, new
+
+
+def check_leaf(path: str, gradient: mx.array, parameter: mx.array, state: Stored, form: Form) -> None:
+    """Raises an error that names ``path`` for a gradient or a state that does not belong to the parameter."""
+    for what, array in (("gradient", gradient), ("first moment", state["m"])):
+        if array.shape != parameter.shape:
+            raise ValueError(
+                f"the {what} of {path!r} has shape {array.shape}, but the parameter has {parameter.shape};"
+                " they must be the same"
+            )
+    if gradient.dtype not in FLOATS:
+        raise TypeError(f"the gradient of {path!r} is {gradient.dtype}; it must be float32, bfloat16 or float16")
+    if not form.fits(state):
+        raise ValueError(
+            f"the state of {path!r} was made for another dtype or other options;"
+            " call optimizer.init(parameters), which converts it"
+        )
