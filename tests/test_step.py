@@ -18,7 +18,14 @@ class Net(nn.Module):
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
-        self.layers = [nn.Linear(4, 8), nn.BatchNorm(8), nn.Dropout(dropout), nn.Linear(8, 8), nn.Linear(8, 1)]
+        # No bias before the normalisation: its gradient is zero but for rounding, which Adam would blow up.
+        self.layers = [
+            nn.Linear(4, 8, bias=False),
+            nn.BatchNorm(8),
+            nn.Dropout(dropout),
+            nn.Linear(8, 8),
+            nn.Linear(8, 1),
+        ]
         self.layers[3].freeze()
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -336,7 +343,7 @@ def test_changed_parameters_are_named() -> None:
     before = values(model)
 
     model.layers[0].freeze()
-    with pytest.raises(ValueError, match=r"no longer trainable: layers\.0\.bias, layers\.0\.weight.*make_step again"):
+    with pytest.raises(ValueError, match=r"no longer trainable: layers\.0\.weight.*make_step again"):
         step(*batch())
     model.layers[0].unfreeze()
     model.layers[3].unfreeze()
