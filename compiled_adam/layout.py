@@ -30,11 +30,6 @@ class Places:
         for (container, key), array in zip(self._places, arrays, strict=True):
             container[key] = array
 
-    def write_at(self, indices: Sequence[int], arrays: Sequence[mx.array]) -> None:
-        for index, array in zip(indices, arrays, strict=True):
-            container, key = self._places[index]
-            container[key] = array
-
 
 class Structure:
     """The containers of a tree: whether they still are what they were, and a way back to it.
@@ -122,6 +117,22 @@ def along(template: Any, tree: Any, prefix: str = "") -> Iterator[tuple[str, Any
             yield from along(value, tree[key], f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", tree, key
+
+
+def indexed(tree: Any, indices: dict[str, int], prefix: str = "") -> Any:
+    """``tree`` with the index of its path at each leaf, and without the leaves that have none.
+
+    Those are tied parameters under a further path: an update, or the norm, must not count them again. In a list, where
+    leaving one out would move the others, it is an empty dict, as MLX has it for a frozen layer.
+    """
+    if isinstance(tree, dict):
+        children = {key: indexed(child, indices, f"{prefix}.{key}") for key, child in tree.items()}
+        return {key: child for key, child in children.items() if child is not None}
+    if isinstance(tree, (list, tuple)):
+        return [
+            {} if (child := indexed(each, indices, f"{prefix}.{i}")) is None else child for i, each in enumerate(tree)
+        ]
+    return indices.get(prefix[1:])
 
 
 class Aligned:

@@ -40,11 +40,15 @@ def storage(policy: str, shape: tuple[int, ...], dtype: mx.Dtype) -> str:
     return "float32" if policy == "8bit" and math.prod(shape) < SMALL else policy
 
 
-def is_stored(state: Stored, kind: str) -> bool:
-    """Whether ``state`` holds moments in the form of ``kind``."""
-    if kind == "8bit":
-        return state["m"].dtype == mx.int8
-    return state["m"].dtype == state["v"].dtype == _DTYPES[kind]
+def is_stored(state: Stored, kind: str, shape: tuple[int, ...]) -> bool:
+    """Whether ``state`` holds moments of a parameter of ``shape`` in the form of ``kind``."""
+    dtypes = (mx.int8, mx.uint8) if kind == "8bit" else (_DTYPES[kind], _DTYPES[kind])
+    blocks = (-(-math.prod(shape) // BLOCK),)
+    scales = [("m_scale", mx.float32, blocks), ("v_scale", mx.float32, blocks)] if kind == "8bit" else []
+    return all(
+        name in state and state[name].dtype == dtype and state[name].shape == its_shape
+        for name, dtype, its_shape in [("m", dtypes[0], shape), ("v", dtypes[1], shape), *scales]
+    )
 
 
 def zeros(kind: str, shape: tuple[int, ...]) -> Stored:
@@ -94,8 +98,8 @@ def random_bits(key: mx.array, shape: tuple[int, ...]) -> mx.array:
 
 
 def _per_scale(codes: int, scale: mx.array) -> mx.array:
-    """``codes / scale`` for each block, 0 for a block of zeros."""
-    return mx.where(scale > 0, codes / scale, 0.0)[:, None]
+    """``codes / scale`` for each block; 0 for a block of zeros, and for one so small that the quotient is infinite."""
+    return mx.where(scale > 2.0**-100, codes / scale, 0.0)[:, None]
 
 
 def _uniform(bits: mx.array, shift: int) -> mx.array:

@@ -17,6 +17,7 @@ from .layout import Aligned, along
 from .moments import POLICIES, STOCHASTIC, Stored
 from .update import FLOATS, Constants, Form, check_leaf, update, update_leaf
 
+_SCALARS = ("rounding_key", "grad_norm", "skipped")  # what the state may have beside step and learning_rate
 LearningRate = float | mx.array | Callable[[mx.array], mx.array]
 
 
@@ -46,8 +47,9 @@ class Adam(optim.Adam):
             float32 master copy. Default True. No effect on float32 parameters.
         max_grad_norm: the gradients are scaled so that their global norm, computed in float32, is at most this.
             Default None: no clipping.
-        skip_nonfinite: when the global norm is infinite or not a number, parameters, moments, residuals, rounding
-            key and ``step`` keep their values bit for bit, and ``skipped`` goes up by one. Default False.
+        skip_nonfinite: when the global norm is not a number or infinite (also that of finite gradients beyond 1e19),
+            parameters, moments, residuals, rounding key and ``step`` keep their values bit for bit, and ``skipped``
+            goes up by one. Default False.
         learning_rate_multipliers: ``{pattern: factor}``: the learning rate of parameters whose path the regular
             expression matches (``re.search``) is multiplied by the factor. Default None.
 
@@ -80,6 +82,8 @@ class Adam(optim.Adam):
         skip_nonfinite: bool = False,
         learning_rate_multipliers: Mapping[str, float] | None = None,
     ) -> None:
+        if len(betas) != 2:
+            raise ValueError(f"betas is {betas!r}; it must be two numbers")
         super().__init__(learning_rate, betas, eps, bias_correction)  # type: ignore[arg-type]
         self.learning_rate = self.state["learning_rate"]  # float32, whatever a schedule returns
         _check_options(moments, compensated, max_grad_norm, skip_nonfinite, learning_rate_multipliers)
@@ -91,6 +95,7 @@ class Adam(optim.Adam):
         self._skip_nonfinite = skip_nonfinite
         self._multipliers = dict(learning_rate_multipliers or {})
         self._decay_filter: DecayFilter | None = None
+        self._groups: dict[str, Group] = {}
         self._compiled: dict[tuple[str, ...], Callable[..., Any]] = {}
         self.state.update(self._scalars())
         self._scalar_names = ("step", "learning_rate", *self._scalars())
@@ -111,34 +116,51 @@ class Adam(optim.Adam):
 
     @property
     def grad_norm(self) -> mx.array | None:
-        return self.state.get("grad_norm")
+        return self.state["grad_norm"] if self._needs_norm() else None
 
     @property
     def skipped(self) -> mx.array | None:
-        return self.state.get("skipped")
+        return self.state["skipped"] if self._needs_norm() else None
 
     # State: one dictionary for each parameter, beside a few scalars.
 
     def init(self, parameters: dict) -> None:
-        """Creates the state that is missing. Moments that exist are kept, and stored as ``moments`` says."""
-        leaves = list(along(parameters, parameters))
-        check_patterns([path for path, _, _ in leaves], self._multipliers)
-        for path, container, key in leaves:
-            if container[key].dtype not in FLOATS:
+        """Creates the state that is missing. Moments that exist are kept, and stored as ``moments`` says.
+
+        Raises TypeError or ValueError for parameters that Adam cannot update, for an incomplete state, and for
+        patterns that match no parameter or the same one.
+        """
+        self._init(parameters, parameters)
+
+    def _init(self, parameters: dict, all_parameters: dict) -> None:
+        check_patterns([path for path, _, _ in along(all_parameters, all_parameters)], self._multipliers)
+        leaves = [(path, container[key]) for path, container, key in along(parameters, parameters)]
+        for path, parameter in leaves:
+            if parameter.dtype not in FLOATS:
                 raise TypeError(
-                    f"the parameter {path!r} is {container[key].dtype}; Adam updates float32, bfloat16 and float16:"
+                    f"the parameter {path!r} is {parameter.dtype}; Adam updates float32, bfloat16 and float16:"
                     " convert it, freeze it, or pass model.trainable_parameters()"
                 )
+            self._group(path, parameter)
+        for name in ("step", *(() if self._schedulers else ("learning_rate",))):
+            if name not in self.state:
+                raise ValueError(f"the optimizer's state has no {name!r}; assign a complete one")
         super().init(parameters)
-        for name, value in self._scalars().items():
-            self.state.setdefault(name, value)
-        for (path, container, key), (_, states, its_key) in zip(leaves, along(parameters, self.state), strict=True):
-            self._group(path, container[key])  # raises for patterns that contradict each other
-            self._form(container[key]).complete(container[key], states[its_key])
+        own = self._scalars()
+        for name in _SCALARS:
+            if name in own:
+                self.state.setdefault(name, own[name])
+            elif isinstance(self.state.get(name), mx.array):
+                del self.state[name]  # of an optimizer with other options, whose state was assigned
+        for (path, parameter), (_, states, key) in zip(leaves, along(parameters, self.state), strict=True):
+            try:
+                states[key] = self._form(parameter).converted(parameter, states[key])
+            except KeyError as missing:
+                raise ValueError(f"the state of {path!r} has no {missing}; assign a complete one") from None
 
     def init_single(self, parameter: mx.array, state: dict) -> None:
         """Fills ``state`` with moments that are zero, of the parameter's shape, and a residual if there is one."""
-        state.update(self._form(parameter).zeros(parameter.shape))
+        state.update(self._form(parameter).zeros(parameter))
 
     def _form(self, parameter: mx.array) -> Form:
         return Form.of(parameter, self._moments, self._compensated)
@@ -162,16 +184,19 @@ class Adam(optim.Adam):
 
         Raises ValueError with options that need the other gradients or the parameter's path.
         """
-        if self._needs_norm() or self._multipliers or self._decay_filter or "rounding_key" in self.state:
-            raise ValueError(
-                "apply_single sees one parameter without its path; with clipping, skip_nonfinite, stochastic rounding,"
-                " multipliers or a decay_filter use apply_gradients"
-            )
+        self._refuse_leaf_by_leaf()
         constants = self._constants()
         c = constants.coefficients(self.step, self.learning_rate, ALL_ALIKE)
         parameter, new = update_leaf(gradient, parameter, state, self._form(parameter), c, constants.betas)
         state.update(new)
         return parameter
+
+    def _refuse_leaf_by_leaf(self) -> None:
+        if self._needs_norm() or self._multipliers or self._decay_filter or self._moments in STOCHASTIC:
+            raise ValueError(
+                "apply_single sees one parameter without its path; clipping, skip_nonfinite, stochastic rounding,"
+                " multipliers and a decay_filter need apply_gradients, and no apply_single of a subclass"
+            )
 
     def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
         """The updated parameters, as a tree like ``gradients``, which may be a subset of ``parameters``.
@@ -181,9 +206,10 @@ class Adam(optim.Adam):
         """
         if not self._initialized:
             Aligned(gradients, parameters, self.state)  # raises before any state is made for a wrong tree
-            self.init(tree_map(lambda _, parameter: parameter, gradients, parameters))
+            self._init(tree_map(lambda _, parameter: parameter, gradients, parameters), parameters)
         if type(self).apply_single is not Adam.apply_single:
             # MLX's way to extend an optimizer: a subclass that has its own update of one parameter gets it called.
+            self._refuse_leaf_by_leaf()
             return super().apply_gradients(gradients, parameters)
         leaves = Aligned(gradients, parameters, self.state)
         if leaves.without_state:
@@ -236,7 +262,9 @@ class Adam(optim.Adam):
         )
 
     def _group(self, path: str, parameter: mx.array) -> Group:
-        return group(path, parameter, self._decay_filter, self._multipliers)
+        if path not in self._groups:
+            self._groups[path] = group(path, parameter, self._decay_filter, self._multipliers)
+        return self._groups[path]
 
     def __getstate__(self) -> dict[str, Any]:
         # Compiled functions can be neither copied nor pickled; a copy traces its own.
@@ -288,6 +316,8 @@ class AdamW(Adam):
         )
         if decay_filter is not None and not callable(decay_filter):
             raise ValueError(f"decay_filter is {decay_filter!r}; it must be a function of (path, parameter), or None")
+        if not 0 <= float(weight_decay) < math.inf:
+            raise ValueError(f"weight_decay is {weight_decay!r}; it must be a number of at least 0")
         self.weight_decay = weight_decay
         self._decay_filter = decay_filter
 

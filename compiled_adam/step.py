@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import numbers
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
@@ -18,7 +19,7 @@ from mlx.utils import tree_map
 
 from . import batch as batches
 from . import rule
-from .layout import Places, Structure, along
+from .layout import Places, Structure, along, indexed
 from .optimizers import Adam
 
 
@@ -41,13 +42,6 @@ class _Update(NamedTuple):
     grad_norm: mx.array
 
 
-class _Gradient(NamedTuple):
-    """The compiled loss and gradient of one batch signature."""
-
-    run: Callable[..., Any]
-    assigned: list[int]  # which of the model's arrays the forward pass assigns; known once traced
-
-
 class TrainStep:
     """A compiled train step: ``step(*batch)`` computes the loss and its gradient and updates the model in place.
 
@@ -56,7 +50,8 @@ class TrainStep:
 
     loss_fn is traced: its Python runs when a batch has a new signature, not at every call. So a trace holds what
     Python it met: other arrays than the model's and the batch's (a second model in a closure), attributes such as a
-    dropout rate, activation functions. Pass what changes in the batch; the modules' ``training`` flags are followed.
+    dropout rate, activation functions; a schedule must be a pure function of the step. Pass what changes in the batch;
+    the modules' ``training`` flags are followed.
 
     Args:
         model: the module to train: its trainable parameters are updated, and arrays that the forward pass assigns
@@ -65,9 +60,9 @@ class TrainStep:
             with it.
         optimizer: any ``mlx.optimizers`` optimizer. Default ``Adam(1e-3)``.
         accumulate: micro-batches per update, at least 1. Default 1.
-        weighted: whether the second item of loss_fn's tuple is the weight of the batch, a 0-d array, usually its
-            number of tokens. The loss is then a mean over that many; a batch of weight 0 counts for nothing.
-            Default False.
+        weighted: whether the second item of loss_fn's tuple is the weight of the batch, a 0-d array of at least 0,
+            usually its number of tokens. The loss is then a mean over that many. In a window, a batch of weight 0
+            counts for nothing, whatever its loss; a window of such batches has the gradient 0. Default False.
         max_traces: how many gradient traces are kept. A trace belongs to a batch signature (structure, shapes,
             dtypes, Python constants) and the modules' ``training`` flags; the least recently used goes first.
 
@@ -115,9 +110,9 @@ class TrainStep:
         self._weighted = weighted
         self._max_traces = max_traces
         self.traces = {"grad": 0, "accumulate": 0, "update": 0, "evicted": 0}
+        self._window: Any = None  # what `_trace_add` returns; None while it is empty
         self._filled = 0
         self._bind()
-        self._window = self._empty_window()
 
     # Read-only, because traces contain them.
     model = property(lambda self: self._model)
@@ -128,44 +123,36 @@ class TrainStep:
 
     def __call__(self, *args: Any, **kwargs: Any) -> StepResult:
         """One (micro-)batch: ``loss_fn(model, *args, **kwargs)``, its gradient and, at a window's end, the update."""
-        self._rebind_if_changed()
-        random_key = _random_key()
-        try:
-            return self._step(args, kwargs)
-        except BaseException:
-            # A trace that ends early leaves a placeholder in MLX's random state, where nothing else can be assigned.
-            if _random_key() is not random_key:
-                high, low = cast(list[int], random_key.tolist())
-                mx.random.seed(high << 32 | low)
-            raise
-
-    def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepResult:
-        # First everything is built, lazily; then the model and the optimizer are assigned; nothing raises in between.
-        arrays, signature = batches.flatten(args, kwargs)
-        assigned, (loss, aux, values, gradients, weight) = self._gradient(signature, arrays)
-        window, filled = self._window, self._filled
-        if self._accumulate > 1:
-            window, filled = self._add(window, gradients, weight, loss), filled + 1
-            gradients, weight, _ = window
-        update = None
-        if self._accumulate == 1 or filled == self._accumulate:
-            update = self._apply(gradients, weight, dict(zip(assigned, values, strict=True)))
-            window, filled = self._empty_window(), 0
-        del gradients  # the graph alone must hold them, or their memory cannot be reused
-        self._arrays.write_at(assigned, values)
-        self._window, self._filled = window, filled
-        return self._finish(loss, aux, update)
+        with _random_state_kept_on_error():
+            self._rebind_if_changed()
+            batch, signature = batches.flatten(args, kwargs)
+            # First everything is built, lazily; then everything is assigned; nothing raises in between.
+            loss, aux, arrays, gradients, weight = self._gradient(signature, batch)
+            window, filled, update = None, 0, None
+            if self._accumulate > 1:
+                window = self._add(self._window or self._empty_window(), gradients, weight, loss)
+                filled = self._filled + 1
+                gradients, weight, _ = window
+            if filled in (0, self._accumulate):
+                update = self._apply(arrays[: len(self._parameters)], gradients, weight)
+                window, filled = None, 0
+            del gradients  # the graph alone must hold them, or their memory cannot be reused
+            self._arrays.write(arrays)
+            del arrays
+            self._window, self._filled = window, filled
+            return self._finish(loss, aux, update)
 
     def flush(self) -> StepResult | None:
         """Applies a window that is only partly filled, as the mean over what it has; None if it is empty."""
         if not self._filled:
             return None
-        self._rebind_if_changed()
-        gradients, weight, loss = self._window
-        update = self._apply(gradients, weight, {})
-        del gradients
-        self._window, self._filled = self._empty_window(), 0
-        return self._finish(loss / weight, (), update)
+        with _random_state_kept_on_error():
+            self._rebind_if_changed()
+            gradients, weight, loss = self._window
+            update = self._apply(self._parameters.read(), gradients, weight)
+            del gradients
+            self._window, self._filled = None, 0
+            return self._finish(loss / weight, (), update)
 
     def _finish(self, loss: mx.array, aux: Any, update: _Update | None) -> StepResult:
         """Assigns what an update has made, and starts the evaluation of everything that changed, all at once."""
@@ -174,12 +161,12 @@ class TrainStep:
             self._state.write(update.state)
         grad_norm = None if update is None else update.grad_norm
         mx.async_eval(loss, aux, grad_norm, self._arrays.read(), self._state.read(), self._window, _random_key())
-        skipped = self._optimizer.state.get("skipped", mx.array(0))
+        skipped = sum((state["skipped"] for state in self._state_roots if "skipped" in state), mx.array(0))
         return StepResult(loss, tuple(aux), grad_norm, _learning_rate(self._optimizer), update is not None, skipped)
 
     # The gradient, one compiled function for each batch signature.
 
-    def _gradient(self, signature: Hashable, arrays: list[mx.array]) -> tuple[list[int], Any]:
+    def _gradient(self, signature: Hashable, batch: list[mx.array]) -> Any:
         # Layers read `training` while they are traced, so a trace holds for one setting of it only.
         key = signature, tuple([module.training for module in self._structure.modules])
         gradient = self._gradients.pop(key, None)
@@ -188,43 +175,40 @@ class TrainStep:
                 self._gradients.popitem(last=False)
                 self.traces["evicted"] += 1
             gradient = self._compile_gradient(signature)
-        result = gradient.run(self._arrays.read(), arrays)
+        result = gradient(self._arrays.read(), batch)
         self._gradients[key] = gradient  # the most recently used comes last
-        return gradient.assigned, result
+        return result
 
-    def _compile_gradient(self, signature: Hashable) -> _Gradient:
-        assigned: list[int] = []
-
-        def gradient(given: list[mx.array], arrays: list[mx.array]) -> Any:
+    def _compile_gradient(self, signature: Hashable) -> Callable[..., Any]:
+        def gradient(arrays: list[mx.array], batch: list[mx.array]) -> Any:
             self.traces["grad"] += 1
-            args, kwargs = batches.rebuild(signature, iter(arrays))
+            args, kwargs = batches.rebuild(signature, iter(batch))
+            # New Python objects: `self.count += 1` in the forward pass changes the object that it finds.
+            arrays = [mx.array(array) for array in arrays]
             trainable = len(self._parameters)
             # Everything but the loss leaves by a list: as a further output of value_and_grad it gets a
             # stop_gradient, over which mx.compile loses outputs (IndexError) if a cast occurs in the loss as well.
             rest: list[Any] = []
 
             def forward(parameters: list[mx.array]) -> mx.array:
-                placed = [*parameters, *given[trainable:]]
-                self._arrays.write(placed)
+                self._arrays.write([*parameters, *arrays[trainable:]])
                 loss, aux, weight = _checked(self._loss_fn(self._model, *args, **kwargs), self._weighted)
                 self._refuse_new_arrays()
-                now = self._arrays.read()
-                assigned[:] = [i for i, array in enumerate(now) if array is not placed[i]]
-                rest.extend((aux, [now[i] for i in assigned], weight))
+                # All of them, for what was assigned in place cannot be told; what was not passes through.
+                rest.extend((aux, self._arrays.read(), weight))
                 return loss
 
             before = self._structure.snapshot()
             try:
-                loss, gradients = mx.value_and_grad(forward)(given[:trainable])
+                loss, gradients = mx.value_and_grad(forward)(arrays[:trainable])
             except BaseException:
                 self._structure.restore(before, attributes=True)
                 raise
             self._structure.restore(before)
-            aux, values, weight = rest
-            return loss, aux, values, gradients, weight
+            aux, arrays, weight = rest
+            return loss, aux, arrays, gradients, weight
 
-        random_state = [mx.random.state]
-        return _Gradient(mx.compile(gradient, inputs=random_state, outputs=random_state), assigned)
+        return _compiled_with_random_state(gradient)
 
     def _refuse_new_arrays(self) -> None:
         if not self._structure.intact():
@@ -237,8 +221,7 @@ class TrainStep:
     # The window of accumulated gradients: their weighted sum, the sum of weights and of losses.
 
     def _empty_window(self) -> Any:
-        totals = [mx.zeros(p.shape, mx.float32) for p in self._parameters.read()] if self._accumulate > 1 else []
-        return totals, mx.array(0.0), mx.array(0.0)
+        return [mx.zeros(p.shape, mx.float32) for p in self._parameters.read()], mx.array(0.0), mx.array(0.0)
 
     def _trace_add(self, window: Any, gradients: list[mx.array], weight: mx.array, loss: mx.array) -> Any:
         self.traces["accumulate"] += 1
@@ -249,13 +232,11 @@ class TrainStep:
 
         totals, total_weight, total_loss = window
         totals = [total + weighted(g) for total, g in zip(totals, gradients, strict=True)]
-        return totals, total_weight + weight, total_loss + weighted(loss)
+        return totals, total_weight + mx.maximum(weight, 0.0), total_loss + weighted(loss)
 
     # The update, one compiled function.
 
-    def _apply(self, gradients: list[mx.array], weight: mx.array, assigned: dict[int, mx.array]) -> _Update:
-        # What the forward pass assigned to a parameter is what is updated, as in a loop without a step.
-        parameters = [assigned.get(i, p) for i, p in enumerate(self._parameters.read())]
+    def _apply(self, parameters: list[mx.array], gradients: list[mx.array], weight: mx.array) -> _Update:
         return _Update(*self._update(parameters, gradients, weight, self._state.read(), _settings(self._optimizer)))
 
     def _trace_update(
@@ -269,7 +250,8 @@ class TrainStep:
         # `settings` are not read, the optimizer reads its own: they make a trace hold for these values only.
         self.traces["update"] += 1
         if self._accumulate > 1:
-            # Rounded once, to the dtype that the gradient of one big batch would have.
+            # Rounded once, to the dtype that the gradient of one big batch would have. Zero over zero is zero here.
+            weight = mx.where(weight > 0, weight, 1.0)
             gradients = [(g / weight).astype(p.dtype) for g, p in zip(gradients, parameters, strict=True)]
         before = self._state_structure.snapshot()
         try:
@@ -287,7 +269,7 @@ class TrainStep:
         return [leaves[path] for path in self._parameters.paths], state, norm
 
     def _tree(self, arrays: list[mx.array]) -> Any:
-        """The flat ``arrays`` as a tree of parameters; tied parameters get the same array in every place."""
+        """The flat ``arrays`` as a tree of parameters."""
         return tree_map(lambda index: arrays[index], self._template)
 
     # What the graphs are bound to.
@@ -296,36 +278,35 @@ class TrainStep:
         """Finds every array of the model and of the optimizer's state; makes new compiled functions for them."""
         trainable = self._model.trainable_parameters()
         structure = Structure(self._model)
-        index: dict[tuple[int, Any], int] = {}
+        seen: dict[tuple[int, Any], int] = {}
         places: list[tuple[str, Any, Any]] = []
-        indices = []
         for path, container, key in along(trainable, self._model):
             if not mx.issubdtype(container[key].dtype, mx.floating):
                 raise TypeError(
                     f"the trainable parameter {path!r} is {container[key].dtype}, which has no gradient;"
                     " freeze it, for example with model.freeze(recurse=False, keys=[...]) of its module"
                 )
-            if (id(container), key) not in index:  # else: tied, the same container under another path
-                index[id(container), key] = len(places)
+            if (id(container), key) not in seen:  # else: tied, the same container under another path
+                seen[id(container), key] = len(places)
                 places.append((path, container, key))
-            indices.append(index[id(container), key])
         if not places:
             raise ValueError("the model has no trainable parameters; unfreeze some with model.unfreeze()")
-        others = [leaf for leaf in structure.leaves if (id(leaf[1]), leaf[2]) not in index]
+        template = indexed(trainable, {path: i for i, (path, _, _) in enumerate(places)})
+        others = [leaf for leaf in structure.leaves if (id(leaf[1]), leaf[2]) not in seen]
         # State exists before the first trace, or that trace would hold for the first step only.
-        self._optimizer.init(trainable)
+        self._optimizer.init(tree_map(lambda i: places[i][1][places[i][2]], template))
 
         self._structure = structure
         self._parameters = Places(places)
         self._arrays = Places([*places, *others])  # the parameters come first
-        order = iter(indices)
-        self._template = tree_map(lambda _: next(order), trainable)
+        self._paths = {path for path, _, _ in along(trainable, trainable)}
+        self._template = template
         self._state_roots = _states(self._optimizer)
         self._state_structure = Structure(self._state_roots)
         self._state = Places(self._state_structure.leaves)
-        self._gradients: OrderedDict[Hashable, _Gradient] = OrderedDict()
+        self._gradients: OrderedDict[Hashable, Callable[..., Any]] = OrderedDict()
         self._add = mx.compile(self._trace_add)
-        self._update = mx.compile(self._trace_update)
+        self._update = _compiled_with_random_state(self._trace_update)
 
     def _rebind_if_changed(self) -> None:
         """Follows a model or an optimizer state whose containers were replaced; refuses other parameters."""
@@ -338,7 +319,7 @@ class TrainStep:
         ):
             return
         trainable = self._model.trainable_parameters()
-        before = {path for path, *_ in along(self._template, self._template)}
+        before = self._paths
         now = {path for path, *_ in along(trainable, trainable)}
         if before != now:
             changes = [
@@ -356,8 +337,6 @@ class TrainStep:
                 " gradients belong to the old ones; call flush() before you replace layers"
             )
         self._bind()
-        if not self._filled:
-            self._window = self._empty_window()
 
 
 make_step = TrainStep
@@ -386,6 +365,23 @@ def _checked(output: Any, weighted: bool) -> tuple[mx.array, list[Any], mx.array
     if weight.shape != ():
         raise ValueError(f"loss_fn returned a weight of shape {weight.shape}; reduce it to a scalar, as with .sum()")
     return loss, aux, weight
+
+
+def _compiled_with_random_state(function: Callable[..., Any]) -> Callable[..., Any]:
+    return mx.compile(function, inputs=[mx.random.state], outputs=[mx.random.state])
+
+
+@contextmanager
+def _random_state_kept_on_error() -> Iterator[None]:
+    """A trace that ends early leaves a placeholder in MLX's random state, which only ``mx.random.seed`` can assign."""
+    key = _random_key()
+    try:
+        yield
+    except BaseException:
+        if _random_key() is not key:
+            high, low = cast(list[int], key.tolist())
+            mx.random.seed(high << 32 | low)
+        raise
 
 
 def _random_key() -> mx.array:

@@ -28,24 +28,33 @@ class Form(NamedTuple):
         kind = moments.storage(policy, parameter.shape, parameter.dtype)
         return cls(kind, policy in moments.STOCHASTIC, compensated and residual.applies_to(parameter.dtype))
 
-    def zeros(self, shape: tuple[int, ...]) -> Stored:
-        state = moments.zeros(self.moments, shape)
-        return {**state, "residual": residual.zeros(shape)} if self.compensated else state
+    def zeros(self, parameter: mx.array) -> Stored:
+        state = moments.zeros(self.moments, parameter.shape)
+        return {**state, "residual": residual.zeros(parameter)} if self.compensated else state
 
-    def fits(self, state: Stored) -> bool:
-        return self.compensated == ("residual" in state) and moments.is_stored(state, self.moments)
+    def fits(self, parameter: mx.array, state: Stored) -> bool:
+        return moments.is_stored(state, self.moments, parameter.shape) and self._residual_fits(parameter, state)
 
-    def complete(self, parameter: mx.array, state: Stored) -> None:
-        """Brings a parameter's state, which may be stock MLX's or another policy's, to this form."""
-        if not moments.is_stored(state, self.moments):
-            m, v = moments.decode(state)
-            for name in ("m_scale", "v_scale"):
-                state.pop(name, None)
-            state.update(moments.encode(self.moments, m, v))
-        if self.compensated:
-            state.setdefault("residual", residual.zeros(parameter.shape))
+    def _residual_fits(self, parameter: mx.array, state: Stored) -> bool:
+        if not self.compensated:
+            return "residual" not in state
+        found = state.get("residual")
+        return found is not None and found.shape == parameter.shape and residual.belongs_to(parameter.dtype, found)
+
+    def converted(self, parameter: mx.array, state: Stored) -> Stored:
+        """A parameter's state, which may be stock MLX's or another policy's, in this form.
+
+        Raises KeyError for moments that are incomplete. A residual of another dtype's weight is dropped.
+        """
+        new = {name: array for name, array in state.items() if name not in ("m_scale", "v_scale", "residual")}
+        if moments.is_stored(state, self.moments, parameter.shape):
+            new = {**state}
+            new.pop("residual", None)
         else:
-            state.pop("residual", None)
+            new |= moments.encode(self.moments, *moments.decode(state))
+        if self.compensated:
+            new["residual"] = state["residual"] if self._residual_fits(parameter, state) else residual.zeros(parameter)
+        return new
 
 
 class Constants(NamedTuple):
@@ -157,7 +166,7 @@ def check_leaf(path: str, gradient: mx.array, parameter: mx.array, state: Stored
             )
     if gradient.dtype not in FLOATS:
         raise TypeError(f"the gradient of {path!r} is {gradient.dtype}; it must be float32, bfloat16 or float16")
-    if not form.fits(state):
+    if not form.fits(parameter, state):
         raise ValueError(
             f"the state of {path!r} was made for another dtype or other options;"
             " call optimizer.init(parameters), which converts it"

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ from compiled_adam import residual
 
 
 def stored(values: mx.array, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
-    return residual.split(values, mx.zeros(values.shape, dtype), residual.zeros(values.shape))
+    old = mx.zeros(values.shape, dtype)
+    return residual.split(values, old, residual.zeros(old))
 
 
 def many(largest: float) -> mx.array:
@@ -60,9 +63,19 @@ def test_zero_tiny_and_huge_weights(dtype: mx.Dtype, special: list[float]) -> No
     weight, steps = stored(values, dtype)
     joined = residual.join(weight, steps)
     assert mx.all(mx.isfinite(joined)).item()
-    assert weight[:2].tolist() == steps[:2].tolist() == joined[:2].tolist() == [0, 0]
+    assert weight[:2].tolist() == joined[:2].tolist() == [0, 0]
+    assert mx.array_equal(steps[:2], residual.zeros(weight[:2])).item()
     # Half a unit in the last place of the weight at most, whatever the residual adds.
     assert np.allclose(np.array(joined), special, rtol=2.0**-8, atol=2.0**-25 if dtype == mx.float16 else 2.0**-100)
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_infinite_weights_stay_infinite(dtype: mx.Dtype) -> None:
+    weight = mx.array([math.inf, -math.inf, 1.0], dtype)
+    steps = residual.zeros(weight)
+    for _ in range(3):
+        weight, steps = residual.split(residual.join(weight, steps), weight, steps)
+    assert residual.join(weight, steps).tolist() == [math.inf, -math.inf, 1.0]
 
 
 @settings(max_examples=200, deadline=None)

@@ -392,23 +392,27 @@ def test_a_replaced_optimizer_state_is_used() -> None:
     assert_same(model, twin, 0.0)
 
 
-def test_tied_modules_are_updated_once() -> None:
+@pytest.mark.parametrize("clip", [None, 1e3])
+def test_tied_modules_are_updated_and_counted_once(clip: float | None) -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.a = nn.Linear(4, 4)
-            self.b = self.a
+            self.b = [self.a]
 
         def __call__(self, x: mx.array) -> mx.array:
-            return self.b(self.a(x)).sum(axis=1, keepdims=True)
+            return self.b[0](self.a(x)).sum(axis=1, keepdims=True)
 
     mx.random.seed(7)
     model = Tied()
     _, gradient = nn.value_and_grad(model.a, lambda: squared_error(model, *batch()))()
-    expected = model.a.weight - 0.1 * gradient["weight"]
-    ca.make_step(model, squared_error, optim.SGD(0.1))(*batch())
-    assert model.b is model.a
-    np.testing.assert_allclose(np.array(model.a.weight), np.array(expected), rtol=1e-6)  # one float32 update
+    norm = mx.sqrt(sum(mx.square(g).sum() for g in gradient.values())).item()
+    expected = optim.Adam(0.1).apply_gradients(gradient, model.a)
+    result = ca.make_step(model, squared_error, ca.Adam(0.1, max_grad_norm=clip))(*batch())
+    assert model.b[0] is model.a
+    for name in ("weight", "bias"):
+        np.testing.assert_allclose(np.array(model.a[name]), np.array(expected[name]), rtol=1e-6)  # one float32 update
+    assert result.grad_norm.item() == pytest.approx(norm, rel=1e-6)
 
 
 def test_casts_shared_by_loss_and_aux() -> None:
@@ -517,6 +521,83 @@ def test_what_the_forward_pass_assigns_to_a_parameter_is_kept() -> None:
         optimizer.update(twin, gradients)
     assert model.count.item() == 3
     assert_same(model, twin, 1e-6)  # float32 rounding, contracted differently
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_what_the_forward_pass_changes_in_place_is_kept(compiled: bool) -> None:
+    class InPlace(Two):
+        def __init__(self) -> None:
+            super().__init__()
+            self.count, self.table = mx.array(0.0), mx.zeros((3,))
+            self.freeze(recurse=False, keys=["count", "table"])
+
+        def __call__(self, x: mx.array) -> mx.array:
+            self.count += 1
+            self.table[0] = self.table[0] + 2
+            self.a *= 0.5
+            return super().__call__(x)
+
+    model = InPlace()
+    model.a = mx.ones((2,))
+    step = ca.make_step(model, lambda model, x: model(x), optim.SGD(0.0))
+    if not compiled:
+        mx.disable_compile()
+    try:
+        for _ in range(3):
+            step(mx.ones((2,)))
+        with pytest.raises(ValueError, match="shape"):
+            step(mx.ones((3,)))
+    finally:
+        mx.enable_compile()
+    assert (model.count.item(), model.table.tolist(), model.a.tolist()) == (3.0, [6.0, 0.0, 0.0], [0.125, 0.125])
+
+
+def test_a_window_without_any_token_has_no_gradient() -> None:
+    model, twin = linear_net(), linear_net()
+    x, y, mask = ragged_batch(0)
+    step = ca.make_step(model, masked_error, ca.Adam(1e-2), accumulate=2, weighted=True)
+    for _ in range(2):
+        result = step(x, y, mask & False)
+    assert result.grad_norm.item() == 0.0
+    step(x, y, mask & False)
+    step.flush()
+    assert_same(model, twin, 0.0)
+    step(x, y, mask)
+    assert step(x, y, mask).grad_norm.item() > 0
+
+
+def test_skipped_counts_in_a_multi_optimizer() -> None:
+    parts = [ca.Adam(1e-2, skip_nonfinite=True), ca.AdamW(1e-2, skip_nonfinite=True)]
+    step = ca.make_step(linear_net(), squared_error, optim.MultiOptimizer(parts, [lambda path, p: p.ndim == 2]))
+    x, y = batch()
+    assert step(x, y).skipped.item() == 0
+    assert step(x, y * math.nan).skipped.item() == 2
+
+
+def test_an_optimizer_may_draw_random_numbers() -> None:
+    class Noisy(optim.SGD):
+        def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
+            return parameter + mx.random.normal(parameter.shape)
+
+    model = Two()
+    step = ca.make_step(model, lambda model, x: model(x), Noisy(0.1))
+    noise = []
+    for _ in range(3):
+        before = model.a
+        step(mx.ones((2,)))
+        noise.append((model.a - before).tolist())
+    assert noise[0] != noise[1] != noise[2] != noise[0]
+
+
+def test_a_parameter_may_change_its_shape_between_windows() -> None:
+    model = nn.Linear(4, 1, bias=False)
+    step = ca.make_step(model, lambda model, x: model(x).sum(), optim.SGD(1.0), accumulate=2)
+    for _ in range(2):
+        step(mx.ones((2, 4)))
+    model.weight = mx.zeros((3, 4))
+    for _ in range(2):
+        step(mx.ones((2, 4)))
+    assert model.weight.tolist() == [[-2.0] * 4] * 3
 
 
 def test_a_micro_batch_without_tokens_counts_for_nothing() -> None:
