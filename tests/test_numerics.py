@@ -102,8 +102,9 @@ def test_weight_decay_is_exact(dtype: mx.Dtype, rate: float) -> None:
     exact = (1 - rate * 0.1) ** 2000
     ratio = np.array(value(optimizer, p)) / np.array(start)
     assert np.abs(ratio / exact - 1).max() < 1e-3
-    # What has decayed: within 0.1 % on average, as long as one step's decay is many spacings of float32 (2^-24).
-    if rate >= 1e-4:
+    # What has decayed: within 0.1 % on average, as long as one step's decay is many spacings of float32 (2^-24). At
+    # 1e-6 it is two, and float32 weights decay by 96.6 % of what they should as well.
+    if rate >= 1e-5:
         assert (1 - ratio).mean() == pytest.approx(1 - exact, rel=1e-3)
 
 
