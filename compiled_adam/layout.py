@@ -39,7 +39,7 @@ class Structure:
     """
 
     def __init__(self, root: Any) -> None:
-        self._nodes: list[tuple[Any, list[Any], list[tuple[Any, Any]], frozenset[str]]] = []
+        self._nodes: list[tuple[Any, Any, list[tuple[Any, Any]], set[str] | None]] = []
         self.modules: list[nn.Module] = []
         leaves: list[tuple[str, Any, Any]] = []
         seen: set[int] = set()
@@ -60,13 +60,16 @@ class Structure:
             if isinstance(node, nn.Module):
                 self.modules.append(node)
             if not isinstance(node, tuple):
-                self._nodes.append((node, _keys(node), children, _frozen(node)))
+                frozen = set(node._no_grad) if isinstance(node, nn.Module) else None
+                self._nodes.append((node, _keys(node), children, frozen))
         self.leaves = leaves
 
     def intact(self) -> bool:
         """Whether no container gained, lost or replaced a child, and no module was frozen or unfrozen."""
         return all(
-            _keys(node) == keys and _frozen(node) == frozen and all(node[key] is child for key, child in children)
+            _keys(node) == keys
+            and (frozen is None or node._no_grad == frozen)
+            and all(node[key] is child for key, child in children)
             for node, keys, children, frozen in self._nodes
         )
 
@@ -100,10 +103,6 @@ def _attributes(node: Any) -> dict[str, Any]:
     """A module's attributes that are not in its dictionary; sets, such as its frozen keys, are copied."""
     attributes = vars(node) if isinstance(node, nn.Module) else {}
     return {name: set(value) if isinstance(value, set) else value for name, value in attributes.items()}
-
-
-def _frozen(node: Any) -> frozenset[str]:
-    return frozenset(node._no_grad) if isinstance(node, nn.Module) else frozenset()
 
 
 def along(template: Any, tree: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
