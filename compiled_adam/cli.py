@@ -13,7 +13,12 @@ from . import __version__
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit code: 0, 2 for input that cannot be used, 130 after Ctrl-C."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    # What follows `lora` is for mlx-lm's parser, whose import takes a second.
+    arguments, rest = parser.parse_known_args(argv)
+    arguments.rest = rest
+    if rest and arguments.command is not _lora:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         arguments.command(arguments)
         sys.stdout.flush()
@@ -49,7 +54,19 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--pretraining", type=int, default=100, help="iterations of training before that")
     demo.add_argument("--seed", type=int, default=0, help="of the weights and the order of the batches")
     demo.set_defaults(command=_demo)
+    lora = commands.add_parser(
+        "lora", help="fine-tune a model: mlx_lm.lora's flags and files (see lora --help)", add_help=False
+    )
+    lora.set_defaults(command=_lora)
     return parser
+
+
+def _lora(arguments: argparse.Namespace) -> None:
+    try:
+        from . import lora_command  # here, because it imports mlx-lm
+    except ImportError as error:
+        raise ImportError(f"fine-tuning needs mlx-lm ({error}); pip install 'compiled-adam[lm]'") from error
+    lora_command.main(arguments.rest)
 
 
 def _demo(arguments: argparse.Namespace) -> None:

@@ -35,6 +35,8 @@ def train(
     loss: Callable[..., Any] = mlx_lm_trainer.default_loss,
     iterate_batches: Callable[..., Any] = mlx_lm_trainer.iterate_batches,
     training_callback: TrainingCallback | None = None,
+    *,
+    max_traces: int = 64,
 ) -> None:
     """Fine-tunes ``model`` in place: the call, the defaults and the adapter files of ``mlx_lm.tuner.trainer.train``.
 
@@ -53,6 +55,8 @@ def train(
         iterate_batches: the generator of batches, called as mlx-lm calls it.
         training_callback: gets ``on_train_loss_report(info)`` and ``on_val_loss_report(info)``.
 
+        max_traces: how many batch shapes stay compiled, as in `make_step`.
+
     Raises:
         ValueError: more than one distributed process; unusable arguments, as in `make_step`.
     """
@@ -66,7 +70,9 @@ def train(
         mlx_lm_trainer.grad_checkpoint(model.layers[0])
 
     Path(args.adapter_file).parent.mkdir(parents=True, exist_ok=True)
-    step = make_step(model, loss, optimizer, accumulate=args.grad_accumulation_steps, weighted=True)
+    step = make_step(
+        model, loss, optimizer, accumulate=args.grad_accumulation_steps, weighted=True, max_traces=max_traces
+    )
     report = _Report(step)
     batches = iterate_batches(
         dataset=train_dataset,

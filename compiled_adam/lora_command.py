@@ -1,0 +1,214 @@
+"""``compiled-adam lora``: the jobs of ``mlx_lm.lora``, with its flags, YAML keys and files, on a compiled step."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+import yaml
+from mlx_lm import lora as mlx_lm_lora
+from mlx_lm.tuner.callbacks import TrainingCallback, get_reporting_callbacks
+from mlx_lm.tuner.datasets import CacheDataset, load_dataset
+from mlx_lm.tuner.trainer import TrainingArgs
+from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters, print_trainable_parameters
+from mlx_lm.utils import load, save_config
+
+from . import schedulers
+from .groups import decay_matrices
+from .lora import train
+from .moments import POLICIES
+from .optimizers import Adam, AdamW
+
+# What this command has beside mlx-lm's options; None stands for what the optimizer's own default is.
+OURS: dict[str, Any] = {
+    "max_grad_norm": None,
+    "skip_nonfinite": None,
+    "moments": None,
+    "weight_decay": None,
+    "bias_correction": None,
+    "decay_matrices_only": None,
+    "max_traces": 64,
+}
+# Keys that mlx-lm reads from YAML only.
+_YAML_ONLY = {"hf_dataset", "prompt_feature", "completion_feature", "text_feature", "chat_feature"}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the command line ``argv``; raises ValueError or OSError for what cannot be done."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    run(settings(argv))
+
+
+def settings(argv: Sequence[str]) -> types.SimpleNamespace:
+    """Command line before YAML before defaults, as in mlx-lm; an unknown YAML key is a ValueError that names it."""
+    found = vars(parser().parse_args(argv))
+    defaults = {**mlx_lm_lora.CONFIG_DEFAULTS, **OURS}
+    if found["config"]:
+        with open(found["config"]) as file:
+            config = yaml.load(file, mlx_lm_lora.yaml_loader) or {}
+        if not isinstance(config, dict):
+            raise ValueError(f"{found['config']} is not a mapping of options to values")
+        if unknown := sorted(config.keys() - defaults.keys() - found.keys() - _YAML_ONLY):
+            raise ValueError(f"{found['config']} has the unknown key {unknown[0]!r}; --help lists the options")
+        for key, value in config.items():
+            if found.get(key) is None:
+                found[key] = value
+    for key, value in defaults.items():
+        if found.get(key) is None:
+            found[key] = value
+    return types.SimpleNamespace(**found)
+
+
+def parser() -> argparse.ArgumentParser:
+    """mlx-lm's own parser, and our options; what is not given is None, so that YAML can say it."""
+    made = mlx_lm_lora.build_parser()
+    made.prog = "compiled-adam lora"
+    made.description = "Fine-tuning with mlx-lm's models, data sets and files, on a compiled step."
+    made.set_defaults(clear_cache_threshold=None)  # mlx-lm's default of 0 would hide the YAML key
+    ours = made.add_argument_group("compiled_adam", "also as YAML keys; all but --max-traces are for adam and adamw")
+    ours.add_argument("--max-grad-norm", type=float, help="Clip gradients to this global norm. Default: no clipping.")
+    ours.add_argument(
+        "--skip-nonfinite",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="Skip updates whose gradients are infinite or not a number. Default: on.",
+    )
+    ours.add_argument("--moments", choices=POLICIES, help="How the moments are stored. Default: float32.")
+    ours.add_argument("--weight-decay", type=float, help="Of adamw. Default: 0.01.")
+    ours.add_argument(
+        "--bias-correction",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="Adam's bias correction. Default: on, unlike mlx_lm.lora.",
+    )
+    ours.add_argument(
+        "--decay-matrices-only",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="No weight decay for biases, norms and embeddings, in adamw. Default: off.",
+    )
+    ours.add_argument(
+        "--max-traces", type=int, help="How many batch shapes stay compiled; the least recently used goes. Default: 64."
+    )
+    for action in made._actions:
+        if action.dest == "clear_cache_threshold":
+            action.help = "Clear the allocator's cache when it is larger than this. Default: 0, never."
+    return made
+
+
+def run(args: types.SimpleNamespace) -> None:
+    """One job: training, testing, or both."""
+    if not args.train and not args.test:
+        raise ValueError("there is nothing to do; give --train, --test or both")
+    for what in ("model", "data"):
+        value = str(getattr(args, what))
+        if not Path(value).exists() and (value.startswith((".", "/", "~")) or value.count("/") > 1):
+            raise ValueError(f"{what} is {value!r}, which does not exist and is not a name on Hugging Face either")
+    optimizer = make_optimizer(args)  # before the model is loaded, which takes longer
+    np.random.seed(args.seed)
+    everything: Any = vars(args)
+    callback = get_reporting_callbacks(
+        args.report_to, project_name=args.project_name, log_dir=args.adapter_path, config=everything
+    )
+    tokenizer: Any
+    model, tokenizer, *_ = load(
+        args.model,
+        tokenizer_config={"trust_remote_code": args.trust_remote_code},
+        trust_remote_code=args.trust_remote_code,
+    )
+    try:
+        train_set, valid_set, test_set = load_dataset(args, tokenizer)
+    except IndexError:  # mlx-lm looks at the first example of each file
+        raise ValueError(f"a file in {args.data} has no examples; give it some, or remove it") from None
+    if args.train:
+        _train(args, model, optimizer, train_set, valid_set, callback)
+    elif args.adapter_path:
+        load_adapters(model, args.adapter_path)
+    if args.test:
+        mlx_lm_lora.evaluate_model(args, model, test_set)
+
+
+def _train(
+    args: types.SimpleNamespace,
+    model: nn.Module,
+    optimizer: optim.Optimizer,
+    train_set: Any,
+    valid_set: Any,
+    callback: TrainingCallback | None,
+) -> None:
+    mx.random.seed(args.seed)
+    model.freeze()
+    if args.num_layers > len(model.layers):
+        raise ValueError(f"num_layers is {args.num_layers}, but the model has {len(model.layers)} layers")
+    if args.fine_tune_type == "full":
+        for layer in model.layers[-max(args.num_layers, 0) :]:
+            layer.unfreeze()
+        args.lora_parameters = None
+    else:
+        dora = args.fine_tune_type == "dora"
+        linear_to_lora_layers(model, args.num_layers, args.lora_parameters, use_dora=dora)
+    if args.resume_adapter_file is not None:
+        model.load_weights(args.resume_adapter_file, strict=False)
+    print_trainable_parameters(model)
+    folder = Path(args.adapter_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_config(vars(args), folder / "adapter_config.json")
+    train(
+        model,
+        optimizer,
+        CacheDataset(train_set),
+        CacheDataset(valid_set),
+        TrainingArgs(
+            batch_size=args.batch_size,
+            iters=args.iters,
+            val_batches=args.val_batches,
+            steps_per_report=args.steps_per_report,
+            steps_per_eval=args.steps_per_eval,
+            steps_per_save=args.save_every,
+            max_seq_length=args.max_seq_length,
+            adapter_file=str(folder / "adapters.safetensors"),
+            grad_checkpoint=args.grad_checkpoint,
+            grad_accumulation_steps=args.grad_accumulation_steps,
+            clear_cache_threshold=args.clear_cache_threshold,
+        ),
+        training_callback=callback,
+        max_traces=args.max_traces,
+    )
+
+
+def make_optimizer(args: types.SimpleNamespace) -> optim.Optimizer:
+    """The optimizer of a job: ours for adam and adamw, mlx-lm's for the others, for which our options are errors."""
+    name = args.optimizer.lower()
+    config = dict((args.optimizer_config or {}).get(name) or {})
+    rate = schedulers.from_config(args.lr_schedule) if args.lr_schedule else args.learning_rate
+    options = {
+        key: getattr(args, key)
+        for key in ("max_grad_norm", "skip_nonfinite", "moments", "weight_decay", "bias_correction")
+        if getattr(args, key) is not None
+    }
+    if name != "adamw":
+        for key in ("weight_decay", "decay_matrices_only"):
+            if getattr(args, key) is not None:
+                raise ValueError(f"{key} is an option of adamw, but the optimizer is {name}")
+    try:
+        if name in ("adam", "adamw"):
+            options = {"bias_correction": True, "skip_nonfinite": True, **config, **options}
+            if args.decay_matrices_only:
+                options["decay_filter"] = decay_matrices
+            return (Adam if name == "adam" else AdamW)(rate, **options)
+        if options:
+            raise ValueError(f"{next(iter(options))} is an option of adam and adamw, but the optimizer is {name}")
+        others = {"muon": optim.Muon, "sgd": optim.SGD, "adafactor": optim.Adafactor}
+        if name not in others:
+            raise ValueError(f"optimizer is {name!r}; it must be one of adam, adamw, {', '.join(others)}")
+        return others[name](learning_rate=rate, **config)
+    except TypeError as error:
+        raise ValueError(f"optimizer_config of {name}: {error}") from None

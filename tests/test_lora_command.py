@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+from mlx_lm import lora as mlx_lm_lora
+
+import compiled_adam as ca
+from compiled_adam import lora_command
+from compiled_adam.demo import texts
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that mlx_lm.lora accepts; pieces of one length, so that accumulation is over equal batches."""
+    folder = tmp_path_factory.mktemp("data")
+    text = texts()[1]
+    pieces = [json.dumps({"text": text[i : i + 100]}) for i in range(0, 4000, 100)]
+    for name, part in (("train", pieces[:24]), ("valid", pieces[24:32]), ("test", pieces[32:])):
+        (folder / f"{name}.jsonl").write_text("\n".join(part) + "\n")
+    return folder
+
+
+def job(tiny_model: Path, data: Path, out: str, *more: str) -> list[str]:
+    options = {
+        "model": tiny_model,
+        "data": data,
+        "adapter-path": out,
+        "iters": 8,
+        "batch-size": 2,
+        "num-layers": 2,
+        "steps-per-report": 1,
+        "val-batches": 2,
+        "learning-rate": 1e-3,
+    }
+    return ["--train", *(word for name, value in options.items() for word in (f"--{name}", str(value))), *more]
+
+
+def reported_losses(output: str) -> list[float]:
+    return [float(loss) for loss in re.findall(r"^iter +\d+  loss (\S+)", output, re.M)]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        ["--fine-tune-type", "dora"],
+        ["--fine-tune-type", "full", "--optimizer", "adamw"],
+        ["--grad-accumulation-steps", "2", "--max-seq-length", "16"],  # all cut to the same length
+        ["--optimizer", "sgd"],
+        ["-c", "schedule.yaml"],
+        ["--model", "quantized"],
+    ],
+    ids=lambda more: " ".join(more) or "lora",
+)
+def test_the_adapters_of_mlx_lm_lora(more: list[str], tiny_model: Path, data: Path, run, tmp_path: Path) -> None:
+    (tmp_path / "schedule.yaml").write_text("lr_schedule: {name: cosine_decay, arguments: [1.0e-3, 8]}\n")
+    if "quantized" in more:
+        converted = run("-m", "mlx_lm", "convert", "--hf-path", str(tiny_model), "--mlx-path", "quantized", "-q")
+        assert converted.returncode == 0, converted.stderr
+    stock = run("-m", "mlx_lm", "lora", *job(tiny_model, data, "stock", *more))
+    assert stock.returncode == 0, stock.stderr
+    off = [] if "sgd" in more else ["--no-bias-correction", "--no-skip-nonfinite"]
+    ours = run("-m", "compiled_adam.cli", "lora", *job(tiny_model, data, "ours", *more, *off))
+    assert ours.returncode == 0, ours.stderr
+    files = {path.name for path in (tmp_path / "stock").iterdir()}
+    assert files == {path.name for path in (tmp_path / "ours").iterdir()} >= {"adapters.safetensors"}
+    a, b = (mx.load(str(tmp_path / which / "adapters.safetensors")) for which in ("ours", "stock"))
+    assert a.keys() == b.keys()
+    for path in a:
+        # Adam divides by sqrt(v): where that is tiny, rounding of the gradient moves the whole step.
+        np.testing.assert_allclose(np.array(a[path]), np.array(b[path]), atol=1e-3 * mx.abs(b[path]).max().item())
+    losses = reported_losses(ours.stdout)
+    assert len(losses) == 8 and all(np.isfinite(losses))
+
+
+def test_generate_fuse_and_test_work_on_the_result(tiny_model: Path, data: Path, run, tmp_path: Path) -> None:
+    options = "--max-grad-norm 1.0 --moments 8bit --optimizer adamw --weight-decay 0.1 --decay-matrices-only --test"
+    done = run("-m", "compiled_adam.cli", "lora", *job(tiny_model, data, "out", *options.split()))
+    assert done.returncode == 0, done.stderr
+    assert "Test loss" in done.stdout
+    model = ("--model", str(tiny_model), "--adapter-path", "out")
+    generated = run("-m", "mlx_lm", "generate", *model, "--prompt", "To", "-m", "3")
+    assert "Generation: 3 tokens" in generated.stdout, generated.stderr
+    fused = run("-m", "mlx_lm", "fuse", *model, "--save-path", "fused")
+    assert fused.returncode == 0 and (tmp_path / "fused" / "model.safetensors").exists(), fused.stderr
+    tested = run("-m", "compiled_adam.cli", "lora", *model, "--data", str(data), "--test", "--batch-size", "2")
+    assert re.search(r"Test loss \S+", tested.stdout).group() == re.search(r"Test loss \S+", done.stdout).group()
+
+
+def test_command_line_before_yaml_before_defaults(tmp_path: Path) -> None:
+    config = tmp_path / "job.yaml"
+    config.write_text("iters: 7\nmoments: 8bit\nclear_cache_threshold: 5\nskip_nonfinite: false\nseed: 3\n")
+    found = lora_command.settings(["-c", str(config), "--iters", "9", "--bias-correction"])
+    assert (found.iters, found.seed, found.batch_size) == (9, 3, mlx_lm_lora.CONFIG_DEFAULTS["batch_size"])
+    assert (found.moments, found.clear_cache_threshold, found.skip_nonfinite) == ("8bit", 5, False)
+    assert (found.bias_correction, found.max_traces, found.max_grad_norm) == (True, 64, None)
+
+
+def test_every_option_of_mlx_lm_is_there() -> None:
+    stock = {action.dest for action in mlx_lm_lora.build_parser()._actions}
+    assert stock <= {action.dest for action in lora_command.parser()._actions}
+    assert {action.dest for action in lora_command.parser()._actions} - stock == set(lora_command.OURS)
+    assert all(action.help for action in lora_command.parser()._actions)
+
+
+def optimizer(*argv: str) -> optim.Optimizer:
+    return lora_command.make_optimizer(lora_command.settings(argv))
+
+
+def test_optimizers_and_their_options() -> None:
+    made = optimizer()
+    assert type(made) is ca.Adam and made.bias_correction and made.skipped is not None
+    made = optimizer("--optimizer", "adamw", "--no-bias-correction", "--no-skip-nonfinite", "--weight-decay", "0.3")
+    assert type(made) is ca.AdamW and not made.bias_correction and made.skipped is None and made.weight_decay == 0.3
+    assert type(optimizer("--optimizer", "muon")) is optim.Muon
+
+
+def test_optimizer_config_of_yaml(tmp_path: Path) -> None:
+    config = tmp_path / "job.yaml"
+    schedule = "lr_schedule: {name: cosine_decay, arguments: [1.0, 100], warmup: 10}\n"
+    config.write_text(
+        schedule + "optimizer: adamw\noptimizer_config: {adamw: {betas: [0.8, 0.9], weight_decay: 0.2}}\n"
+    )
+    made = optimizer("-c", str(config), "--weight-decay", "0.3")
+    assert (made.betas, made.weight_decay, made.learning_rate.item()) == ([0.8, 0.9], 0.3, 0.0)
+    config.write_text("optimizer_config: {adam: {beta: 0.8}}\n")
+    with pytest.raises(ValueError, match=r"optimizer_config of adam: .*'beta'"):
+        optimizer("-c", str(config))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ["--optimizer", "sgd", "--moments", "8bit"],
+            "moments is an option of adam and adamw, but the optimizer is sgd",
+        ),
+        (["--optimizer", "muon", "--skip-nonfinite"], "skip_nonfinite is an option of adam and adamw"),
+        (["--weight-decay", "0.1"], "weight_decay is an option of adamw, but the optimizer is adam"),
+        (["--decay-matrices-only"], "decay_matrices_only is an option of adamw"),
+        (["--max-grad-norm", "-1"], "max_grad_norm is -1.0"),
+    ],
+)
+def test_options_that_cannot_apply_are_errors(argv: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        optimizer(*argv)
+
+
+def test_what_cannot_be_done_is_one_sentence(tiny_model: Path, data: Path, run, tmp_path: Path) -> None:
+    (tmp_path / "typo.yaml").write_text("iterations: 3\n")
+    (tmp_path / "list.yaml").write_text("- 3\n")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "empty" / "train.jsonl").write_text("")
+    model = ("--model", str(tiny_model))
+    for arguments, message in (
+        ((*model, "--data", str(data)), "give --train, --test or both"),
+        (("-c", "typo.yaml"), "unknown key 'iterations'"),
+        (("-c", "list.yaml"), "not a mapping"),
+        (("-c", "missing.yaml"), "missing.yaml"),
+        (("--model", "missing/model/folder", "--data", str(data), "--train"), "model is 'missing/model/folder', which"),
+        ((*model, "--data", "./missing", "--train"), "data is './missing', which does not exist"),
+        ((*model, "--data", "empty", "--train"), "a file in empty has no examples"),
+        ((*model, "--data", "nothing", "--train"), "Training set not found or empty"),
+        (
+            (*model, "--data", str(data), *["--train", "--num-layers", "2", "--batch-size", "1000"]),
+            "at least batch_size=1000",
+        ),
+        ((*model, "--data", str(data), "--train", "--num-layers", "99"), "num_layers is 99, but the model has 4"),
+        (("--iters", "many"), "invalid int value: 'many'"),
+        (("--no-such-flag",), "unrecognized arguments: --no-such-flag"),
+    ):
+        done = run("-m", "compiled_adam.cli", "lora", *arguments)
+        assert done.returncode == 2, (arguments, done.stderr)
+        assert message in done.stderr.splitlines()[-1], (arguments, done.stderr)
+        assert "Traceback" not in done.stderr
