@@ -119,11 +119,11 @@ def run(args: types.SimpleNamespace) -> None:
         args.report_to, project_name=args.project_name, log_dir=args.adapter_path, config=everything
     )
     tokenizer: Any
-    model, tokenizer, *_ = load(
-        args.model,
-        tokenizer_config={"trust_remote_code": args.trust_remote_code},
-        trust_remote_code=args.trust_remote_code,
-    )
+    if hasattr(args, "trust_remote_code"):
+        trust = args.trust_remote_code
+        model, tokenizer, *_ = load(args.model, tokenizer_config={"trust_remote_code": trust}, trust_remote_code=trust)
+    else:  # mlx-lm before 0.32 has no such flag, and always trusts the tokenizer's code
+        model, tokenizer, *_ = load(args.model, tokenizer_config={"trust_remote_code": True})
     try:
         train_set, valid_set, test_set = load_dataset(args, tokenizer)
     except IndexError:  # mlx-lm looks at the first example of each file

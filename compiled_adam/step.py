@@ -74,6 +74,7 @@ class TrainStep:
             for a loss that is no scalar, or if parameters were frozen, unfrozen or added since. If anything in a call
             raises, model, optimizer, window and random state are as before it.
 
+    >>> mx.random.seed(0)
     >>> model = nn.Linear(2, 1)
     >>> step = make_step(model, lambda model, x, y: mx.square(model(x) - y).mean(), Adam(0.1))
     >>> x, y = mx.array([[1.0, 2.0], [3.0, 4.0]]), mx.array([[1.0], [2.0]])

@@ -84,7 +84,7 @@ def test_peak_and_end_are_exact_for_any_numbers(name: str, peak: float, end: flo
     assert schedule(warmup).item() == np.float32(peak)
     assert schedule(steps).item() == schedule(steps + 1).item() == np.float32(end * peak)
     middle = schedule((warmup + steps) // 2).item()
-    assert np.float32(end * peak) <= middle <= np.float32(peak)
+    assert end * peak * (1 - 1e-6) <= middle <= peak * (1 + 1e-6)  # the two products and their sum are rounded
 
 
 def test_one_cycle_rises_and_falls_along_cosines() -> None:
