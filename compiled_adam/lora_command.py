@@ -27,7 +27,7 @@ from .lora import train
 from .moments import POLICIES
 from .optimizers import Adam, AdamW
 
-# What this command has beside mlx-lm's options; None stands for what the optimizer's own default is.
+# What this command has beside mlx-lm's options; None is what was not asked for, see `make_optimizer`.
 OURS: dict[str, Any] = {
     "max_grad_norm": None,
     "skip_nonfinite": None,

@@ -84,7 +84,7 @@ class Adam(optim.Adam):
     ) -> None:
         if len(betas) != 2:
             raise ValueError(f"betas is {betas!r}; it must be two numbers")
-        super().__init__(learning_rate, betas, eps, bias_correction)  # type: ignore[arg-type]
+        super().__init__(learning_rate, betas, eps, bias_correction)  # type: ignore[arg-type]  # MLX says list
         self.learning_rate = self.state["learning_rate"]  # float32, whatever a schedule returns
         _check_options(moments, compensated, max_grad_norm, skip_nonfinite, learning_rate_multipliers)
         self.weight_decay = 0.0

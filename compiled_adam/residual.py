@@ -1,6 +1,6 @@
 """Error compensation: what a half-precision weight loses to rounding, kept in two bytes beside it.
 
-A float32 value ``x`` is stored as a weight ``w``, which is ``x`` rounded to the weight's dtype, and an int16 ``r`` such
+A float32 value ``x`` is stored as a weight ``w``, which is ``x`` rounded to the weight's dtype, and 16 bits ``r`` such
 that ``x = w + r u(w)``, where the unit ``u`` is chosen so that 16 bits span the gap that rounding leaves:
 
 bfloat16    ``u`` is the spacing of float32 at ``w``, 2^(e - 23) for ``|w|`` in [2^e, 2^(e+1)): 8 bits of mantissa in
@@ -9,9 +9,9 @@ bfloat16    ``u`` is the spacing of float32 at ``w``, 2^(e - 23) for ``|w|`` in 
 float16     ``u = max(|w|, 2^-14) 2^-11 / 32767``, half a unit in the last place in 32767 steps, which is finer than
             float32. Below 2^-14 the spacing of float16 is constant, and so is ``u``.
 
-For float16 ``r`` is stored as uint16 with 32768 for 0, so that neither is ever taken for the other. Weight and residual
-follow the trajectory of a float32 master copy. A residual in bfloat16 would spend 9 of its 16 bits on sign and
-exponent, and keep 81 % of the movement at a learning rate of 1e-5.
+``r`` is stored as int16 for bfloat16, and for float16 as uint16 with 32768 for 0, so that neither is ever taken for
+the other. Weight and residual follow the trajectory of a float32 master copy. A residual in bfloat16 would spend 9 of
+its 16 bits on sign and exponent, and keep 81 % of the movement at a learning rate of 1e-5.
 """
 
 from __future__ import annotations

@@ -46,12 +46,10 @@ class Form(NamedTuple):
 
         Raises KeyError for moments that are incomplete. A residual of another dtype's weight is dropped.
         """
-        new = {name: array for name, array in state.items() if name not in ("m_scale", "v_scale", "residual")}
         if moments.is_stored(state, self.moments, parameter.shape):
-            new = {**state}
-            new.pop("residual", None)
+            new = {name: array for name, array in state.items() if name != "residual"}
         else:
-            new |= moments.encode(self.moments, *moments.decode(state))
+            new = moments.encode(self.moments, *moments.decode(state))
         if self.compensated:
             new["residual"] = state["residual"] if self._residual_fits(parameter, state) else residual.zeros(parameter)
         return new
