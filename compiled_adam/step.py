@@ -184,8 +184,6 @@ class TrainStep:
         def gradient(arrays: list[mx.array], batch: list[mx.array]) -> Any:
             self.traces["grad"] += 1
             args, kwargs = batches.rebuild(signature, iter(batch))
-            # New Python objects: `self.count += 1` in the forward pass changes the object that it finds.
-            arrays = [mx.array(array) for array in arrays]
             trainable = len(self._parameters)
             # Everything but the loss leaves by a list: as a further output of value_and_grad it gets a
             # stop_gradient, over which mx.compile loses outputs (IndexError) if a cast occurs in the loss as well.
