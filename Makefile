@@ -1,5 +1,6 @@
 # make demo   the main job on an embedded example      make test    the test suite
 # make check  everything CI asks for                   make bench   time the update on this machine
+# make test-long  the tests that take many minutes
 # make clean  remove what the above created
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ else
 EXTRAS := lm,dev,cpu
 endif
 
-.PHONY: demo test check lint types doctest bench clean
+.PHONY: demo test test-long check lint types doctest bench clean
 .DEFAULT_GOAL := check
 
 .venv/installed: pyproject.toml
@@ -29,6 +30,9 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest
+
+test-long: .venv/installed
+	$(BIN)/python -m pytest -m long
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .

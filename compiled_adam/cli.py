@@ -5,14 +5,19 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from . import __version__
+from .stopping import TrainingStopped
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line; returns the exit code: 0, 2 for input that cannot be used, 130 after Ctrl-C."""
+    """Runs a command line; returns the exit code.
+
+    0; 1 for training that could not go on; 2 for input that cannot be used; 130 after Ctrl-C, 143 after SIGTERM.
+    """
     parser = _parser()
     # What follows `lora` is for mlx-lm's parser, whose import takes a second.
     arguments, rest = parser.parse_known_args(argv)
@@ -31,8 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"compiled-adam: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("compiled-adam: interrupted", file=sys.stderr)
+    except TrainingStopped as error:
+        if arguments.debug:
+            raise
+        print(f"compiled-adam: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as error:
+        print(f"compiled-adam: {error}" if str(error) else "compiled-adam: interrupted", file=sys.stderr)
         return 130
     return 0
 
@@ -66,7 +76,13 @@ def _lora(arguments: argparse.Namespace) -> None:
         from . import lora_command  # here, because it imports mlx-lm
     except ImportError as error:
         raise ImportError(f"fine-tuning needs mlx-lm ({error}); pip install 'compiled-adam[lm]'") from error
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
     lora_command.main(arguments.rest)
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    """One line, without the place in the source, which tells a user nothing."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def _demo(arguments: argparse.Namespace) -> None:

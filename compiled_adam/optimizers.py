@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -113,6 +114,19 @@ class Adam(optim.Adam):
     def traces(self) -> int:
         """How often the Python of the update ran: once for each layout, or each time where nothing is compiled."""
         return self._traces
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword options beside MLX's own, by name; ``decays`` has a digest of which parameters do."""
+        decaying = sorted(path for path, group in self._groups.items() if group.decays)
+        return {
+            "moments": self._moments,
+            "compensated": self._compensated,
+            "max_grad_norm": self._max_grad_norm,
+            "skip_nonfinite": self._skip_nonfinite,
+            "learning_rate_multipliers": self._multipliers,
+            "decays": f"{len(decaying)} parameters, {hashlib.sha256(repr(decaying).encode()).hexdigest()[:8]}",
+        }
 
     @property
     def grad_norm(self) -> mx.array | None:

@@ -35,8 +35,8 @@ class TrainingProgress:
     ) -> None:
         self._bar.stop()
 
-    def advance(self) -> None:
-        self._bar.advance(self._training)
+    def advance(self, steps: int = 1) -> None:
+        self._bar.advance(self._training, steps)
 
     def report(self, info: dict[str, Any]) -> None:
         """Prints a training report: the dictionary that callbacks get."""

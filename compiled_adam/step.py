@@ -6,19 +6,18 @@ joined lazily and evaluated together: a new sequence length traces the forward a
 
 from __future__ import annotations
 
-import numbers
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_map
+from mlx.utils import tree_map, tree_unflatten
 
+from . import any_optimizer, random_state, rule
 from . import batch as batches
-from . import rule
+from .compare import Row, differences, table
+from .gradient import GradientGraphs
 from .layout import Places, Structure, along, indexed
 from .optimizers import Adam
 
@@ -113,6 +112,7 @@ class TrainStep:
         self.traces = {"grad": 0, "accumulate": 0, "update": 0, "evicted": 0}
         self._window: Any = None  # what `_trace_add` returns; None while it is empty
         self._filled = 0
+        self._assigned: set[str] = set()  # paths of arrays that are no parameters, but that the forward pass assigns
         self._bind()
 
     # Read-only, because traces contain them.
@@ -124,11 +124,11 @@ class TrainStep:
 
     def __call__(self, *args: Any, **kwargs: Any) -> StepResult:
         """One (micro-)batch: ``loss_fn(model, *args, **kwargs)``, its gradient and, at a window's end, the update."""
-        with _random_state_kept_on_error():
+        with random_state.kept_on_error():
             self._rebind_if_changed()
             batch, signature = batches.flatten(args, kwargs)
             # First everything is built, lazily; then everything is assigned; nothing raises in between.
-            loss, aux, arrays, gradients, weight = self._gradient(signature, batch)
+            loss, aux, arrays, gradients, weight = self._gradients(signature, batch)
             window, filled, update = None, 0, None
             if self._accumulate > 1:
                 window = self._add(self._window or self._empty_window(), gradients, weight, loss)
@@ -147,7 +147,7 @@ class TrainStep:
         """Applies a window that is only partly filled, as the mean over what it has; None if it is empty."""
         if not self._filled:
             return None
-        with _random_state_kept_on_error():
+        with random_state.kept_on_error():
             self._rebind_if_changed()
             gradients, weight, loss = self._window
             update = self._apply(self._parameters.read(), gradients, weight)
@@ -161,61 +161,103 @@ class TrainStep:
             self._parameters.write(update.parameters)
             self._state.write(update.state)
         grad_norm = None if update is None else update.grad_norm
-        mx.async_eval(loss, aux, grad_norm, self._arrays.read(), self._state.read(), self._window, _random_key())
         skipped = sum((state["skipped"] for state in self._state_roots if "skipped" in state), mx.array(0))
-        return StepResult(loss, tuple(aux), grad_norm, _learning_rate(self._optimizer), update is not None, skipped)
+        state = self._arrays.read(), self._state.read(), self._window, random_state.get()
+        mx.async_eval(loss, aux, grad_norm, skipped, state)
+        return StepResult(
+            loss, tuple(aux), grad_norm, any_optimizer.learning_rate(self._optimizer), update is not None, skipped
+        )
 
-    # The gradient, one compiled function for each batch signature.
+    # What a run continues from.
 
-    def _gradient(self, signature: Hashable, batch: list[mx.array]) -> Any:
-        # Layers read `training` while they are traced, so a trace holds for one setting of it only.
-        key = signature, tuple([module.training for module in self._structure.modules])
-        gradient = self._gradients.pop(key, None)
-        if gradient is None:
-            while len(self._gradients) >= self._max_traces:
-                self._gradients.popitem(last=False)
-                self.traces["evicted"] += 1
-            gradient = self._compile_gradient(signature)
-        result = gradient(self._arrays.read(), batch)
-        self._gradients[key] = gradient  # the most recently used comes last
-        return result
+    def state_dict(self) -> dict[str, dict[str, mx.array]]:
+        """Everything that an exact continuation needs, as dictionaries of arrays by ``tree_flatten``'s paths.
 
-    def _compile_gradient(self, signature: Hashable) -> Callable[..., Any]:
-        def gradient(arrays: list[mx.array], batch: list[mx.array]) -> Any:
-            self.traces["grad"] += 1
-            args, kwargs = batches.rebuild(signature, iter(batch))
-            trainable = len(self._parameters)
-            # Everything but the loss leaves by a list: as a further output of value_and_grad it gets a
-            # stop_gradient, over which mx.compile loses outputs (IndexError) if a cast occurs in the loss as well.
-            rest: list[Any] = []
+        ``"model"``: the trainable parameters, and the other arrays that the forward pass assigns; ``"optimizer"``:
+        its state; ``"window"``: the sums of a partly filled window, empty otherwise; ``"random"``: MLX's ``key``.
+        """
+        self._rebind_if_changed()
+        paths = (*self._parameters.paths, *sorted(self._assigned))
+        everything = dict(zip(self._arrays.paths, self._arrays.read(), strict=True))
+        window = {}
+        if self._filled:
+            sums, weight, loss = self._window
+            window = {f"gradients.{path}": total for path, total in zip(self._parameters.paths, sums, strict=True)}
+            window |= {"weight": weight, "loss": loss, "batches": mx.array(self._filled)}
+        return {
+            "model": {path: everything[path] for path in paths},
+            "optimizer": {path: at[key] for path, at, key in Structure(self._optimizer.state).leaves},
+            "window": window,
+            "random": {"key": random_state.get()},
+        }
 
-            def forward(parameters: list[mx.array]) -> mx.array:
-                self._arrays.write([*parameters, *arrays[trainable:]])
-                loss, aux, weight = _checked(self._loss_fn(self._model, *args, **kwargs), self._weighted)
-                self._refuse_new_arrays()
-                # All of them, for what was assigned in place cannot be told; what was not passes through.
-                rest.extend((aux, self._arrays.read(), weight))
-                return loss
+    def load_state_dict(self, state: dict[str, dict[str, mx.array]], *, convert: bool = False) -> None:
+        """Continues from a `state_dict`: the model, the optimizer, the window and MLX's random state become its.
 
-            before = self._structure.snapshot()
-            try:
-                loss, gradients = mx.value_and_grad(forward)(arrays[:trainable])
-            except BaseException:
-                self._structure.restore(before, attributes=True)
-                raise
-            self._structure.restore(before)
-            aux, arrays, weight = rest
-            return loss, aux, arrays, gradients, weight
+        With ``convert`` the optimizer's state may be one of stock MLX's Adam or AdamW, or have moments that are stored
+        in another way; what it lacks (residuals, counters) starts at zero.
 
-        return _compiled_with_random_state(gradient)
-
-    def _refuse_new_arrays(self) -> None:
-        if not self._structure.intact():
-            new = {path for path, *_ in Structure(self._model).leaves} - {p for p, *_ in self._structure.leaves}
+        Raises:
+            ValueError: with a table of everything that does not fit; nothing is changed then.
+        """
+        if rows := self.mismatches(state, convert=convert):
+            raise ValueError("the state does not fit:\n" + table(("what", "here", "state"), rows))
+        window = state["window"]
+        filled = cast(int, window["batches"].item()) if window else 0
+        if filled >= self._accumulate:
             raise ValueError(
-                f"loss_fn changed the structure of the model ({', '.join(sorted(new)) or 'replaced a container'});"
-                " what the forward pass assigns must exist before make_step, so create it in __init__"
+                f"the state has a window of {filled} micro-batches, but accumulate is {self._accumulate};"
+                f" make the step with accumulate={filled + 1} or more"
             )
+        if convert:
+            self._convert_optimizer_state(state["optimizer"])
+        else:
+            for path, container, key in Structure(self._optimizer.state).leaves:
+                container[key] = state["optimizer"][path]
+        for path, container, key in self._structure.leaves:
+            container[key] = state["model"].get(path, container[key])
+        self._assigned |= state["model"].keys() - set(self._parameters.paths)
+        self._window, self._filled = None, filled
+        if window:
+            sums = [window[f"gradients.{path}"] for path in self._parameters.paths]
+            self._window = sums, window["weight"], window["loss"]
+        random_state.assign(state["random"]["key"])
+
+    def mismatches(self, state: dict[str, dict[str, mx.array]], *, convert: bool = False) -> list[Row]:
+        """What of a `state_dict` does not fit here, as rows (path, here, in the state); empty if it can be loaded."""
+        self._rebind_if_changed()
+        everything = dict(zip(self._arrays.paths, self._arrays.read(), strict=True))
+        wanted = {*self._parameters.paths, *self._assigned, *state["model"]} & everything.keys()
+        rows = differences({path: everything[path] for path in wanted}, state["model"])
+        if state["window"]:
+            window = {f"gradients.{path}": mx.zeros(everything[path].shape) for path in self._parameters.paths}
+            window |= {"weight": mx.array(0.0), "loss": mx.array(0.0), "batches": mx.array(1)}
+            rows += differences(window, state["window"])
+        if not convert:
+            own = {path: at[key] for path, at, key in Structure(self._optimizer.state).leaves}
+            rows += differences(own, state["optimizer"])
+        return rows
+
+    def _convert_optimizer_state(self, state: dict[str, mx.array]) -> None:
+        before = self._optimizer.state
+        try:
+            self._optimizer.state = tree_unflatten(list(state.items()))
+            self._optimizer.init(self._tree(self._parameters.read()))
+            missing = {path for path, *_ in Structure(before).leaves} - {
+                path for path, *_ in Structure(self._optimizer.state).leaves
+            }
+            if missing:
+                raise ValueError(f"the optimizer's state has no {', '.join(sorted(missing))}")
+        except BaseException:
+            self._optimizer.state = before
+            self._optimizer.init(self._tree(self._parameters.read()))
+            raise
+        self._rebind_if_changed()
+
+    def description(self) -> dict[str, Any]:
+        """What the updates depend on beside the state: options by name, as JSON can hold them."""
+        own = {"accumulate": self._accumulate, "weighted": self._weighted}
+        return own | any_optimizer.description(self._optimizer)
 
     # The window of accumulated gradients: their weighted sum, the sum of weights and of losses.
 
@@ -236,7 +278,9 @@ class TrainStep:
     # The update, one compiled function.
 
     def _apply(self, parameters: list[mx.array], gradients: list[mx.array], weight: mx.array) -> _Update:
-        return _Update(*self._update(parameters, gradients, weight, self._state.read(), _settings(self._optimizer)))
+        return _Update(
+            *self._update(parameters, gradients, weight, self._state.read(), any_optimizer.constants(self._optimizer))
+        )
 
     def _trace_update(
         self,
@@ -300,16 +344,26 @@ class TrainStep:
         self._arrays = Places([*places, *others])  # the parameters come first
         self._paths = {path for path, _, _ in along(trainable, trainable)}
         self._template = template
-        self._state_roots = _states(self._optimizer)
+        self._state_roots = any_optimizer.states(self._optimizer)
         self._state_structure = Structure(self._state_roots)
         self._state = Places(self._state_structure.leaves)
-        self._gradients: OrderedDict[Hashable, Callable[..., Any]] = OrderedDict()
+        self._gradients = GradientGraphs(
+            self._model,
+            self._loss_fn,
+            self._weighted,
+            self._max_traces,
+            self._structure,
+            self._arrays,
+            len(places),
+            self.traces,
+            self._assigned,
+        )
         self._add = mx.compile(self._trace_add)
-        self._update = _compiled_with_random_state(self._trace_update)
+        self._update = random_state.compiled(self._trace_update)
 
     def _rebind_if_changed(self) -> None:
         """Follows a model or an optimizer state whose containers were replaced; refuses other parameters."""
-        states = _states(self._optimizer)
+        states = any_optimizer.states(self._optimizer)
         if (
             self._structure.intact()
             and self._state_structure.intact()
@@ -339,72 +393,3 @@ class TrainStep:
 
 
 make_step = TrainStep
-
-
-def _checked(output: Any, weighted: bool) -> tuple[mx.array, list[Any], mx.array]:
-    """What loss_fn returned as (loss, aux, weight); raises an error that says what to return instead."""
-    loss, *aux = output if isinstance(output, (tuple, list)) and output else (output,)
-    if not isinstance(loss, mx.array):
-        raise TypeError(
-            f"loss_fn returned {type(loss).__name__} as the loss; return an mx.array of shape (),"
-            " or a tuple that begins with one"
-        )
-    if loss.shape != ():
-        raise ValueError(f"loss_fn returned a loss of shape {loss.shape}; reduce it to a scalar, as with .mean()")
-    if not mx.issubdtype(loss.dtype, mx.floating):
-        raise TypeError(f"loss_fn returned a loss of dtype {loss.dtype}; return a float")
-    if not weighted:
-        return loss, aux, mx.array(1.0)
-    if not aux:
-        raise ValueError("weighted=True needs loss_fn to return (loss, weight, ...); it returned the loss alone")
-    weight = aux[0]
-    if isinstance(weight, bool) or not isinstance(weight, (mx.array, int, float)):
-        raise TypeError(f"loss_fn returned {type(weight).__name__} as the weight; return a 0-d array or a number")
-    weight = mx.array(weight, mx.float32)
-    if weight.shape != ():
-        raise ValueError(f"loss_fn returned a weight of shape {weight.shape}; reduce it to a scalar, as with .sum()")
-    return loss, aux, weight
-
-
-def _compiled_with_random_state(function: Callable[..., Any]) -> Callable[..., Any]:
-    return mx.compile(function, inputs=[mx.random.state], outputs=[mx.random.state])
-
-
-@contextmanager
-def _random_state_kept_on_error() -> Iterator[None]:
-    """A trace that ends early leaves a placeholder in MLX's random state, which only ``mx.random.seed`` can assign."""
-    key = _random_key()
-    try:
-        yield
-    except BaseException:
-        if _random_key() is not key:
-            high, low = cast(list[int], key.tolist())
-            mx.random.seed(high << 32 | low)
-        raise
-
-
-def _random_key() -> mx.array:
-    """MLX's global random state, which code can read here but only ``mx.random.seed`` and ``mx.compile`` can set."""
-    return mx.random.state[0]  # type: ignore[index]
-
-
-def _settings(optimizer: optim.Optimizer) -> list[Any]:
-    """The numbers among an optimizer's public attributes, which a trace of its update contains as constants."""
-    if isinstance(optimizer, optim.MultiOptimizer):
-        return [_settings(part) for part in optimizer.optimizers]
-    public = [value for name, value in vars(optimizer).items() if not name.startswith("_")]
-    values = (value if isinstance(value, (list, tuple)) else [value] for value in public)
-    return [float(x) for value in values for x in value if isinstance(x, numbers.Real)]
-
-
-def _states(optimizer: optim.Optimizer) -> list[Any]:
-    """The state dictionaries of an optimizer, or of those that a MultiOptimizer delegates to."""
-    if isinstance(optimizer, optim.MultiOptimizer):
-        return [state for part in optimizer.optimizers for state in _states(part)]
-    return [optimizer.state]
-
-
-def _learning_rate(optimizer: optim.Optimizer) -> mx.array | None:
-    while isinstance(optimizer, optim.MultiOptimizer):
-        optimizer = optimizer.optimizers[0]
-    return optimizer.state.get("learning_rate")

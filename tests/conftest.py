@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -36,6 +37,19 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "model"
     mx.random.seed(0)
     demo.make_model(folder, demo.texts()[1])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that mlx_lm.lora accepts; pieces of one length, so that accumulation is over equal batches."""
+    from compiled_adam.demo import texts
+
+    folder = tmp_path_factory.mktemp("data")
+    text = texts()[1]
+    pieces = [json.dumps({"text": text[i : i + 100]}) for i in range(0, 4000, 100)]
+    for name, part in (("train", pieces[:24]), ("valid", pieces[24:32]), ("test", pieces[32:])):
+        (folder / f"{name}.jsonl").write_text("\n".join(part) + "\n")
     return folder
 
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -12,18 +11,6 @@ from mlx_lm import lora as mlx_lm_lora
 
 import compiled_adam as ca
 from compiled_adam import lora_command
-from compiled_adam.demo import texts
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that mlx_lm.lora accepts; pieces of one length, so that accumulation is over equal batches."""
-    folder = tmp_path_factory.mktemp("data")
-    text = texts()[1]
-    pieces = [json.dumps({"text": text[i : i + 100]}) for i in range(0, 4000, 100)]
-    for name, part in (("train", pieces[:24]), ("valid", pieces[24:32]), ("test", pieces[32:])):
-        (folder / f"{name}.jsonl").write_text("\n".join(part) + "\n")
-    return folder
 
 
 def job(tiny_model: Path, data: Path, out: str, *more: str) -> list[str]:

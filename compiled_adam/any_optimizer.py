@@ -1,0 +1,64 @@
+"""What a train step reads of any MLX optimizer, ours or not."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optim
+
+# A schedule is a function, which cannot be compared; its values at these steps can.
+_SAMPLED = (0, 1, 2, 5, *(factor * 10**power for power in range(1, 6) for factor in (1, 2, 5)))
+
+
+def states(optimizer: optim.Optimizer) -> list[Any]:
+    """The state dictionaries of an optimizer, or of those that a MultiOptimizer delegates to."""
+    return [part.state for part in parts(optimizer)]
+
+
+def parts(optimizer: optim.Optimizer) -> list[optim.Optimizer]:
+    """The optimizer itself, or those that a MultiOptimizer delegates to."""
+    if isinstance(optimizer, optim.MultiOptimizer):
+        return [part for child in optimizer.optimizers for part in parts(child)]
+    return [optimizer]
+
+
+def learning_rate(optimizer: optim.Optimizer) -> mx.array | None:
+    """The 0-d learning rate of the (first) optimizer; None if it has none."""
+    return parts(optimizer)[0].state.get("learning_rate")
+
+
+def constants(optimizer: optim.Optimizer) -> list[float]:
+    """The numbers among the public attributes, which a trace of the update contains."""
+    return [x for part in parts(optimizer) for value in _public(part).values() for x in value]
+
+
+def description(optimizer: optim.Optimizer) -> dict[str, Any]:
+    """Everything that the optimizer's updates depend on beside its state, by name, as JSON can hold it.
+
+    Of a schedule these are its values at some steps, and of a learning rate that is set by hand its value now.
+    """
+    found: dict[str, Any] = {}
+    every = parts(optimizer)
+    for i, part in enumerate(every):
+        own: dict[str, Any] = {"optimizer": type(part).__name__}
+        own |= {name: value[0] if len(value) == 1 else value for name, value in _public(part).items()}
+        own |= getattr(part, "options", {})
+        schedules: dict[str, Callable[[mx.array], Any]] = part._schedulers
+        for name, schedule in schedules.items():
+            own[name] = [float(schedule(mx.array(step))) for step in _SAMPLED]
+        if "learning_rate" in part.state and "learning_rate" not in schedules:
+            own["learning_rate"] = part.state["learning_rate"].item()
+        found |= {name if len(every) == 1 else f"optimizers.{i}.{name}": value for name, value in own.items()}
+    return found
+
+
+def _public(optimizer: optim.Optimizer) -> dict[str, list[float]]:
+    found = {}
+    for name, value in vars(optimizer).items():
+        if not name.startswith("_"):
+            values = value if isinstance(value, (list, tuple)) else [value]
+            found[name] = [float(x) for x in values if isinstance(x, numbers.Real)]
+    return {name: values for name, values in found.items() if values}

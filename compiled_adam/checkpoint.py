@@ -1,0 +1,242 @@
+"""Checkpoints: folders from which a run continues exactly, and which are never there by half.
+
+``weights.safetensors`` and ``optimizer.safetensors`` are plain MLX files with the paths of ``tree_flatten``, beside
+them ``window.safetensors`` if micro-batches were accumulated. ``meta.json`` has the rest and the SHA-256 of every file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from . import any_optimizer
+from .compare import differences, table
+from .durable import flush, record, recover, replacing, save_arrays
+from .step import TrainStep
+
+FORMAT = 1
+META = "meta.json"
+FILES = {"model": "weights.safetensors", "optimizer": "optimizer.safetensors", "window": "window.safetensors"}
+# Options that decide what the optimizer's state consists of: to change one is to convert the state.
+_OF_THE_STATE = {"optimizer", "moments", "compensated", "max_grad_norm", "skip_nonfinite"}
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
+
+
+# Writing.
+
+
+def save_checkpoint(
+    folder: str | Path,
+    step: TrainStep,
+    extra: Mapping[str, Any] | None = None,
+    *,
+    settings: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes everything that an exact continuation of ``step`` needs to ``folder``, which appears whole or not at all.
+
+    Args:
+        folder: the checkpoint; an older one of this name is replaced, other folders are refused.
+        step: what `make_step` made. Its model's trainable parameters and whatever else the forward pass assigns, its
+            optimizer's state, a partly filled window and MLX's random state are stored.
+        extra: what the caller needs to continue (data position, best loss, ...), as JSON can hold it. Default None.
+        settings: options of the caller that results depend on, by name; `load_checkpoint` compares them. Default None.
+
+    Raises:
+        OSError: it could not be written (disk full, no permission); an older checkpoint is still there then.
+        ValueError: the folder has something else, or weights are infinite or not a number.
+        TypeError: ``extra`` or ``settings`` cannot be stored as JSON.
+    """
+    folder = Path(folder)
+    recover(folder)
+    if folder.exists() and not (folder.is_dir() and ((folder / META).exists() or not any(folder.iterdir()))):
+        raise ValueError(f"{folder} exists and is not a checkpoint; name another folder")
+    state = step.state_dict()
+    mx.eval(state)
+    check_finite(state["model"])
+    meta = {
+        "format": FORMAT,
+        "packages": _packages(),
+        "device": str(mx.default_device()),
+        "updates": _updates(step),
+        "accumulated": state["window"]["batches"].item() if state["window"] else 0,
+        "random": state["random"]["key"].tolist(),
+        "settings": dict(settings or {}) | step.description(),
+        "extra": dict(extra or {}),
+    }
+    try:
+        json.dumps(meta)
+    except TypeError as error:
+        raise TypeError(f"extra and settings are stored as JSON, but {error}; use numbers, strings, lists") from None
+    with replacing(folder) as temporary:
+        meta["files"] = {
+            name: save_arrays(temporary / name, state[part]) for part, name in FILES.items() if state[part]
+        }
+        (temporary / META).write_text(json.dumps({**meta, "sha256": _digest(meta)}, indent=1) + "\n")
+        flush(temporary / META)
+
+
+def check_finite(arrays: Mapping[str, mx.array]) -> None:
+    """Raises ValueError, naming it, for an array that has an infinite value or one that is not a number."""
+    floats = {path: a for path, a in arrays.items() if a.size and mx.issubdtype(a.dtype, mx.floating)}
+    # A reduction passes over the array at once; isfinite(a) would write as many booleans first.
+    finite = {path: mx.isfinite(a.max()) & mx.isfinite(a.min()) for path, a in floats.items()}
+    mx.eval(finite)
+    if bad := [path for path, is_finite in finite.items() if not is_finite.item()]:
+        raise ValueError(f"{bad[0]} has values that are infinite or not a number ({len(bad)} of {len(finite)} arrays)")
+
+
+# Reading.
+
+
+def load_checkpoint(
+    folder: str | Path,
+    step: TrainStep,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    allow: Collection[str] = (),
+    warn: Callable[[str], None] = _warn,
+) -> dict[str, Any]:
+    """Continues ``step`` from a checkpoint; returns the ``extra`` it was saved with.
+
+    Args:
+        folder: the checkpoint.
+        step: a fresh step of the same model, loss and optimizer.
+        settings: as for `save_checkpoint`.
+        allow: names of settings that may differ; what ``step`` has now is used then. Also the learning rate's:
+            without it, a checkpoint's and a step's must be the same. Default: none.
+        warn: gets a sentence about other package versions. Default ``warnings.warn``.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or does not fit, with a table of what differs; nothing is changed then.
+    """
+    folder = Path(folder)
+    meta = check_checkpoint(folder)
+    state = {part: _load(folder / name) if name in meta["files"] else {} for part, name in FILES.items()}
+    state["random"] = {"key": mx.array(meta["random"], mx.uint32)}
+    here = json.loads(json.dumps(dict(settings or {}) | step.description()))
+    if unknown := set(allow) - here.keys() - meta["settings"].keys():
+        raise ValueError(f"there is no setting {min(unknown)!r} to allow; there are {', '.join(sorted(here))}")
+    rows = differences(here, meta["settings"])
+    changed = {name for name, *_ in rows} & set(allow)
+    convert = bool(changed & _OF_THE_STATE)
+    rows = [row for row in rows if row[0] not in changed] + step.mismatches(state, convert=convert)
+    if rows:
+        raise ValueError(
+            f"{folder} was saved by another run:\n{table(('what', 'here', 'checkpoint'), rows)}\n"
+            "make it the same, or allow what may change by its name (allow=..., --allow-change)"
+        )
+    mx.eval(state)
+    check_finite(state["model"])
+    if others := differences(_packages(), meta["packages"]):
+        names = ", ".join(f"{name} {there}" for name, _, there in others)
+        warn(f"{folder} was written with {names}: results may differ in the last bits")
+    optimizers = any_optimizer.parts(step.optimizer)
+    rates = [optimizer.state.get("learning_rate") for optimizer in optimizers]
+    step.load_state_dict(state, convert=convert)
+    for optimizer, rate in zip(optimizers, rates, strict=True):
+        if rate is not None and any(name.endswith("learning_rate") for name in changed):
+            optimizer.state["learning_rate"] = rate
+    return meta["extra"]
+
+
+def check_checkpoint(folder: Path) -> dict[str, Any]:
+    """The content of ``meta.json``, after every file was compared with it. Raises ValueError that names the damage."""
+    recover(folder)
+    file = folder / META
+    if not file.is_file():
+        raise ValueError(f"{folder} is not a checkpoint: it has no {META}")
+    try:
+        meta = json.loads(file.read_bytes())
+        digest = meta.pop("sha256")
+        files = dict(meta["files"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged: {error!r}") from None
+    if digest != _digest(meta):
+        raise ValueError(f"{file} is damaged: it is not what was written")
+    if meta["format"] != FORMAT:
+        raise ValueError(f"{folder} has format {meta['format']}; this version reads {FORMAT}, so update compiled_adam")
+    if unknown := files.keys() - FILES.values():
+        raise ValueError(f"{file} names the file {min(unknown)!r}, which no checkpoint has")
+    if missing := {FILES["model"], FILES["optimizer"]} - files.keys():
+        raise ValueError(f"{file} does not name {min(missing)}")
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{path} is missing")
+        if path.stat().st_size != expected["bytes"]:
+            raise ValueError(f"{path} is damaged: it has {path.stat().st_size} bytes instead of {expected['bytes']}")
+        if record(path) != expected:
+            raise ValueError(f"{path} is damaged: its SHA-256 is not the one in {META}")
+    return meta
+
+
+def latest_checkpoint(folder: str | Path, *, warn: Callable[[str], None] = _warn) -> Path:
+    """The newest checkpoint in ``folder`` that is whole; names of checkpoints are numbers. Damaged ones are warned of.
+
+    Raises:
+        ValueError: there is none.
+    """
+    folder = Path(folder)
+    found = numbered(folder)
+    for path in reversed(found):
+        try:
+            check_checkpoint(path)
+            return path
+        except ValueError as error:
+            warn(f"{error}; trying the checkpoint before it")
+    raise ValueError(f"there is no {'whole ' if found else ''}checkpoint in {folder}")
+
+
+def numbered(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, the oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted((p for p in folder.iterdir() if p.name.isdecimal() and p.is_dir()), key=lambda p: int(p.name))
+
+
+def prune(folder: Path, keep: int) -> list[Path]:
+    """Removes all but the newest ``keep`` checkpoints, once the newest is known to be whole; returns what went."""
+    *older, newest = numbered(folder)
+    check_checkpoint(newest)
+    gone = older[: max(0, len(older) + 1 - keep)]
+    for path in gone:
+        shutil.rmtree(path)
+    return gone
+
+
+def _load(file: Path) -> dict[str, mx.array]:
+    try:
+        arrays = mx.load(str(file))
+    except RuntimeError as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
+    assert isinstance(arrays, dict)
+    return arrays
+
+
+def _digest(meta: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
+def _packages() -> dict[str, str]:
+    found = {}
+    for name in ("compiled-adam", "mlx", "mlx-lm"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _updates(step: TrainStep) -> int:
+    state = any_optimizer.states(step.optimizer)[0]
+    return int(state["step"].item())

@@ -1,0 +1,56 @@
+"""What differs between two mappings, as a table for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+Row = tuple[str, str, str]
+_MISSING = object()
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[Row]:
+    """A row (name, value in one, value in other) for each name whose values differ; of arrays, dtype and shape count.
+
+    >>> differences({"a": 1, "b": mx.zeros(2)}, {"b": mx.zeros(3), "c": 2})
+    [('a', '1', '-'), ('b', 'float32 (2,)', 'float32 (3,)'), ('c', '-', '2')]
+    """
+    rows = []
+    for name in sorted(one.keys() | other.keys()):
+        both = [values.get(name, _MISSING) for values in (one, other)]
+        here, there = map(_shown, both)
+        if here == there and not any(isinstance(value, mx.array) for value in both) and both[0] != both[1]:
+            here, there = map(repr, both)  # floats that differ in a late digit
+        if here != there:
+            rows.append((name, here, there))
+    return rows
+
+
+def table(columns: Row, rows: Sequence[Row], most: int = 20) -> str:
+    """Aligned lines: the columns' names, the first ``most`` rows, and how many more there are.
+
+    >>> print(table(("name", "here", "there"), [("eps", "1e-08", "1e-06"), ("decay", "0.1", "0.2")], most=1))
+      name  here   there
+      eps   1e-08  1e-06
+      and 1 more
+    """
+    shown = [columns, *rows[:most]]
+    widths = [max(len(row[i]) for row in shown) for i in range(3)]
+    lines = ["  " + _line(row, widths) for row in shown]
+    return "\n".join([*lines, f"  and {len(rows) - most} more"] if len(rows) > most else lines)
+
+
+def _line(row: Iterable[str], widths: Iterable[int]) -> str:
+    return "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def _shown(value: Any) -> str:
+    if value is _MISSING:
+        return "-"
+    if isinstance(value, mx.array):
+        return f"{str(value.dtype).removeprefix('mlx.core.')} {value.shape}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_shown, value))}]"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,107 @@
+"""The forward and backward pass: one compiled function for each batch signature, the least recently used goes first."""
+
+from __future__ import annotations
+
+import io
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from . import batch as batches
+from . import random_state
+from .layout import Places, Structure
+from .loss import checked
+
+
+class GradientGraphs:
+    """The gradient of ``loss_fn`` for a model whose arrays stand at ``arrays``, the trainable ones first.
+
+    ``traces`` counts under "grad" and "evicted"; ``assigned`` gets the paths of the other arrays that the forward
+    pass assigns.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[..., Any],
+        weighted: bool,
+        max_traces: int,
+        structure: Structure,
+        arrays: Places,
+        trainable: int,
+        traces: dict[str, int],
+        assigned: set[str],
+    ) -> None:
+        self._model, self._loss_fn, self._weighted, self._max_traces = model, loss_fn, weighted, max_traces
+        self._structure, self._arrays, self._trainable = structure, arrays, trainable
+        self._traces, self._assigned = traces, assigned
+        self._compiled: OrderedDict[Hashable, Callable[..., Any]] = OrderedDict()
+
+    def __call__(self, signature: Hashable, batch: list[mx.array]) -> Any:
+        # Layers read `training` while they are traced, so a trace holds for one setting of it only.
+        key = signature, tuple([module.training for module in self._structure.modules])
+        gradient = self._compiled.pop(key, None)
+        if gradient is None:
+            while len(self._compiled) >= self._max_traces:
+                self._compiled.popitem(last=False)
+                self._traces["evicted"] += 1
+            gradient = self._compile(signature)
+        result = gradient(self._arrays.read(), batch)
+        self._compiled[key] = gradient  # the most recently used comes last
+        return result
+
+    def _compile(self, signature: Hashable) -> Callable[..., Any]:
+        def gradient(arrays: list[mx.array], batch: list[mx.array]) -> Any:
+            self._traces["grad"] += 1
+            args, kwargs = batches.rebuild(signature, iter(batch))
+            # Everything but the loss leaves by a list: as a further output of value_and_grad it gets a
+            # stop_gradient, over which mx.compile loses outputs (IndexError) if a cast occurs in the loss as well.
+            rest: list[Any] = []
+
+            def forward(parameters: list[mx.array]) -> mx.array:
+                self._arrays.write([*parameters, *arrays[self._trainable :]])
+                loss, aux, weight = checked(self._loss_fn(self._model, *args, **kwargs), self._weighted)
+                self._refuse_new_arrays()
+                after = self._arrays.read()
+                self._note_assigned(arrays, after)
+                rest.extend((aux, after, weight))  # what was not assigned passes through
+                return loss
+
+            before = self._structure.snapshot()
+            try:
+                loss, gradients = mx.value_and_grad(forward)(arrays[: self._trainable])
+            except BaseException:
+                self._structure.restore(before, attributes=True)
+                raise
+            self._structure.restore(before)
+            aux, arrays, weight = rest
+            return loss, aux, arrays, gradients, weight
+
+        return random_state.compiled(gradient)
+
+    def _note_assigned(self, before: list[mx.array], after: list[mx.array]) -> None:
+        others = list(zip(self._arrays.paths, before, after, strict=True))[self._trainable :]
+        in_place = _computed(after[self._trainable :])  # asked once for all, because it is rare
+        self._assigned |= {path for path, a, b in others if a is not b or (in_place and _computed([b]))}
+
+    def _refuse_new_arrays(self) -> None:
+        if not self._structure.intact():
+            new = {path for path, *_ in Structure(self._model).leaves} - {p for p, *_ in self._structure.leaves}
+            raise ValueError(
+                f"loss_fn changed the structure of the model ({', '.join(sorted(new)) or 'replaced a container'});"
+                " what the forward pass assigns must exist before make_step, so create it in __init__"
+            )
+
+
+def _computed(arrays: list[mx.array]) -> bool:
+    """Whether any of the arrays is the result of an operation; while tracing, an input that was left alone is not.
+
+    Assigning in place, as ``self.count += 1`` does, changes the array object itself, so ``is`` cannot tell.
+    """
+    graph = io.StringIO()
+    if arrays:
+        mx.export_to_dot(graph, *arrays)
+    return "shape=rectangle" in graph.getvalue()

@@ -1,0 +1,296 @@
+"""The fine-tuning loop: validates, reports, saves, and ends in a way that nothing is lost."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.callbacks import TrainingCallback
+from mlx_lm.tuner.trainer import TrainingArgs, evaluate
+
+from .checkpoint import check_finite, latest_checkpoint, load_checkpoint, prune, save_checkpoint
+from .durable import replace_arrays, replacing, save_arrays
+from .loader import Batches
+from .progress import TrainingProgress
+from .run_log import RunLog
+from .run_report import Report, StepReader, failed
+from .step import TrainStep
+from .stopping import Asked, TrainingStopped, is_out_of_memory
+
+LOG, CHECKPOINTS, BEST, PREVIOUS = "log.jsonl", "checkpoints", "best", "previous"
+
+
+class Options(NamedTuple):
+    """What `compiled_adam.train` was told beside mlx-lm's arguments."""
+
+    keep_checkpoints: int
+    keep_adapters: int | None
+    save_best: bool
+    early_stop_patience: int | None
+    nonfinite_limit: int | None
+    settings: dict[str, Any]
+
+
+class Validation(NamedTuple):
+    """What a validation loss is made of; no data set, no validation."""
+
+    dataset: Any
+    loss: Callable[..., Any]
+    iterate_batches: Callable[..., Any]
+
+
+class _Interrupted(Exception):
+    """Raised in the middle of a validation, which may take minutes."""
+
+
+class TrainingLoop:
+    """The loop, and what it knows between two iterations."""
+
+    def __init__(
+        self,
+        step: TrainStep,
+        batches: Any,
+        validation: Validation,
+        args: TrainingArgs,
+        options: Options,
+        progress: TrainingProgress,
+        asked: Asked,
+        callback: TrainingCallback | None,
+    ) -> None:
+        self.step, self.batches, self.validation, self.args = step, batches, validation, args
+        self.options, self.progress, self.asked = options, progress, asked
+        self.callback = callback or TrainingCallback()
+        self.log: RunLog | None = None
+        self.adapters = Path(args.adapter_file)
+        self.folder = self.adapters.parent
+        self.saved = "nothing was saved"
+        self.reader, self.report = StepReader(step), Report()
+        # What a checkpoint has of the loop, beside the report's sums.
+        self.iteration = 0  # the last one that is finished
+        self.position = self._position()  # of the data, after it
+        self.best: dict[str, Any] = {"loss": None, "iteration": None, "stale": 0}
+        self.failures = 0  # steps in a row that were not finite
+
+    def _position(self) -> Any:
+        return self.batches.position() if isinstance(self.batches, Batches) else None
+
+    def run(self) -> None:
+        """Runs to the last iteration, or until something ends it; then saves."""
+        self.step.model.train()
+        try:
+            ended = self._iterations()
+        except _Interrupted:
+            ended = None
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            # What the device was computing is lost, and the weights with it.
+            raise TrainingStopped(
+                f"out of memory in iteration {self.iteration + 1}: {error}; {self.saved}."
+                " Use a smaller --batch-size or --max-seq-length, or --grad-checkpoint"
+            ) from error
+        if self.asked.signal is not None:
+            self._end_as_asked(self.asked.signal)
+        if self.failures and self.failures == self.options.nonfinite_limit:
+            self._end_for_failures()
+        if ended is not None:
+            self.progress.line(ended)
+        try:
+            # The checkpoint before the flush: more iterations can follow it as if this had not been the last one.
+            self._save_checkpoint()
+            self.step.flush()
+            self._save_adapters()
+        except ValueError as error:
+            raise TrainingStopped(f"the weights were not saved: {error}; {self.saved}") from error
+
+    def _iterations(self) -> str | None:
+        """Returns why it ended early in a way that is not an error."""
+        args = self.args
+        while self.iteration < args.iters and self.asked.signal is None:
+            iteration = self.iteration + 1
+            last = iteration == args.iters
+            batch = next(self.batches)
+            if self.validation.dataset and (iteration == 1 or iteration % args.steps_per_eval == 0 or last):
+                self._take(self.reader.drain())
+                self._validate(iteration)
+                stale, best = self.best["stale"], self.best
+                if stale and stale == self.options.early_stop_patience:
+                    than = f"than {best['loss']:.4f} in iteration {best['iteration']}"
+                    return f"iter {iteration:>5}  stopped early: {stale} validations without a lower loss {than}"
+            ready = self.reader.put(iteration, self.step(*batch))
+            self.iteration, self.position = iteration, self._position()
+            self._take(ready)
+            self.progress.advance()
+            if args.clear_cache_threshold and mx.get_cache_memory() > args.clear_cache_threshold:
+                mx.clear_cache()
+            if iteration % args.steps_per_report == 0 or last:
+                self._take(self.reader.drain())
+                info = self.report.close()
+                self.progress.report(info)
+                self.callback.on_train_loss_report(info)
+            if iteration % args.steps_per_save == 0:
+                self._take(self.reader.drain())
+                self._save_and_go_on()
+            if self.failures and self.failures == self.options.nonfinite_limit:
+                return None
+        self._take(self.reader.drain())
+        return None
+
+    def _take(self, entries: list[dict[str, Any]]) -> None:
+        for entry in entries:
+            self.report.add(entry)
+            if self.log is not None:
+                self.log.write(entry)
+            self.failures = self.failures + 1 if failed(entry) else 0
+
+    def _validate(self, iteration: int) -> None:
+        dataset, loss, iterate_batches = self.validation
+        args, start = self.args, time.perf_counter()
+
+        def interruptible(*batch: Any) -> Any:
+            if self.asked.signal is not None:
+                raise _Interrupted
+            return loss(*batch)
+
+        val_loss = evaluate(
+            model=self.step.model,
+            dataset=dataset,
+            loss=interruptible,
+            batch_size=args.batch_size,
+            num_batches=args.val_batches,
+            max_seq_length=args.max_seq_length,
+            iterate_batches=iterate_batches,
+            # evaluate's default clears the cache after each batch; this never does, or beyond the threshold.
+            clear_cache_threshold=args.clear_cache_threshold or sys.maxsize,
+        )
+        self.step.model.train()
+        seconds = time.perf_counter() - start
+        self.progress.line(f"iter {iteration:>5}  validation loss {val_loss:.4f}")
+        if self.log is not None:
+            self.log.write({"iteration": iteration, "val_loss": val_loss, "seconds": seconds})
+        self.callback.on_val_loss_report({"iteration": iteration - 1, "val_loss": val_loss, "val_time": seconds})
+        if math.isfinite(val_loss) and (self.best["loss"] is None or val_loss < self.best["loss"]):
+            self.best = {"loss": val_loss, "iteration": iteration, "stale": 0}
+            if self.options.save_best:
+                self._going_on(self._save_best)
+        else:
+            self.best = {**self.best, "stale": self.best["stale"] + 1}
+        self.reader.restart_clock()
+
+    # Ends that somebody or something asked for.
+
+    def _end_as_asked(self, number: int) -> None:
+        self._save_checkpoint()
+        self._save_adapters()
+        message = f"stopped by {signal.Signals(number).name} after iteration {self.iteration}; {self.saved}"
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt(message)
+        self.progress.line(message)
+        raise SystemExit(128 + number)
+
+    def _end_for_failures(self) -> None:
+        try:
+            self._save_checkpoint()
+            self._save_adapters()
+        except ValueError:
+            pass  # the weights are not finite either; what was saved before stays
+        raise TrainingStopped(
+            f"the loss or gradient was not finite in {self.failures} steps in a row, up to iteration {self.iteration};"
+            f" {self.saved}. Look at the data, lower the learning rate, or set --max-grad-norm"
+        )
+
+    # Saving.
+
+    def _save_and_go_on(self) -> None:
+        self._going_on(self._save_numbered)
+        self.reader.restart_clock()
+
+    def _going_on(self, save: Callable[[], None]) -> None:
+        """A save that fails in the middle of a run (disk full, weights not finite) is reported; what is there stays."""
+        try:
+            save()
+        except (OSError, ValueError) as error:
+            self.progress.line(f"iter {self.iteration:>5}  not saved: {error}; training goes on, {self.saved}")
+
+    def _save_numbered(self) -> None:
+        numbered = self.folder / f"{self.iteration:07d}_adapters.safetensors"
+        self._save_adapters(numbered)
+        self._save_checkpoint()
+        if self.options.keep_adapters is not None:
+            for file in sorted(self.folder.glob("[0-9]*_adapters.safetensors"))[: -self.options.keep_adapters]:
+                file.unlink()
+        self.progress.line(f"iter {self.iteration:>5}  saved {numbered}")
+
+    def _weights(self) -> dict[str, mx.array]:
+        weights = dict(tree_flatten(self.step.model.trainable_parameters()))
+        check_finite(weights)
+        return weights
+
+    def _save_adapters(self, *more: Path) -> None:
+        weights = self._weights()
+        for file in (self.adapters, *more):
+            replace_arrays(file, weights)
+        self.saved = f"{self.adapters} has the weights after iteration {self.iteration}"
+
+    def _save_checkpoint(self) -> None:
+        if not self.options.keep_checkpoints:
+            return
+        checkpoints = self.folder / CHECKPOINTS
+        extra = {
+            "iteration": self.iteration,
+            "data": self.position,
+            "report": self.report.sums,
+            "best": self.best,
+            "failures": self.failures,
+        }
+        save_checkpoint(checkpoints / f"{self.iteration:07d}", self.step, extra, settings=self.options.settings)
+        prune(checkpoints, self.options.keep_checkpoints)
+
+    def _save_best(self) -> None:
+        weights = self._weights()
+        with replacing(self.folder / BEST) as folder:
+            save_arrays(folder / self.adapters.name, weights)
+            config = self.folder / "adapter_config.json"
+            if config.exists():
+                shutil.copy(config, folder)
+
+    # Resuming.
+
+    def resume(self, checkpoint: str | Path, allow: Collection[str]) -> None:
+        """Goes on from a checkpoint, or from the newest whole one for "auto"."""
+
+        def warn(message: str) -> None:
+            self.progress.line(f"warning: {message}")
+
+        path = latest_checkpoint(self.folder / CHECKPOINTS, warn=warn) if checkpoint == "auto" else Path(checkpoint)
+        extra = load_checkpoint(path, self.step, settings=self.options.settings, allow=allow, warn=warn)
+        try:
+            self.batches.restore(extra["data"])
+            self.iteration, self.best, self.failures = extra["iteration"], extra["best"], extra["failures"]
+            self.report.sums = extra["report"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a checkpoint of fine-tuning: {error!r}") from None
+        self.position = self._position()
+        self.saved = f"{path} has the state after iteration {self.iteration}"
+        self.progress.line(f"iter {self.iteration:>5}  resumed from {path}")
+        self.progress.advance(self.iteration)
+
+    def put_aside_previous(self) -> None:
+        """Moves the checkpoints and the log of an earlier run away, which must not be taken for this one's."""
+        found = [path for name in (CHECKPOINTS, LOG) if (path := self.folder / name).exists()]
+        if found:
+            shutil.rmtree(self.folder / PREVIOUS, ignore_errors=True)
+            (self.folder / PREVIOUS).mkdir()
+            for path in found:
+                path.rename(self.folder / PREVIOUS / path.name)
+            self.progress.line(
+                f"the earlier run's log and checkpoints are in {self.folder / PREVIOUS}; --resume goes on"
+            )

@@ -1,0 +1,92 @@
+"""From steps to numbers: results are read one step late, logged, and summed up between two training reports."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import mlx.core as mx
+
+from .step import StepResult, TrainStep
+
+
+class StepReader:
+    """Turns a `StepResult` into numbers when the next step is on its way, so that the device never waits for Python."""
+
+    def __init__(self, step: TrainStep) -> None:
+        self._step = step
+        self._waiting: tuple[int, StepResult, int] | None = None
+        self._clock = time.perf_counter()
+
+    def put(self, iteration: int, result: StepResult) -> list[dict[str, Any]]:
+        """The numbers of the step before this one, if there is one."""
+        ready = self.drain()
+        self._waiting = iteration, result, self._step.traces["grad"]
+        return ready
+
+    def drain(self) -> list[dict[str, Any]]:
+        """The numbers of the step that was put last, unless they were given already. Waits for it."""
+        if self._waiting is None:
+            return []
+        (iteration, result, traces), self._waiting = self._waiting, None
+        entry = {
+            "iteration": iteration,
+            "loss": result.loss.item(),
+            "tokens": result.aux[0].item(),
+            "grad_norm": None if result.grad_norm is None else result.grad_norm.item(),
+            "learning_rate": None if result.learning_rate is None else result.learning_rate.item(),
+            "skipped": result.skipped.item(),
+            "traces": traces,
+        }
+        now = time.perf_counter()
+        entry |= {"seconds": now - self._clock, "memory": mx.get_peak_memory()}
+        self._clock = now
+        return [entry]
+
+    def restart_clock(self) -> None:
+        """After a validation or a save, whose time is not a step's."""
+        self._clock = time.perf_counter()
+
+
+class Report:
+    """What is summed between two training reports."""
+
+    def __init__(self) -> None:
+        # Only what JSON can hold: checkpoints have it, so that a resumed run reports what it would have reported.
+        self.sums: dict[str, Any] = {"trained_tokens": 0, "grad_norm": None}
+        self._open()
+
+    def _open(self) -> None:
+        self.sums |= {"loss": 0.0, "tokens": 0, "iterations": 0, "seconds": 0.0}
+
+    def add(self, entry: dict[str, Any]) -> None:
+        for name in ("loss", "tokens", "seconds"):
+            self.sums[name] += entry[name]
+        self.sums["iterations"] += 1
+        self.sums["trained_tokens"] += entry["tokens"]
+        if entry["grad_norm"] is not None:
+            self.sums["grad_norm"] = entry["grad_norm"]
+        self._last = entry
+
+    def close(self) -> dict[str, Any]:
+        """The dictionary for callbacks: mlx-lm's, and three more keys; starts the next report."""
+        sums, last = dict(self.sums), self._last
+        self._open()
+        return {
+            "iteration": last["iteration"],
+            "train_loss": sums["loss"] / sums["iterations"],
+            "learning_rate": last["learning_rate"],
+            "iterations_per_second": sums["iterations"] / sums["seconds"],
+            "tokens_per_second": sums["tokens"] / sums["seconds"],
+            "trained_tokens": sums["trained_tokens"],
+            "peak_memory": last["memory"] / 1e9,
+            "grad_norm": sums["grad_norm"],
+            "skipped_steps": last["skipped"],
+            "traces": last["traces"],
+        }
+
+
+def failed(entry: dict[str, Any]) -> bool:
+    """Whether a step's loss or gradient is infinite or not a number."""
+    return not math.isfinite(entry["loss"]) or not math.isfinite(entry["grad_norm"] or 0.0)

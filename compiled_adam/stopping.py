@@ -1,0 +1,56 @@
+"""Why a run ends before its last iteration, and how it is told to."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+
+class TrainingStopped(RuntimeError):
+    """A run that could not go on. Its message says why, and what was saved."""
+
+
+class Asked:
+    """Whether somebody asked the run to end: ``signal`` is None, SIGINT (Ctrl-C) or SIGTERM."""
+
+    signal: int | None = None
+
+
+@contextmanager
+def asked_to_stop() -> Iterator[Asked]:
+    """Notes the first Ctrl-C or SIGTERM, so that a step can be finished and saved; a second one acts at once.
+
+    In another thread than the main one, where Python cannot handle signals, nothing is noted.
+    """
+    asked = Asked()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    previous: dict[int, Any] = {}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        asked.signal = number
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+        # Not print: the signal may have come in the middle of another one.
+        os.write(2, b"\nfinishing the step, then saving; once more to stop at once\n")
+
+    for number in (int(signal.SIGINT), int(signal.SIGTERM)):
+        previous[number] = signal.signal(number, note)
+    try:
+        yield asked
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of MLX, whose backends all raise RuntimeError, means that memory was not enough."""
+    found = re.search(r"out of memory|insufficient memory|unable to allocate|attempting to allocate", str(error), re.I)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and found is not None)
