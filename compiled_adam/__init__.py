@@ -14,6 +14,7 @@ except ImportError as error:
     ) from error
 
 from . import schedulers
+from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from .groups import decay_matrices
 from .optimizers import Adam, AdamW
 from .step import StepResult, TrainStep, make_step
@@ -22,7 +23,18 @@ if TYPE_CHECKING:
     from .lora import train as train
 
 __version__ = "0.1.0"
-__all__ = ["Adam", "AdamW", "StepResult", "TrainStep", "decay_matrices", "make_step", "schedulers"]
+__all__ = [
+    "Adam",
+    "AdamW",
+    "StepResult",
+    "TrainStep",
+    "decay_matrices",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "make_step",
+    "save_checkpoint",
+    "schedulers",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -71,7 +71,7 @@ class TrainingLoop:
         self.log: RunLog | None = None
         self.adapters = Path(args.adapter_file)
         self.folder = self.adapters.parent
-        self.saved = "nothing was saved"
+        self.saved, self.resumable = "nothing was saved", ""  # for messages
         self.reader, self.report = StepReader(step), Report()
         # What a checkpoint has of the loop, beside the report's sums.
         self.iteration = 0  # the last one that is finished
@@ -210,7 +210,8 @@ class TrainingLoop:
     # Saving.
 
     def _save_and_go_on(self) -> None:
-        self._going_on(self._save_numbered)
+        for save in (self._save_checkpoint, self._save_numbered):
+            self._going_on(save)
         self.reader.restart_clock()
 
     def _going_on(self, save: Callable[[], None]) -> None:
@@ -223,7 +224,6 @@ class TrainingLoop:
     def _save_numbered(self) -> None:
         numbered = self.folder / f"{self.iteration:07d}_adapters.safetensors"
         self._save_adapters(numbered)
-        self._save_checkpoint()
         if self.options.keep_adapters is not None:
             for file in sorted(self.folder.glob("[0-9]*_adapters.safetensors"))[: -self.options.keep_adapters]:
                 file.unlink()
@@ -238,7 +238,7 @@ class TrainingLoop:
         weights = self._weights()
         for file in (self.adapters, *more):
             replace_arrays(file, weights)
-        self.saved = f"{self.adapters} has the weights after iteration {self.iteration}"
+        self.saved = f"{self.adapters} has the weights after iteration {self.iteration}{self.resumable}"
 
     def _save_checkpoint(self) -> None:
         if not self.options.keep_checkpoints:
@@ -253,6 +253,7 @@ class TrainingLoop:
         }
         save_checkpoint(checkpoints / f"{self.iteration:07d}", self.step, extra, settings=self.options.settings)
         prune(checkpoints, self.options.keep_checkpoints)
+        self.resumable = f", and --resume goes on from iteration {self.iteration}"
 
     def _save_best(self) -> None:
         weights = self._weights()

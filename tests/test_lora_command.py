@@ -56,7 +56,8 @@ def test_the_adapters_of_mlx_lm_lora(more: list[str], tiny_model: Path, data: Pa
     ours = run("-m", "compiled_adam.cli", "lora", *job(tiny_model, data, "ours", *more, *off))
     assert ours.returncode == 0, ours.stderr
     files = {path.name for path in (tmp_path / "stock").iterdir()}
-    assert files == {path.name for path in (tmp_path / "ours").iterdir()} >= {"adapters.safetensors"}
+    assert files >= {"adapters.safetensors", "adapter_config.json"}
+    assert {path.name for path in (tmp_path / "ours").iterdir()} == files | {"log.jsonl", "checkpoints", ".lock"}
     a, b = (mx.load(str(tmp_path / which / "adapters.safetensors")) for which in ("ours", "stock"))
     assert a.keys() == b.keys()
     for path in a:
@@ -94,6 +95,10 @@ def test_every_option_of_mlx_lm_is_there() -> None:
     assert stock <= {action.dest for action in lora_command.parser()._actions}
     assert {action.dest for action in lora_command.parser()._actions} - stock == set(lora_command.OURS)
     assert all(action.help for action in lora_command.parser()._actions)
+    # Every option and its default are said.
+    text = " ".join(lora_command.parser().format_help().split())
+    for words in ("unlike mlx_lm.lora", "so a small threshold makes steps slow", "--no-skip-nonfinite", "log.jsonl"):
+        assert words in text, words
 
 
 def optimizer(*argv: str) -> optim.Optimizer:
@@ -119,6 +124,53 @@ def test_optimizer_config_of_yaml(tmp_path: Path) -> None:
     config.write_text("optimizer_config: {adam: {beta: 0.8}}\n")
     with pytest.raises(ValueError, match=r"optimizer_config of adam: .*'beta'"):
         optimizer("-c", str(config))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--resume", "--resume-adapter-file", "a"], "give one of them"),
+        (["--allow-change", "data"], "allow_change is about a checkpoint's settings, but there is no --resume"),
+        (["--decay-matrices-only", "--weight-decay", "0"], "weight_decay is 0; leave one of them out"),
+        (["--model", "a/b/c"], "model is 'a/b/c', which does not exist"),
+    ],
+)
+def test_options_that_contradict_each_other(argv: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        lora_command.run(lora_command.settings(["--train", "--data", str(tmp_path), *argv]))
+
+
+@pytest.mark.parametrize("flag", [["--resume"], ["--save-best"], ["--early-stop-patience", "2"], ["--bucket"]])
+def test_options_of_training_without_it(flag: list[str]) -> None:
+    with pytest.raises(ValueError, match=f"{flag[0][2:].replace('-', '_')} is an option of training"):
+        lora_command.run(lora_command.settings(["--test", *flag]))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("iters: many", "iters is 'many'; it must be a whole number"),
+        ("batch_size: 2.5", "batch_size is 2.5; it must be a whole number"),
+        ("max_grad_norm: [1]", r"max_grad_norm is \[1\]; it must be a number"),
+        ("train: 1", "train is 1; it must be true or false"),
+        ("save_best: maybe", "save_best is 'maybe'; it must be true or false"),
+        ("moments: 4bit", "moments is '4bit'; it must be one of float32"),
+        ("fine_tune_type: lorra", "fine_tune_type is 'lorra'; it must be one of lora, dora, full"),
+        ("keep_checkpoint: 3", "unknown key 'keep_checkpoint'"),
+    ],
+)
+def test_yaml_values_that_the_command_line_would_refuse(line: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(line + "\n")
+    with pytest.raises(ValueError, match=message):
+        lora_command.settings(["-c", str(tmp_path / "job.yaml")])
+
+
+def test_yaml_values_of_every_kind(tmp_path: Path) -> None:
+    numbers = "clear_cache_threshold: 2GB\nlearning_rate: 1e-4\nbucket: 2\n"
+    (tmp_path / "job.yaml").write_text(numbers + "resume: auto\nallow_change: [data]\nreport_to: wandb\n")
+    found = lora_command.settings(["-c", str(tmp_path / "job.yaml")])
+    assert (found.clear_cache_threshold, found.learning_rate, found.bucket) == (2_000_000_000, 1e-4, 2)
+    assert (found.resume, found.allow_change, found.report_to) == ("auto", ["data"], "wandb")
 
 
 @pytest.mark.parametrize(
@@ -167,3 +219,23 @@ def test_what_cannot_be_done_is_one_sentence(tiny_model: Path, data: Path, run, 
         assert done.returncode == 2, (arguments, done.stderr)
         assert message in done.stderr.splitlines()[-1], (arguments, done.stderr)
         assert "Traceback" not in done.stderr
+
+
+def test_resuming_on_the_command_line(tiny_model: Path, data: Path, run, tmp_path: Path) -> None:
+    def lora(out: str, *more: str):
+        options = ("--bucket", "--save-best", "--grad-accumulation-steps", "3", "--steps-per-eval", "4", *more)
+        return run("-m", "compiled_adam.cli", "lora", *job(tiny_model, data, out, *options))
+
+    first = lora("parts", "--iters", "5")
+    assert re.search(r"bucket 1\.25: at most \d+ traces, [\d.]+ % padding \(multiples of 32: \d", first.stdout)
+    wrong = lora("parts", "--resume", "--learning-rate", "1e-4")
+    assert wrong.returncode == 2 and re.search(r"learning_rate +0\.0001 +0\.001", wrong.stderr)
+    assert lora("parts", "--resume").returncode == 0
+    assert {path.name for path in (tmp_path / "parts").iterdir()} >= {"best", "checkpoints", "log.jsonl"}
+    again = lora("parts", "--resume", "--learning-rate", "1e-4", "--allow-change", "learning_rate", "--iters", "9")
+    assert again.returncode == 0 and "lr 1.00e-04" in again.stdout, again.stderr
+    damaged = tmp_path / "parts" / "checkpoints" / "0000009" / "weights.safetensors"
+    damaged.write_bytes(b"")
+    back = lora("parts", "--resume", "--iters", "9")
+    assert "warning: " in back.stdout and "trying the checkpoint before it" in back.stdout and back.returncode == 0
+    assert "resumed from parts/checkpoints/0000008" in back.stdout
