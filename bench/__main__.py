@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,20 @@ def main() -> int:
     if arguments.json and not arguments.json.parent.is_dir():
         print(f"bench: the folder of {arguments.json} does not exist; create it first", file=sys.stderr)
         return 2
+    if arguments.model and not (arguments.model / "config.json").exists():
+        print(f"bench: {arguments.model} is not a folder with a model; it has no config.json", file=sys.stderr)
+        return 2
     console = Console()
     if not console.is_terminal:
         console.width = 140  # a pipe has no width, and 80 columns would break the rows
     record: dict[str, Any] = {"environment": measure.environment()}
-    run = {"update": _update, "numerics": _numerics, "quality": _quality}[arguments.what]
+    run: Callable[[argparse.Namespace, dict[str, Any]], tuple[Any, Table]] = {
+        "update": _update,
+        "step": _step,
+        "saving": _saving,
+        "numerics": _numerics,
+        "quality": _quality,
+    }[arguments.what]
     record[arguments.what], table = run(arguments, record["environment"])
     console.print(table)
     if arguments.json:
@@ -43,6 +53,48 @@ def _update(arguments: argparse.Namespace, environment: dict[str, Any]) -> tuple
             for i, row in enumerate(rows):
                 table.add_row(*_cells(row, first=i == 0), end_section=i == len(rows) - 1)
             print(f"measured {workload}, {dtype}", file=sys.stderr)
+    return record, table
+
+
+def _step(arguments: argparse.Namespace, environment: dict[str, Any]) -> tuple[list[dict[str, Any]], Table]:
+    from . import step  # here, because it needs mlx-lm
+
+    quick = arguments.seconds < 20
+    figures = step.measure(arguments.model, rounds=2 if quick else 7, windows=3 if quick else 6)
+    table = Table(
+        title=f"Fine-tuning with LoRA, MLX {environment['mlx']}, {environment['device']}, {environment['blas']}",
+        caption=f"medians over interleaved runs; ratio: of tokens/s to {step.REFERENCE} within a round, with its range",
+    )
+    table.add_column("contender")
+    for column in ("tokens/s", "ratio", "first step ms", "new shape ms", "traces of 6 shapes", "peak MB", "last loss"):
+        table.add_column(column, justify="right")
+    for name, row in figures.items():
+        table.add_row(
+            name,
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['ratio']:.2f} ({row['ratio_low']:.2f}-{row['ratio_high']:.2f})",
+            f"{row['first_step_ms']:.0f}",
+            f"{row['new_shape_ms']:.0f}",
+            f"{row['traces']:.0f}",
+            f"{row['peak_bytes'] / 1e6:.1f}",
+            f"{row['loss']:.5f}",
+        )
+    return [{"contender": name, **row} for name, row in figures.items()], table
+
+
+def _saving(arguments: argparse.Namespace, environment: dict[str, Any]) -> tuple[dict[str, Any], Table]:
+    from . import saving
+
+    quick = arguments.seconds < 20
+    record = saving.measure(millions=10 if quick else 100, rounds=5 if quick else 15)
+    table = Table(
+        title=f"Saving {record['parameters'] / 1e6:.0f} M parameters and their state, MLX {environment['mlx']}"
+    )
+    for column in ("contender", "s", "GB/s"):
+        table.add_column(column, justify="right")
+    for name, seconds in record["seconds"].items():
+        table.add_row(name, f"{seconds:.2f}", f"{record['bytes'] / seconds / 1e9:.2f}")
+    table.caption = f"ratio {record['ratio']:.2f} (within a round {record['ratios'][0]:.2f}-{record['ratios'][-1]:.2f})"
     return record, table
 
 
@@ -122,8 +174,11 @@ def _cells(row: dict[str, Any], *, first: bool) -> list[str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("what", nargs="?", choices=["update", "numerics", "quality"], default="update")
+    parser.add_argument(
+        "what", nargs="?", choices=["update", "step", "saving", "numerics", "quality"], default="update"
+    )
     parser.add_argument("--steps", type=int, default=600, help="of training, for quality (default: 600)")
+    parser.add_argument("--model", type=Path, help="for step: a folder with a model (default: the demo's)")
     parser.add_argument("--workload", action="append", choices=list(WORKLOADS), help="one of them; repeatable")
     parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="of the parameters; repeatable")
     parser.add_argument("--seconds", type=float, default=20.0, help="for each workload and dtype (default: 20)")

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -99,5 +100,16 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "mlx": version("mlx"),
         "compiled_adam": version("compiled-adam"),
+        "blas": blas(),
         "commit": commit.stdout.strip() or None,
     }
+
+
+def blas() -> str:
+    """Which library multiplies matrices on the CPU of Linux: as a preloaded one tells, or "as MLX was built"."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return "as MLX was built"
+    libraries = {Path(line.split()[-1]).name for line in maps.splitlines() if "blas" in line.lower()}
+    return ", ".join(sorted(libraries)) or "as MLX was built"

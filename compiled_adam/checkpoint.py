@@ -12,6 +12,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import mlx.core as mx
 
 from . import any_optimizer
 from .compare import differences, table
-from .durable import flush, record, recover, replacing, save_arrays
+from .durable import flush, record, recorded, recover, replacing, save_arrays
 from .step import TrainStep
 
 FORMAT = 1
@@ -64,7 +65,6 @@ def save_checkpoint(
         raise ValueError(f"{folder} exists and is not a checkpoint; name another folder")
     state = step.state_dict()
     mx.eval(state)
-    check_finite(state["model"])
     meta = {
         "format": FORMAT,
         "packages": _packages(),
@@ -79,10 +79,16 @@ def save_checkpoint(
         json.dumps(meta)
     except TypeError as error:
         raise TypeError(f"extra and settings are stored as JSON, but {error}; use numbers, strings, lists") from None
-    with replacing(folder) as temporary:
-        meta["files"] = {
-            name: save_arrays(temporary / name, state[part]) for part, name in FILES.items() if state[part]
-        }
+    records = {}
+    with replacing(folder) as temporary, ThreadPoolExecutor() as pool:
+        # The largest first: its record is still being made while the others are written.
+        for part in ("optimizer", "window", "model"):
+            if state[part]:
+                file = temporary / FILES[part]
+                with recorded(file, pool) as records[file.name]:
+                    save_arrays(file, state[part])
+        check_finite(state["model"])
+        meta["files"] = {name: future.result() for name, future in records.items()}
         (temporary / META).write_text(json.dumps({**meta, "sha256": _digest(meta)}, indent=1) + "\n")
         flush(temporary / META)
 

@@ -9,7 +9,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypedDict
@@ -39,23 +39,28 @@ def record(file: Path, written: threading.Event | None = None) -> Record:
                 time.sleep(1e-3)
 
 
-def save_arrays(file: Path, arrays: dict[str, mx.array]) -> Record:
-    """``mx.save_safetensors``, flushed to the disk; its errors become an OSError.
+@contextmanager
+def recorded(file: Path, pool: ThreadPoolExecutor) -> Iterator[Future[Record]]:
+    """The `record` of a file that is written, from the front to the end, in this context; made at the same time.
 
-    The file is hashed while MLX writes it, from the front to the end: afterwards that would take as long as writing.
+    Afterwards it would take as long as the writing itself.
     """
     written = threading.Event()
     file.touch()
-    with ThreadPoolExecutor(1) as pool:
-        reading = pool.submit(record, file, written)
-        try:
-            mx.save_safetensors(str(file), arrays)
-            flush(file)
-        except RuntimeError as error:
-            raise OSError(f"{file} could not be written: {error}") from error
-        finally:
-            written.set()
-    return reading.result()
+    future = pool.submit(record, file, written)
+    try:
+        yield future
+    finally:
+        written.set()
+
+
+def save_arrays(file: Path, arrays: dict[str, mx.array]) -> None:
+    """``mx.save_safetensors``, flushed to the disk; its errors become an OSError."""
+    try:
+        mx.save_safetensors(str(file), arrays)
+    except RuntimeError as error:
+        raise OSError(f"{file} could not be written: {error}") from error
+    flush(file)
 
 
 @contextmanager
