@@ -68,7 +68,19 @@ def _parser() -> argparse.ArgumentParser:
         "lora", help="fine-tune a model: mlx_lm.lora's flags and files (see lora --help)", add_help=False
     )
     lora.set_defaults(command=_lora)
+    report = commands.add_parser("report", help="draw the runs in one or more adapter folders as one HTML file")
+    report.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="where `lora` wrote its adapters")
+    report.add_argument("--out", type=Path, help="the file to write (default: report.html in the first folder)")
+    report.set_defaults(command=_report)
     return parser
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from . import report  # here, because it imports matplotlib, which is optional
+
+    out = arguments.out or arguments.folders[0] / "report.html"
+    report.write(arguments.folders, out)
+    print(f"wrote {out}")
 
 
 def _lora(arguments: argparse.Namespace) -> None:

@@ -20,12 +20,12 @@ from .checkpoint import check_finite, latest_checkpoint, load_checkpoint, prune,
 from .durable import replace_arrays, replacing, save_arrays
 from .loader import Batches
 from .progress import TrainingProgress
-from .run_log import RunLog
+from .run_log import LOG, RunLog
 from .run_report import Report, StepReader, failed
 from .step import TrainStep
 from .stopping import Asked, TrainingStopped, is_out_of_memory
 
-LOG, CHECKPOINTS, BEST, PREVIOUS = "log.jsonl", "checkpoints", "best", "previous"
+CHECKPOINTS, BEST, PREVIOUS = "checkpoints", "best", "previous"
 
 
 class Options(NamedTuple):

@@ -14,6 +14,7 @@ import mlx.optimizers as optim
 try:
     from mlx_lm.tuner import trainer as mlx_lm_trainer
     from mlx_lm.tuner.callbacks import TrainingCallback
+    from mlx_lm.utils import save_config
 except ImportError as error:
     raise ImportError(
         f"fine-tuning needs mlx-lm ({error}); install it with `pip install 'compiled-adam[lm]'`"
@@ -21,9 +22,9 @@ except ImportError as error:
 
 from .durable import locked
 from .loader import Batches
-from .loop import LOG, Options, TrainingLoop, Validation
+from .loop import Options, TrainingLoop, Validation
 from .progress import TrainingProgress
-from .run_log import RunLog
+from .run_log import LOG, RunLog
 from .step import make_step
 from .stopping import asked_to_stop
 
@@ -48,6 +49,7 @@ def train(
     resume: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
     allow: Collection[str] = (),
+    adapter_config: Mapping[str, Any] | None = None,
 ) -> None:
     """Fine-tunes ``model`` in place: the call, the defaults and the adapter files of ``mlx_lm.tuner.trainer.train``.
 
@@ -78,6 +80,8 @@ def train(
         resume: a checkpoint's folder, or "auto" for the newest whole one in ``checkpoints``. Default None.
         settings: names and values that results depend on and a resumed run must share. Default None.
         allow: names of settings that may differ from the checkpoint's, as in `load_checkpoint`.
+        adapter_config: what mlx-lm needs to load the adapters, for ``adapter_config.json`` beside them; written when
+            nothing stands in the way of the training any more. Default None: not written.
 
     Raises:
         ValueError: more than one distributed process; unusable arguments, as in `make_step`; nothing to resume from.
@@ -148,4 +152,6 @@ def train(
             loop.put_aside_previous()
         if log:
             loop.log = stack.enter_context(closing(RunLog(folder / LOG, keep=loop.iteration)))
+        if adapter_config is not None:
+            save_config(dict(adapter_config), folder / "adapter_config.json")
         loop.run()

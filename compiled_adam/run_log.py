@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+LOG = "log.jsonl"  # its name beside the adapters
+
 
 class RunLog:
     """Appends to ``file``, whose lines after iteration ``keep`` are dropped first: they are about to happen again.

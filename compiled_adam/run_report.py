@@ -16,37 +16,49 @@ class StepReader:
 
     def __init__(self, step: TrainStep) -> None:
         self._step = step
-        self._waiting: tuple[int, StepResult, int] | None = None
+        self._waiting: tuple[int, StepResult, int, float] | None = None
         self._clock = time.perf_counter()
 
     def put(self, iteration: int, result: StepResult) -> list[dict[str, Any]]:
         """The numbers of the step before this one, if there is one."""
-        ready = self.drain()
-        self._waiting = iteration, result, self._step.traces["grad"]
+        ready = self._read()
+        # The time since the step before was put is this one's, whether the device has begun with it (CUDA, Metal) or
+        # is nearly done, as on the CPU, whose queue is short.
+        self._waiting = iteration, result, self._step.traces["grad"], self._lap()
         return ready
 
     def drain(self) -> list[dict[str, Any]]:
         """The numbers of the step that was put last, unless they were given already. Waits for it."""
+        ready = self._read()
+        for entry in ready:
+            entry["seconds"] += self._lap()
+        return ready
+
+    def _read(self) -> list[dict[str, Any]]:
         if self._waiting is None:
             return []
-        (iteration, result, traces), self._waiting = self._waiting, None
-        entry = {
-            "iteration": iteration,
-            "loss": result.loss.item(),
-            "tokens": result.aux[0].item(),
-            "grad_norm": None if result.grad_norm is None else result.grad_norm.item(),
-            "learning_rate": None if result.learning_rate is None else result.learning_rate.item(),
-            "skipped": result.skipped.item(),
-            "traces": traces,
-        }
-        now = time.perf_counter()
-        entry |= {"seconds": now - self._clock, "memory": mx.get_peak_memory()}
-        self._clock = now
-        return [entry]
+        (iteration, result, traces, seconds), self._waiting = self._waiting, None
+        return [
+            {
+                "iteration": iteration,
+                "loss": result.loss.item(),
+                "tokens": result.aux[0].item(),
+                "grad_norm": None if result.grad_norm is None else result.grad_norm.item(),
+                "learning_rate": None if result.learning_rate is None else result.learning_rate.item(),
+                "skipped": result.skipped.item(),
+                "traces": traces,
+                "seconds": seconds,
+                "memory": mx.get_peak_memory(),
+            }
+        ]
+
+    def _lap(self) -> float:
+        before, self._clock = self._clock, time.perf_counter()
+        return self._clock - before
 
     def restart_clock(self) -> None:
         """After a validation or a save, whose time is not a step's."""
-        self._clock = time.perf_counter()
+        self._lap()
 
 
 class Report:

@@ -12,7 +12,7 @@ import pytest
 from mlx_lm.tuner import trainer
 
 import compiled_adam as ca
-from compiled_adam import lora, lora_command
+from compiled_adam import lora, lora_options
 
 LENGTHS = 400
 # Two windows of many steps, around the 100th and before the 400th, because some of a step's results are always live.
@@ -44,7 +44,7 @@ def test_four_hundred_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         return steps[0]
 
     monkeypatch.setattr(lora, "make_step", make_step)
-    max_traces = lora_command.settings(["--max-traces", "16"]).max_traces
+    max_traces = lora_options.settings(["--max-traces", "16"]).max_traces
     # In a mixed order, or the batches themselves would grow over the run.
     lengths = np.random.default_rng(0).permutation(LENGTHS) + 3
     live: list[tuple[int, int, int]] = []

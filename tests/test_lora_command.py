@@ -10,7 +10,7 @@ import pytest
 from mlx_lm import lora as mlx_lm_lora
 
 import compiled_adam as ca
-from compiled_adam import lora_command
+from compiled_adam import lora_command, lora_options
 
 
 def job(tiny_model: Path, data: Path, out: str, *more: str) -> list[str]:
@@ -84,7 +84,7 @@ def test_generate_fuse_and_test_work_on_the_result(tiny_model: Path, data: Path,
 def test_command_line_before_yaml_before_defaults(tmp_path: Path) -> None:
     config = tmp_path / "job.yaml"
     config.write_text("iters: 7\nmoments: 8bit\nclear_cache_threshold: 5\nskip_nonfinite: false\nseed: 3\n")
-    found = lora_command.settings(["-c", str(config), "--iters", "9", "--bias-correction"])
+    found = lora_options.settings(["-c", str(config), "--iters", "9", "--bias-correction"])
     assert (found.iters, found.seed, found.batch_size) == (9, 3, mlx_lm_lora.CONFIG_DEFAULTS["batch_size"])
     assert (found.moments, found.clear_cache_threshold, found.skip_nonfinite) == ("8bit", 5, False)
     assert (found.bias_correction, found.max_traces, found.max_grad_norm) == (True, 64, None)
@@ -92,17 +92,17 @@ def test_command_line_before_yaml_before_defaults(tmp_path: Path) -> None:
 
 def test_every_option_of_mlx_lm_is_there() -> None:
     stock = {action.dest for action in mlx_lm_lora.build_parser()._actions}
-    assert stock <= {action.dest for action in lora_command.parser()._actions}
-    assert {action.dest for action in lora_command.parser()._actions} - stock == set(lora_command.OURS)
-    assert all(action.help for action in lora_command.parser()._actions)
+    assert stock <= {action.dest for action in lora_options.parser()._actions}
+    assert {action.dest for action in lora_options.parser()._actions} - stock == set(lora_options.OURS)
+    assert all(action.help for action in lora_options.parser()._actions)
     # Every option and its default are said.
-    text = " ".join(lora_command.parser().format_help().split())
+    text = " ".join(lora_options.parser().format_help().split())
     for words in ("unlike mlx_lm.lora", "so a small threshold makes steps slow", "--no-skip-nonfinite", "log.jsonl"):
         assert words in text, words
 
 
 def optimizer(*argv: str) -> optim.Optimizer:
-    return lora_command.make_optimizer(lora_command.settings(argv))
+    return lora_command.make_optimizer(lora_options.settings(argv))
 
 
 def test_optimizers_and_their_options() -> None:
@@ -137,13 +137,13 @@ def test_optimizer_config_of_yaml(tmp_path: Path) -> None:
 )
 def test_options_that_contradict_each_other(argv: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        lora_command.run(lora_command.settings(["--train", "--data", str(tmp_path), *argv]))
+        lora_command.run(lora_options.settings(["--train", "--data", str(tmp_path), *argv]))
 
 
 @pytest.mark.parametrize("flag", [["--resume"], ["--save-best"], ["--early-stop-patience", "2"], ["--bucket"]])
 def test_options_of_training_without_it(flag: list[str]) -> None:
     with pytest.raises(ValueError, match=f"{flag[0][2:].replace('-', '_')} is an option of training"):
-        lora_command.run(lora_command.settings(["--test", *flag]))
+        lora_command.run(lora_options.settings(["--test", *flag]))
 
 
 @pytest.mark.parametrize(
@@ -162,13 +162,13 @@ def test_options_of_training_without_it(flag: list[str]) -> None:
 def test_yaml_values_that_the_command_line_would_refuse(line: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(line + "\n")
     with pytest.raises(ValueError, match=message):
-        lora_command.settings(["-c", str(tmp_path / "job.yaml")])
+        lora_options.settings(["-c", str(tmp_path / "job.yaml")])
 
 
 def test_yaml_values_of_every_kind(tmp_path: Path) -> None:
     numbers = "clear_cache_threshold: 2GB\nlearning_rate: 1e-4\nbucket: 2\n"
     (tmp_path / "job.yaml").write_text(numbers + "resume: auto\nallow_change: [data]\nreport_to: wandb\n")
-    found = lora_command.settings(["-c", str(tmp_path / "job.yaml")])
+    found = lora_options.settings(["-c", str(tmp_path / "job.yaml")])
     assert (found.clear_cache_threshold, found.learning_rate, found.bucket) == (2_000_000_000, 1e-4, 2)
     assert (found.resume, found.allow_change, found.report_to) == ("auto", ["data"], "wandb")
 
