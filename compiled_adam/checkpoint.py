@@ -21,11 +21,12 @@ import mlx.core as mx
 
 from . import any_optimizer
 from .compare import differences, table
-from .durable import flush, record, recorded, recover, replacing, save_arrays
+from .durable import flush, present, record, recorded, replacing, save_arrays
 from .step import TrainStep
 
 FORMAT = 1
 META = "meta.json"
+_SEAL = ',\n "sha256": "'
 FILES = {"model": "weights.safetensors", "optimizer": "optimizer.safetensors", "window": "window.safetensors"}
 # Options that decide what the optimizer's state consists of: to change one is to convert the state.
 _OF_THE_STATE = {"optimizer", "moments", "compensated", "max_grad_norm", "skip_nonfinite"}
@@ -60,7 +61,6 @@ def save_checkpoint(
         TypeError: ``extra`` or ``settings`` cannot be stored as JSON.
     """
     folder = Path(folder)
-    recover(folder)
     if folder.exists() and not (folder.is_dir() and ((folder / META).exists() or not any(folder.iterdir()))):
         raise ValueError(f"{folder} exists and is not a checkpoint; name another folder")
     state = step.state_dict()
@@ -68,7 +68,6 @@ def save_checkpoint(
     meta = {
         "format": FORMAT,
         "packages": _packages(),
-        "device": str(mx.default_device()),
         "updates": _updates(step),
         "accumulated": state["window"]["batches"].item() if state["window"] else 0,
         "random": state["random"]["key"].tolist(),
@@ -76,7 +75,7 @@ def save_checkpoint(
         "extra": dict(extra or {}),
     }
     try:
-        json.dumps(meta)
+        meta = json.loads(json.dumps(meta))  # what will be read: of text keys, lists instead of tuples
     except TypeError as error:
         raise TypeError(f"extra and settings are stored as JSON, but {error}; use numbers, strings, lists") from None
     records = {}
@@ -89,7 +88,7 @@ def save_checkpoint(
                     save_arrays(file, state[part])
         check_finite(state["model"])
         meta["files"] = {name: future.result() for name, future in records.items()}
-        (temporary / META).write_text(json.dumps({**meta, "sha256": _digest(meta)}, indent=1) + "\n")
+        (temporary / META).write_text(_sealed(meta), encoding="utf-8")
         flush(temporary / META)
 
 
@@ -122,13 +121,14 @@ def load_checkpoint(
         settings: as for `save_checkpoint`.
         allow: names of settings that may differ; what ``step`` has now is used then. Also the learning rate's:
             without it, a checkpoint's and a step's must be the same. Default: none.
-        warn: gets a sentence about other package versions. Default ``warnings.warn``.
+        warn: gets a sentence about other package versions, or another device. Default ``warnings.warn``.
 
     Raises:
         ValueError: the checkpoint is damaged, or does not fit, with a table of what differs; nothing is changed then.
     """
     folder = Path(folder)
     meta = check_checkpoint(folder)
+    folder = present(folder)
     state = {part: _load(folder / name) if name in meta["files"] else {} for part, name in FILES.items()}
     state["random"] = {"key": mx.array(meta["random"], mx.uint32)}
     here = json.loads(json.dumps(dict(settings or {}) | step.description()))
@@ -136,7 +136,7 @@ def load_checkpoint(
         raise ValueError(f"there is no setting {min(unknown)!r} to allow; there are {', '.join(sorted(here))}")
     rows = differences(here, meta["settings"])
     changed = {name for name, *_ in rows} & set(allow)
-    convert = bool(changed & _OF_THE_STATE)
+    convert = bool({name.split(".")[-1] for name in changed} & _OF_THE_STATE)
     rows = [row for row in rows if row[0] not in changed] + step.mismatches(state, convert=convert)
     if rows:
         raise ValueError(
@@ -159,20 +159,28 @@ def load_checkpoint(
 
 def check_checkpoint(folder: Path) -> dict[str, Any]:
     """The content of ``meta.json``, after every file was compared with it. Raises ValueError that names the damage."""
-    recover(folder)
+    folder = present(folder)
     file = folder / META
     if not file.is_file():
         raise ValueError(f"{folder} is not a checkpoint: it has no {META}")
     try:
-        meta = json.loads(file.read_bytes())
-        digest = meta.pop("sha256")
+        text = file.read_text(encoding="utf-8")
+        meta = json.loads(text)
+        del meta["sha256"]
         files = dict(meta["files"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged: {error!r}") from None
-    if digest != _digest(meta):
+    if text != _seal(text.rpartition(_SEAL)[0]):
         raise ValueError(f"{file} is damaged: it is not what was written")
-    if meta["format"] != FORMAT:
-        raise ValueError(f"{folder} has format {meta['format']}; this version reads {FORMAT}, so update compiled_adam")
+    if meta.get("format") != FORMAT:
+        raise ValueError(
+            f"{folder} has format {meta.get('format')}; this version reads {FORMAT}, so update compiled_adam"
+        )
+    random = meta.get("random")
+    if not all(isinstance(meta.get(name), dict) for name in ("settings", "packages", "extra")) or not (
+        isinstance(random, list) and len(random) == 2 and all(isinstance(word, int) for word in random)
+    ):
+        raise ValueError(f"{file} is not one that compiled_adam wrote: it has no settings, packages, extra or random")
     if unknown := files.keys() - FILES.values():
         raise ValueError(f"{file} names the file {min(unknown)!r}, which no checkpoint has")
     if missing := {FILES["model"], FILES["optimizer"]} - files.keys():
@@ -181,8 +189,9 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
         path = folder / name
         if not path.is_file():
             raise ValueError(f"{path} is missing")
-        if path.stat().st_size != expected["bytes"]:
-            raise ValueError(f"{path} is damaged: it has {path.stat().st_size} bytes instead of {expected['bytes']}")
+        size = expected.get("bytes") if isinstance(expected, dict) else None
+        if path.stat().st_size != size:
+            raise ValueError(f"{path} is damaged: it has {path.stat().st_size} bytes instead of {size}")
         if record(path) != expected:
             raise ValueError(f"{path} is damaged: its SHA-256 is not the one in {META}")
     return meta
@@ -200,7 +209,7 @@ def latest_checkpoint(folder: str | Path, *, warn: Callable[[str], None] = _warn
         try:
             check_checkpoint(path)
             return path
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             warn(f"{error}; trying the checkpoint before it")
     raise ValueError(f"there is no {'whole ' if found else ''}checkpoint in {folder}")
 
@@ -214,6 +223,8 @@ def numbered(folder: Path) -> list[Path]:
 
 def prune(folder: Path, keep: int) -> list[Path]:
     """Removes all but the newest ``keep`` checkpoints, once the newest is known to be whole; returns what went."""
+    for leftover in folder.glob(".[0-9]*.partial"):
+        shutil.rmtree(leftover)  # of a process that was killed while it wrote
     *older, newest = numbered(folder)
     check_checkpoint(newest)
     gone = older[: max(0, len(older) + 1 - keep)]
@@ -231,8 +242,13 @@ def _load(file: Path) -> dict[str, mx.array]:
     return arrays
 
 
-def _digest(meta: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+def _sealed(meta: Mapping[str, Any]) -> str:
+    """``meta`` as JSON with the SHA-256 of its own text as the last entry."""
+    return _seal(json.dumps(meta, indent=1).removesuffix("\n}"))
+
+
+def _seal(text: str) -> str:
+    return f'{text}{_SEAL}{hashlib.sha256(text.encode()).hexdigest()}"\n}}\n'
 
 
 def _packages() -> dict[str, str]:
@@ -240,7 +256,7 @@ def _packages() -> dict[str, str]:
     for name in ("compiled-adam", "mlx", "mlx-lm"):
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
-    return found
+    return found | {"device": str(mx.default_device())}
 
 
 def _updates(step: TrainStep) -> int:

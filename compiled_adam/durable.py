@@ -66,7 +66,10 @@ def save_arrays(file: Path, arrays: dict[str, mx.array]) -> None:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary folder beside ``path`` that takes its place at the end, flushed to disk; on an error it goes."""
+    path = Path(os.path.realpath(path))  # a link stays one
     path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() and _old(path).exists():
+        _old(path).rename(path)  # a replacement was killed between its two renamings
     temporary = path.with_name(f".{path.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
     temporary.mkdir()
@@ -79,10 +82,16 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.rename(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
-        recover(path)
+        if not path.exists() and _old(path).exists():
+            _old(path).rename(path)
         raise
     flush(path.parent)
     shutil.rmtree(_old(path), ignore_errors=True)
+
+
+def present(path: Path) -> Path:
+    """Where to read what `replacing` wrote to ``path``: a writer may be, or have been killed, between two renamings."""
+    return _old(path) if not path.exists() and _old(path).exists() else path
 
 
 def flush(path: Path) -> None:
@@ -106,18 +115,13 @@ def _old(path: Path) -> Path:
     return path.with_name(f".{path.name}.old")
 
 
-def recover(path: Path) -> None:
-    """Undoes a replacement that was killed between its two renamings."""
-    if not path.exists() and _old(path).exists():
-        _old(path).rename(path)
-
-
 def replace_arrays(file: Path, arrays: dict[str, mx.array]) -> None:
     """`save_arrays` to a file that readers see old or new, never in between."""
     temporary = file.with_name(f".{file.stem}.partial{file.suffix}")  # MLX insists on the suffix
     try:
         save_arrays(temporary, arrays)
         temporary.replace(file)
+        flush(file.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 import signal
@@ -12,20 +13,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.trainer import TrainingArgs, evaluate
 
-from .checkpoint import check_finite, latest_checkpoint, load_checkpoint, prune, save_checkpoint
+from .checkpoint import check_finite, latest_checkpoint, load_checkpoint, numbered, prune, save_checkpoint
 from .durable import replace_arrays, replacing, save_arrays
 from .loader import Batches
 from .progress import TrainingProgress
-from .run_log import LOG, RunLog
-from .run_report import Report, StepReader, failed
+from .run_log import LOG, RunLog, is_log
+from .run_report import Report, StepReader, failures
 from .step import TrainStep
 from .stopping import Asked, TrainingStopped, is_out_of_memory
 
-CHECKPOINTS, BEST, PREVIOUS = "checkpoints", "best", "previous"
+CHECKPOINTS, BEST, PREVIOUS, CONFIG = "checkpoints", "best", "previous", "adapter_config.json"
 
 
 class Options(NamedTuple):
@@ -75,12 +77,15 @@ class TrainingLoop:
         self.reader, self.report = StepReader(step), Report()
         # What a checkpoint has of the loop, beside the report's sums.
         self.iteration = 0  # the last one that is finished
-        self.position = self._position()  # of the data, after it
         self.best: dict[str, Any] = {"loss": None, "iteration": None, "stale": 0}
         self.failures = 0  # steps in a row that were not finite
+        self.adapter_files: list[str] = []  # the numbered ones that this run wrote, the oldest first
+        self.begun: dict[str, Any] | None = None  # while an iteration is not finished, `_place` before it
 
-    def _position(self) -> Any:
-        return self.batches.position() if isinstance(self.batches, Batches) else None
+    def _place(self) -> dict[str, Any]:
+        """What an iteration changes beside the step: where in the data it is, and what validations have found."""
+        position = self.batches.position() if isinstance(self.batches, Batches) else None
+        return {"data": position, "best": self.best}
 
     def run(self) -> None:
         """Runs to the last iteration, or until something ends it; then saves."""
@@ -89,44 +94,52 @@ class TrainingLoop:
             ended = self._iterations()
         except _Interrupted:
             ended = None
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            # What the device was computing is lost, and the weights with it.
+        except Exception as error:
+            if is_out_of_memory(error):
+                # What the device was computing is lost, and the weights with it.
+                raise TrainingStopped(
+                    f"out of memory in iteration {self.iteration + 1}: {error}; {self.saved}."
+                    " Use a smaller --batch-size or --max-seq-length, or --grad-checkpoint"
+                ) from error
+            problems = self._save_all()
             raise TrainingStopped(
-                f"out of memory in iteration {self.iteration + 1}: {error}; {self.saved}."
-                " Use a smaller --batch-size or --max-seq-length, or --grad-checkpoint"
+                f"iteration {self.iteration + 1}: {error}; {self._what_is_saved(problems)}"
             ) from error
-        if self.asked.signal is not None:
-            self._end_as_asked(self.asked.signal)
-        if self.failures and self.failures == self.options.nonfinite_limit:
-            self._end_for_failures()
         if ended is not None:
             self.progress.line(ended)
-        try:
-            # The checkpoint before the flush: more iterations can follow it as if this had not been the last one.
-            self._save_checkpoint()
-            self.step.flush()
-            self._save_adapters()
-        except ValueError as error:
-            raise TrainingStopped(f"the weights were not saved: {error}; {self.saved}") from error
+        complete = self.asked.signal is None and not self._failed_too_often()
+        problems = self._save_all(flush=complete)
+        outcome = self._what_is_saved(problems)
+        if self.asked.signal is not None:
+            self._end_as_asked(self.asked.signal, outcome)
+        if self._failed_too_often():
+            raise TrainingStopped(
+                f"the loss or gradient was not finite in {self.failures} steps in a row, up to iteration"
+                f" {self.iteration}; {outcome}. Look at the data, lower the learning rate, or set --max-grad-norm"
+            )
+        if problems:
+            raise TrainingStopped(f"the training is over, but {outcome}")
 
     def _iterations(self) -> str | None:
         """Returns why it ended early in a way that is not an error."""
         args = self.args
-        while self.iteration < args.iters and self.asked.signal is None:
+        while self.iteration < args.iters and self.asked.signal is None and not self._failed_too_often():
             iteration = self.iteration + 1
             last = iteration == args.iters
-            batch = next(self.batches)
+            self.begun = self._place()
+            try:
+                batch = next(self.batches)
+            except StopIteration:
+                return f"iter {self.iteration:>5}  there are no more batches"
             if self.validation.dataset and (iteration == 1 or iteration % args.steps_per_eval == 0 or last):
                 self._take(self.reader.drain())
                 self._validate(iteration)
                 stale, best = self.best["stale"], self.best
-                if stale and stale == self.options.early_stop_patience:
-                    than = f"than {best['loss']:.4f} in iteration {best['iteration']}"
-                    return f"iter {iteration:>5}  stopped early: {stale} validations without a lower loss {than}"
+                if self.options.early_stop_patience is not None and stale >= self.options.early_stop_patience:
+                    than = "" if best["loss"] is None else f" than {best['loss']:.4f} in iteration {best['iteration']}"
+                    return f"iter {iteration:>5}  stopped early: {stale} validations without a lower loss{than}"
             ready = self.reader.put(iteration, self.step(*batch))
-            self.iteration, self.position = iteration, self._position()
+            self.iteration, self.begun = iteration, None
             self._take(ready)
             self.progress.advance()
             if args.clear_cache_threshold and mx.get_cache_memory() > args.clear_cache_threshold:
@@ -139,21 +152,24 @@ class TrainingLoop:
             if iteration % args.steps_per_save == 0:
                 self._take(self.reader.drain())
                 self._save_and_go_on()
-            if self.failures and self.failures == self.options.nonfinite_limit:
-                return None
         self._take(self.reader.drain())
         return None
+
+    def _failed_too_often(self) -> bool:
+        limit = self.options.nonfinite_limit
+        return limit is not None and self.failures >= limit
 
     def _take(self, entries: list[dict[str, Any]]) -> None:
         for entry in entries:
             self.report.add(entry)
             if self.log is not None:
                 self.log.write(entry)
-            self.failures = self.failures + 1 if failed(entry) else 0
+            self.failures = failures(self.failures, entry)
 
     def _validate(self, iteration: int) -> None:
         dataset, loss, iterate_batches = self.validation
         args, start = self.args, time.perf_counter()
+        random = np.random.get_state()
 
         def interruptible(*batch: Any) -> Any:
             if self.asked.signal is not None:
@@ -172,6 +188,9 @@ class TrainingLoop:
             clear_cache_threshold=args.clear_cache_threshold or sys.maxsize,
         )
         self.step.model.train()
+        if iteration != 1 and iteration % args.steps_per_eval:
+            # Made only because the run ends here; if more iterations follow, they are those of a longer run.
+            np.random.set_state(random)
         seconds = time.perf_counter() - start
         self.progress.line(f"iter {iteration:>5}  validation loss {val_loss:.4f}")
         if self.log is not None:
@@ -185,32 +204,36 @@ class TrainingLoop:
             self.best = {**self.best, "stale": self.best["stale"] + 1}
         self.reader.restart_clock()
 
-    # Ends that somebody or something asked for.
-
-    def _end_as_asked(self, number: int) -> None:
-        self._save_checkpoint()
-        self._save_adapters()
-        message = f"stopped by {signal.Signals(number).name} after iteration {self.iteration}; {self.saved}"
+    def _end_as_asked(self, number: int, outcome: str) -> None:
+        message = f"stopped by {signal.Signals(number).name} after iteration {self.iteration}; {outcome}"
         if number == signal.SIGINT:
             raise KeyboardInterrupt(message)
         self.progress.line(message)
         raise SystemExit(128 + number)
 
-    def _end_for_failures(self) -> None:
-        try:
-            self._save_checkpoint()
-            self._save_adapters()
-        except ValueError:
-            pass  # the weights are not finite either; what was saved before stays
-        raise TrainingStopped(
-            f"the loss or gradient was not finite in {self.failures} steps in a row, up to iteration {self.iteration};"
-            f" {self.saved}. Look at the data, lower the learning rate, or set --max-grad-norm"
-        )
-
     # Saving.
 
+    def _save_all(self, flush: bool = False) -> list[str]:
+        """Saves the checkpoint and then the adapters, each whether or not the other can be; returns what went wrong.
+
+        With ``flush`` a partly filled window is applied between them: to the adapters, which are the result, but not to
+        the checkpoint, which more iterations can follow as if this had not been the last one.
+        """
+        problems = []
+        saves = [self._save_checkpoint, *([self.step.flush] if flush else []), self._save_adapters]
+        for save in saves:
+            try:
+                save()
+            except (OSError, ValueError, RuntimeError) as error:
+                problems.append(str(error))
+        return problems
+
+    def _what_is_saved(self, problems: list[str]) -> str:
+        return "; ".join([*(f"not saved: {problem}" for problem in problems), self.saved])
+
     def _save_and_go_on(self) -> None:
-        for save in (self._save_checkpoint, self._save_numbered):
+        # Adapters first: who resumes from the checkpoint of an iteration does not write its adapters again.
+        for save in (self._save_numbered, self._save_checkpoint):
             self._going_on(save)
         self.reader.restart_clock()
 
@@ -222,12 +245,12 @@ class TrainingLoop:
             self.progress.line(f"iter {self.iteration:>5}  not saved: {error}; training goes on, {self.saved}")
 
     def _save_numbered(self) -> None:
-        numbered = self.folder / f"{self.iteration:07d}_adapters.safetensors"
-        self._save_adapters(numbered)
-        if self.options.keep_adapters is not None:
-            for file in sorted(self.folder.glob("[0-9]*_adapters.safetensors"))[: -self.options.keep_adapters]:
-                file.unlink()
-        self.progress.line(f"iter {self.iteration:>5}  saved {numbered}")
+        file = self.folder / f"{self.iteration:07d}_adapters.safetensors"
+        self._save_adapters(file)
+        self.adapter_files = [name for name in self.adapter_files if name != file.name] + [file.name]
+        while self.options.keep_adapters is not None and len(self.adapter_files) > self.options.keep_adapters:
+            (self.folder / self.adapter_files.pop(0)).unlink(missing_ok=True)
+        self.progress.line(f"iter {self.iteration:>5}  saved {file}")
 
     def _weights(self) -> dict[str, mx.array]:
         weights = dict(tree_flatten(self.step.model.trainable_parameters()))
@@ -246,10 +269,10 @@ class TrainingLoop:
         checkpoints = self.folder / CHECKPOINTS
         extra = {
             "iteration": self.iteration,
-            "data": self.position,
+            **(self.begun or self._place()),
             "report": self.report.sums,
-            "best": self.best,
             "failures": self.failures,
+            "adapters": self.adapter_files,
         }
         save_checkpoint(checkpoints / f"{self.iteration:07d}", self.step, extra, settings=self.options.settings)
         prune(checkpoints, self.options.keep_checkpoints)
@@ -257,9 +280,11 @@ class TrainingLoop:
 
     def _save_best(self) -> None:
         weights = self._weights()
+        if others := sorted({p.name for p in (self.folder / BEST).glob("*")} - {self.adapters.name, CONFIG}):
+            raise ValueError(f"{self.folder / BEST} has {others[0]}, which is not ours; move it away")
         with replacing(self.folder / BEST) as folder:
             save_arrays(folder / self.adapters.name, weights)
-            config = self.folder / "adapter_config.json"
+            config = self.folder / CONFIG
             if config.exists():
                 shutil.copy(config, folder)
 
@@ -267,31 +292,41 @@ class TrainingLoop:
 
     def resume(self, checkpoint: str | Path, allow: Collection[str]) -> None:
         """Goes on from a checkpoint, or from the newest whole one for "auto"."""
-
-        def warn(message: str) -> None:
-            self.progress.line(f"warning: {message}")
-
-        path = latest_checkpoint(self.folder / CHECKPOINTS, warn=warn) if checkpoint == "auto" else Path(checkpoint)
-        extra = load_checkpoint(path, self.step, settings=self.options.settings, allow=allow, warn=warn)
+        path = (
+            latest_checkpoint(self.folder / CHECKPOINTS, warn=self.warn) if checkpoint == "auto" else Path(checkpoint)
+        )
+        extra = load_checkpoint(path, self.step, settings=self.options.settings, allow=allow, warn=self.warn)
         try:
             self.batches.restore(extra["data"])
             self.iteration, self.best, self.failures = extra["iteration"], extra["best"], extra["failures"]
-            self.report.sums = extra["report"]
+            self.report.sums, self.adapter_files = extra["report"], extra["adapters"]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a checkpoint of fine-tuning: {error!r}") from None
-        self.position = self._position()
         self.saved = f"{path} has the state after iteration {self.iteration}"
         self.progress.line(f"iter {self.iteration:>5}  resumed from {path}")
         self.progress.advance(self.iteration)
+        # Those after it are damaged, or of a run that this one leaves: neither may be taken for this run's.
+        self._put_aside([p for p in self._checkpoints() if int(p.name) > self.iteration], [])
 
-    def put_aside_previous(self) -> None:
-        """Moves the checkpoints and the log of an earlier run away, which must not be taken for this one's."""
-        found = [path for name in (CHECKPOINTS, LOG) if (path := self.folder / name).exists()]
-        if found:
-            shutil.rmtree(self.folder / PREVIOUS, ignore_errors=True)
-            (self.folder / PREVIOUS).mkdir()
-            for path in found:
-                path.rename(self.folder / PREVIOUS / path.name)
-            self.progress.line(
-                f"the earlier run's log and checkpoints are in {self.folder / PREVIOUS}; --resume goes on"
-            )
+    def begin_anew(self) -> None:
+        """Puts aside the checkpoints and the log of an earlier run, which must not be taken for this one's."""
+        log = self.folder / LOG
+        self._put_aside(self._checkpoints(), [log] if is_log(log) else [])
+
+    def warn(self, message: str) -> None:
+        self.progress.line(f"warning: {message}")
+
+    def _checkpoints(self) -> list[Path]:
+        return numbered(self.folder / CHECKPOINTS)
+
+    def _put_aside(self, checkpoints: list[Path], files: list[Path]) -> None:
+        if not checkpoints and not files:
+            return
+        aside = next(path for i in itertools.count(1) if not (path := self.folder / f"{PREVIOUS}-{i}").exists())
+        (aside / CHECKPOINTS).mkdir(parents=True)
+        for path in checkpoints:
+            path.rename(aside / CHECKPOINTS / path.name)
+        for path in files:
+            path.rename(aside / path.name)
+        newest = f"; --resume {aside / CHECKPOINTS / checkpoints[-1].name} goes on from there" if checkpoints else ""
+        self.progress.line(f"what an earlier run left is in {aside}{newest}")

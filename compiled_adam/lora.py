@@ -22,7 +22,7 @@ except ImportError as error:
 
 from .durable import locked
 from .loader import Batches
-from .loop import Options, TrainingLoop, Validation
+from .loop import CONFIG, Options, TrainingLoop, Validation
 from .progress import TrainingProgress
 from .run_log import LOG, RunLog
 from .step import make_step
@@ -85,9 +85,10 @@ def train(
 
     Raises:
         ValueError: more than one distributed process; unusable arguments, as in `make_step`; nothing to resume from.
-        TrainingStopped: out of memory, or ``nonfinite_limit`` was reached; the message says what was saved.
+        TrainingStopped: out of memory, ``nonfinite_limit`` was reached, or anything failed in the middle (as its
+            ``__cause__``) or at the last save; the message says what was saved.
         KeyboardInterrupt, SystemExit(143): after Ctrl-C or SIGTERM, when everything is saved.
-        OSError: the adapters could not be saved at the end, or another process is training in their folder.
+        OSError: another process is training in the folder of the adapters.
     """
     args = mlx_lm_trainer.TrainingArgs() if args is None else args
     world = mx.distributed.init()
@@ -96,9 +97,10 @@ def train(
     for name, value, least in (
         ("batch_size", args.batch_size, 1),
         ("iters", args.iters, 0),
+        ("grad_accumulation_steps", args.grad_accumulation_steps, 1),
         ("steps_per_report", args.steps_per_report, 1),
         ("steps_per_eval", args.steps_per_eval, 1),
-        ("steps_per_save", args.steps_per_save, 1),
+        ("steps_per_save (--save-every)", args.steps_per_save, 1),
         ("max_seq_length", args.max_seq_length, 2),
         ("keep_checkpoints", keep_checkpoints, 0),
         ("keep_adapters", keep_adapters, 1),
@@ -107,6 +109,8 @@ def train(
     ):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise ValueError(f"{name} is {value!r}; it must be an integer of at least {least}")
+    if args.val_batches != -1 and args.val_batches < 1:
+        raise ValueError(f"val_batches is {args.val_batches}; it must be at least 1, or -1 for all")
     for name, value in (("save_best", save_best), ("early_stop_patience", early_stop_patience)):
         if value and not val_dataset:
             raise ValueError(f"{name} needs a validation loss, but there is no validation set")
@@ -116,6 +120,8 @@ def train(
         mlx_lm_trainer.grad_checkpoint(model.layers[0])
 
     folder = Path(args.adapter_file).parent
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give a folder for the adapters")
     folder.mkdir(parents=True, exist_ok=True)
     step = make_step(
         model, loss, optimizer, accumulate=args.grad_accumulation_steps, weighted=True, max_traces=max_traces
@@ -131,17 +137,23 @@ def train(
     )
     if (keep_checkpoints or resume is not None) and not isinstance(batches, Batches):
         raise ValueError("a checkpoint needs batches that know their position: use compiled_adam's iterate_batches")
+    if val_dataset and isinstance(batches, Batches) and len(val_dataset) < args.batch_size:
+        raise ValueError(
+            f"the validation set has {len(val_dataset)} examples, fewer than batch_size={args.batch_size};"
+            " give it more, or use a smaller batch size"
+        )
     # What decides which batches come, and after which of them a window ends.
     settings = dict(settings or {}) | {
         "batch_size": args.batch_size,
         "max_seq_length": args.max_seq_length,
         "examples": len(train_dataset),
-        "steps_per_eval": args.steps_per_eval if val_dataset else None,
+        "validation": [args.steps_per_eval, args.val_batches, len(val_dataset)] if val_dataset else None,
+        "grad_checkpoint": args.grad_checkpoint,  # which asks for dropout's random numbers twice
     }
     options = Options(keep_checkpoints, keep_adapters, save_best, early_stop_patience, nonfinite_limit, settings)
     validation = Validation(val_dataset, loss, iterate_batches)
     with ExitStack() as stack:
-        if log or keep_checkpoints:
+        if log or keep_checkpoints or resume is not None:
             stack.enter_context(locked(folder))
         asked = stack.enter_context(asked_to_stop())
         progress = stack.enter_context(TrainingProgress(args.iters))
@@ -149,9 +161,11 @@ def train(
         if resume is not None:
             loop.resume(resume, allow)
         elif log or keep_checkpoints:
-            loop.put_aside_previous()
+            loop.begin_anew()
         if log:
-            loop.log = stack.enter_context(closing(RunLog(folder / LOG, keep=loop.iteration)))
+            loop.log = stack.enter_context(closing(RunLog(folder / LOG, loop.iteration, loop.warn)))
         if adapter_config is not None:
-            save_config(dict(adapter_config), folder / "adapter_config.json")
+            temporary = folder / f".{CONFIG}.partial"
+            save_config(dict(adapter_config), temporary)
+            temporary.replace(folder / CONFIG)
         loop.run()

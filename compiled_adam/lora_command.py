@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,12 +26,15 @@ from mlx_lm.utils import load
 from . import fingerprint, loader, schedulers
 from .groups import decay_matrices
 from .lora import train
-from .lora_options import KEPT, check_together, settings
+from .lora_options import KEPT, YAML_ONLY, check_together, settings
 from .optimizers import Adam, AdamW
 from .run_log import LOG
 
 # Options that decide which numbers a run computes, beside the optimizer's and those that `train` knows.
-_OF_THE_RESULT = ("fine_tune_type", "num_layers", "lora_parameters", "mask_prompt", "bucket", "seed")
+_OF_THE_RESULT = (
+    *("fine_tune_type", "num_layers", "lora_parameters", "lr_schedule", "mask_prompt", "bucket", "seed"),
+    *sorted(YAML_ONLY),
+)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -49,22 +54,49 @@ def run(args: types.SimpleNamespace) -> None:
     callback = get_reporting_callbacks(
         args.report_to, project_name=args.project_name, log_dir=args.adapter_path, config=everything
     )
-    tokenizer: Any
+    with _readable(f"the model {args.model}"):
+        model, tokenizer = _load(args)
+    train_set, valid_set, test_set = _data(args, tokenizer)
+    if args.test and len(test_set) < args.batch_size:
+        raise ValueError(f"the test set has {len(test_set)} examples, fewer than batch_size={args.batch_size}")
+    if args.train:
+        _train(args, model, optimizer, train_set, valid_set, callback)
+    elif args.adapter_path:
+        with _readable(f"the adapters in {args.adapter_path}"):
+            load_adapters(model, args.adapter_path)
+    if args.test:
+        mlx_lm_lora.evaluate_model(args, model, test_set)
+
+
+def _load(args: types.SimpleNamespace) -> tuple[nn.Module, Any]:
     if hasattr(args, "trust_remote_code"):
         trust = args.trust_remote_code
         model, tokenizer, *_ = load(args.model, tokenizer_config={"trust_remote_code": trust}, trust_remote_code=trust)
     else:  # mlx-lm before 0.32 has no such flag, and always trusts the tokenizer's code
         model, tokenizer, *_ = load(args.model, tokenizer_config={"trust_remote_code": True})
+    return model, tokenizer
+
+
+def _data(args: types.SimpleNamespace, tokenizer: Any) -> tuple[Any, Any, Any]:
     try:
-        train_set, valid_set, test_set = load_dataset(args, tokenizer)
+        return load_dataset(args, tokenizer)
     except IndexError:  # mlx-lm looks at the first example of each file
         raise ValueError(f"a file in {args.data} has no examples; give it some, or remove it") from None
-    if args.train:
-        _train(args, model, optimizer, train_set, valid_set, callback)
-    elif args.adapter_path:
-        load_adapters(model, args.adapter_path)
-    if args.test:
-        mlx_lm_lora.evaluate_model(args, model, test_set)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"a .jsonl file in {args.data} has a line that is not JSON: {error.doc[:60]!r}") from None
+    except ImportError as error:
+        raise ValueError(
+            f"data is {args.data!r}, which is no folder; for a data set on Hugging Face install {error.name}"
+        ) from None
+
+
+@contextmanager
+def _readable(what: str) -> Iterator[None]:
+    """What mlx-lm raises for files that are missing, damaged or not what they should be becomes a ValueError."""
+    try:
+        yield
+    except (RuntimeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{what} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 def _train(
@@ -86,14 +118,16 @@ def _train(
         args.lora_parameters = None
     else:
         dora = args.fine_tune_type == "dora"
-        linear_to_lora_layers(model, args.num_layers, args.lora_parameters, use_dora=dora)
+        with _readable(f"lora_parameters {args.lora_parameters}"):
+            linear_to_lora_layers(model, args.num_layers, args.lora_parameters, use_dora=dora)
     if args.resume_adapter_file is not None:
-        model.load_weights(args.resume_adapter_file, strict=False)
+        with _readable(f"resume_adapter_file {args.resume_adapter_file}"):
+            model.load_weights(args.resume_adapter_file, strict=False)
     print_trainable_parameters(model)
     folder = Path(args.adapter_path)
-    padding = loader.geometric(args.bucket) if args.bucket else loader.multiple_of_32
+    padding = loader.multiple_of_32 if args.bucket is None else loader.geometric(args.bucket)
     cached = CacheDataset(train_set)
-    if args.bucket:
+    if args.bucket is not None:
         _print_forecast(args, cached)
     try:
         train(
@@ -120,14 +154,15 @@ def _train(
             log=True,
             keep_checkpoints=_checkpoints(args),
             keep_adapters=args.keep_checkpoints or None,
-            save_best=args.save_best,
+            save_best=bool(args.save_best),
             early_stop_patience=args.early_stop_patience,
             nonfinite_limit=args.nonfinite_limit,
             resume=args.resume,
             settings={
                 "model": base,
-                "data": _data_fingerprint(Path(args.data)) or args.data,
-                **{name: getattr(args, name) for name in _OF_THE_RESULT},
+                "data": _fingerprint(Path(args.data), "train") or args.data,
+                "validation data": _fingerprint(Path(args.data), "valid"),
+                **{name: getattr(args, name, None) for name in _OF_THE_RESULT},
             },
             allow=args.allow_change or (),
             adapter_config=vars(args),
@@ -143,8 +178,8 @@ def _checkpoints(args: types.SimpleNamespace) -> int:
     return KEPT if args.keep_checkpoints is None else args.keep_checkpoints
 
 
-def _data_fingerprint(folder: Path) -> str | None:
-    file = folder / "train.jsonl"
+def _fingerprint(folder: Path, name: str) -> str | None:
+    file = folder / f"{name}.jsonl"
     return fingerprint.of_file(file) if file.exists() else None
 
 

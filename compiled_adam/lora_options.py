@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import types
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,28 +25,35 @@ OURS: dict[str, Any] = {
     "max_traces": 64,
     "bucket": None,
     "keep_checkpoints": None,
-    "save_best": False,
+    "save_best": None,
     "early_stop_patience": None,
     "nonfinite_limit": 20,
     "resume": None,
     "allow_change": None,
-    "report": False,
+    "report": None,
 }
 KEPT = 2  # checkpoints, unless --keep-checkpoints says otherwise
 # Keys that mlx-lm reads from YAML only.
-_YAML_ONLY = {"hf_dataset", "prompt_feature", "completion_feature", "text_feature", "chat_feature"}
+YAML_ONLY = {"hf_dataset", "prompt_feature", "completion_feature", "text_feature", "chat_feature"}
 
 
 def settings(argv: Sequence[str]) -> types.SimpleNamespace:
-    """Command line before YAML before defaults, as in mlx-lm; an unknown YAML key is a ValueError that names it."""
+    """Command line before YAML before defaults, as in mlx-lm; an unknown YAML key is a ValueError that names it.
+
+    ``given`` has the names of our options that the command line has.
+    """
     found = vars(parser().parse_args(argv))
+    given = sorted(name for name in OURS if found[name] is not None)
     defaults = {**mlx_lm_lora.CONFIG_DEFAULTS, **OURS}
     if found["config"]:
         with open(found["config"]) as file:
-            config = yaml.load(file, mlx_lm_lora.yaml_loader) or {}
+            try:
+                config = yaml.load(file, mlx_lm_lora.yaml_loader) or {}
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                raise ValueError(f"{found['config']} is not YAML: {' '.join(str(error).split())}") from None
         if not isinstance(config, dict):
             raise ValueError(f"{found['config']} is not a mapping of options to values")
-        if unknown := sorted(config.keys() - defaults.keys() - found.keys() - _YAML_ONLY):
+        if unknown := sorted(str(key) for key in config.keys() - defaults.keys() - found.keys() - YAML_ONLY):
             raise ValueError(f"{found['config']} has the unknown key {unknown[0]!r}; --help lists the options")
         config = _checked(config, found["config"])
         for key, value in config.items():
@@ -54,7 +62,7 @@ def settings(argv: Sequence[str]) -> types.SimpleNamespace:
     for key, value in defaults.items():
         if found.get(key) is None:
             found[key] = value
-    return types.SimpleNamespace(**found)
+    return types.SimpleNamespace(**found, given=given)
 
 
 def _checked(config: dict[str, Any], file: str) -> dict[str, Any]:
@@ -66,17 +74,48 @@ def _checked(config: dict[str, Any], file: str) -> dict[str, Any]:
             continue
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         wrong = None
-        if action.nargs == 0 and not isinstance(value, bool):
-            wrong = "true or false"
-        elif (action.type is int and not (number and value == int(value))) or (action.type is float and not number):
-            wrong = "a whole number" if action.type is int else "a number"
-        elif action.choices is not None and value not in action.choices:
-            wrong = f"one of {', '.join(map(str, action.choices))}"
-        elif action.dest == "clear_cache_threshold" and isinstance(value, str):
-            checked[action.dest] = mlx_lm_lora._parse_size(value)  # mlx-lm parses it on the command line only
+        if action.dest == "resume" and isinstance(value, bool):
+            checked["resume"] = "auto" if value else None
+        elif action.dest == "allow_change" and isinstance(value, str):
+            checked["allow_change"] = [value]
+        elif action.dest == "clear_cache_threshold":
+            if not number and not isinstance(value, str):
+                wrong = "a size such as 4GB"
+            else:
+                try:
+                    checked[action.dest] = _size(str(value))
+                except argparse.ArgumentTypeError:
+                    wrong = "a size such as 500MB or 4GB"
+        elif action.nargs == 0:
+            wrong = None if isinstance(value, bool) else "true or false"
+        elif action.type is int:
+            if number and math.isfinite(value) and value == int(value):
+                checked[action.dest] = int(value)
+            else:
+                wrong = "a whole number"
+        elif action.type is float:
+            wrong = None if number else "a number"
+        elif action.choices is not None:
+            wrong = None if value in action.choices else f"one of {', '.join(map(str, action.choices))}"
+        elif action.dest == "allow_change":
+            wrong = None if isinstance(value, list) else "a list of names"
+        elif not isinstance(value, str):
+            wrong = "text"
         if wrong:
             raise ValueError(f"{file}: {action.dest} is {value!r}; it must be {wrong}")
+    for key in ("optimizer_config", "lora_parameters", "lr_schedule", "hf_dataset"):
+        value, kinds = config.get(key), (dict, list) if key == "hf_dataset" else dict
+        if value is not None and not isinstance(value, kinds):
+            raise ValueError(f"{file}: {key} is {value!r}; it must be a mapping")
     return checked
+
+
+def _size(text: str) -> int:
+    """Bytes from a text such as 4GB, as mlx-lm reads it."""
+    try:
+        return int(mlx_lm_lora._parse_size(text))
+    except (KeyError, ValueError):
+        raise argparse.ArgumentTypeError(f"it must be a size such as 500MB or 4GB, not {text!r}") from None
 
 
 def parser() -> argparse.ArgumentParser:
@@ -91,6 +130,7 @@ def parser() -> argparse.ArgumentParser:
     made.set_defaults(clear_cache_threshold=None)  # mlx-lm's default of 0 would hide the YAML key
     for action in made._actions:
         if action.dest == "clear_cache_threshold":
+            action.type = _size
             action.help = (
                 "After a step, give the allocator's cached memory back to the system if it is more than this"
                 " (such as 4GB). Memory in the cache is used again by the next step without asking the system, so a"
@@ -172,10 +212,8 @@ def check_together(args: types.SimpleNamespace) -> None:
     """Raises ValueError for options that contradict each other."""
     if not args.train and not args.test:
         raise ValueError("there is nothing to do; give --train, --test or both")
-    if not args.train:
-        for name in ("resume", "save_best", "early_stop_patience", "bucket", "keep_checkpoints", "report"):
-            if getattr(args, name):
-                raise ValueError(f"{name} is an option of training, but there is no --train")
+    if not args.train and args.given:
+        raise ValueError(f"{args.given[0]} is an option of training, but there is no --train")
     if args.resume and args.resume_adapter_file:
         raise ValueError("resume continues a run and resume_adapter_file begins one with old weights; give one of them")
     if args.allow_change and not args.resume:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from types import TracebackType
 from typing import Any
 
@@ -9,11 +11,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
+class _Console(Console):
+    """A console whose reader may leave (``| head``): the run goes on without it, where rich would end the process."""
+
+    def on_broken_pipe(self) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class TrainingProgress:
     """A context in which a training loop advances a bar and reports lines that stay."""
 
     def __init__(self, total: int) -> None:
-        self._console = Console()
+        self._console = _Console()
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),

@@ -42,7 +42,7 @@ class StepReader:
             {
                 "iteration": iteration,
                 "loss": result.loss.item(),
-                "tokens": result.aux[0].item(),
+                "tokens": _number(result.aux[0]),  # a loss of one's own may count in Python
                 "grad_norm": None if result.grad_norm is None else result.grad_norm.item(),
                 "learning_rate": None if result.learning_rate is None else result.learning_rate.item(),
                 "skipped": result.skipped.item(),
@@ -99,6 +99,16 @@ class Report:
         }
 
 
-def failed(entry: dict[str, Any]) -> bool:
-    """Whether a step's loss or gradient is infinite or not a number."""
-    return not math.isfinite(entry["loss"]) or not math.isfinite(entry["grad_norm"] or 0.0)
+def failures(before: int, entry: dict[str, Any]) -> int:
+    """How many steps in a row were not finite, after one more; ``before`` counts those before it.
+
+    A micro-batch without an update has no gradient norm, so that a finite loss does not say that all is well.
+    """
+    norm = entry["grad_norm"]
+    if not math.isfinite(entry["loss"]) or (norm is not None and not math.isfinite(norm)):
+        return before + 1
+    return before if norm is None else 0
+
+
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, mx.array) else value

@@ -233,21 +233,16 @@ class TrainStep:
             window = {f"gradients.{path}": mx.zeros(everything[path].shape) for path in self._parameters.paths}
             window |= {"weight": mx.array(0.0), "loss": mx.array(0.0), "batches": mx.array(1)}
             rows += differences(window, state["window"])
-        if not convert:
-            own = {path: at[key] for path, at, key in Structure(self._optimizer.state).leaves}
-            rows += differences(own, state["optimizer"])
-        return rows
+        own = {path: at[key] for path, at, key in Structure(self._optimizer.state).leaves}
+        if convert:
+            return rows + differences(_to_convert(own), _to_convert(state["optimizer"]))
+        return rows + differences(own, state["optimizer"])
 
     def _convert_optimizer_state(self, state: dict[str, mx.array]) -> None:
         before = self._optimizer.state
         try:
             self._optimizer.state = tree_unflatten(list(state.items()))
             self._optimizer.init(self._tree(self._parameters.read()))
-            missing = {path for path, *_ in Structure(before).leaves} - {
-                path for path, *_ in Structure(self._optimizer.state).leaves
-            }
-            if missing:
-                raise ValueError(f"the optimizer's state has no {', '.join(sorted(missing))}")
         except BaseException:
             self._optimizer.state = before
             self._optimizer.init(self._tree(self._parameters.read()))
@@ -393,3 +388,13 @@ class TrainStep:
 
 
 make_step = TrainStep
+
+
+def _to_convert(state: dict[str, mx.array]) -> dict[str, Any]:
+    """What two optimizer states must share for one to become the other: shapes of moments, and an integer step."""
+    made = {"residual", "m_scale", "v_scale", "learning_rate", "rounding_key", "grad_norm", "skipped"}
+    needed = {path: array for path, array in state.items() if path.rsplit(".", 1)[-1] not in made}
+    return {
+        path: array.shape if path.endswith((".m", ".v")) else ("integer", mx.issubdtype(array.dtype, mx.integer))
+        for path, array in needed.items()
+    }

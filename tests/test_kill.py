@@ -71,8 +71,8 @@ def kill_somewhere(process: subprocess.Popen[str], out: Path, chance: random.Ran
 
 def assert_same_run(one: Path, other: Path) -> None:
     """Adapters, checkpoint (weights, moments, residuals, window, random states, sums) and losses, bit for bit."""
-    # "previous" has the log of a start that was killed before its first checkpoint.
-    names = [sorted(p.name for p in folder.iterdir() if p.name != "previous") for folder in (one, other)]
+    # "previous-1" has the log of a start that was killed before its first checkpoint.
+    names = [sorted(p.name for p in folder.iterdir() if "previous-" not in p.name) for folder in (one, other)]
     assert names[0] == names[1]
     files = ["adapters.safetensors", *(f"checkpoints/{ITERS:07d}/{n}.safetensors" for n in ("weights", "optimizer"))]
     for file in files:

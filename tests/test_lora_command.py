@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,6 +15,7 @@ from mlx_lm import lora as mlx_lm_lora
 
 import compiled_adam as ca
 from compiled_adam import lora_command, lora_options
+from tests.conftest import ROOT
 
 
 def job(tiny_model: Path, data: Path, out: str, *more: str) -> list[str]:
@@ -140,10 +145,13 @@ def test_options_that_contradict_each_other(argv: list[str], message: str, tmp_p
         lora_command.run(lora_options.settings(["--train", "--data", str(tmp_path), *argv]))
 
 
-@pytest.mark.parametrize("flag", [["--resume"], ["--save-best"], ["--early-stop-patience", "2"], ["--bucket"]])
-def test_options_of_training_without_it(flag: list[str]) -> None:
-    with pytest.raises(ValueError, match=f"{flag[0][2:].replace('-', '_')} is an option of training"):
-        lora_command.run(lora_options.settings(["--test", *flag]))
+@pytest.mark.parametrize(
+    "flag", ["--resume", "--save-best", "--bucket", "--moments=8bit", "--max-grad-norm=1", "--keep-checkpoints=0"]
+)
+def test_options_of_training_without_it(flag: str) -> None:
+    name = flag[2:].split("=")[0].replace("-", "_")
+    with pytest.raises(ValueError, match=f"{name} is an option of training"):
+        lora_command.run(lora_options.settings(["--test", flag]))
 
 
 @pytest.mark.parametrize(
@@ -157,6 +165,11 @@ def test_options_of_training_without_it(flag: list[str]) -> None:
         ("moments: 4bit", "moments is '4bit'; it must be one of float32"),
         ("fine_tune_type: lorra", "fine_tune_type is 'lorra'; it must be one of lora, dora, full"),
         ("keep_checkpoint: 3", "unknown key 'keep_checkpoint'"),
+        ("iters: [", "job.yaml is not YAML: .*expected"),
+        ("steps_per_eval: .inf", "steps_per_eval is inf; it must be a whole number"),
+        ("optimizer_config: 3", "optimizer_config is 3; it must be a mapping"),
+        ("report_to: 3", "report_to is 3; it must be text"),
+        ("clear_cache_threshold: 4XB", "clear_cache_threshold is '4XB'; it must be a size such as 500MB or 4GB"),
     ],
 )
 def test_yaml_values_that_the_command_line_would_refuse(line: str, message: str, tmp_path: Path) -> None:
@@ -166,11 +179,16 @@ def test_yaml_values_that_the_command_line_would_refuse(line: str, message: str,
 
 
 def test_yaml_values_of_every_kind(tmp_path: Path) -> None:
-    numbers = "clear_cache_threshold: 2GB\nlearning_rate: 1e-4\nbucket: 2\n"
+    numbers = "iters: 1.0e1\nseed: 1.0\nclear_cache_threshold: 2GB\nlearning_rate: 1e-4\nbucket: 2\n"
     (tmp_path / "job.yaml").write_text(numbers + "resume: auto\nallow_change: [data]\nreport_to: wandb\n")
     found = lora_options.settings(["-c", str(tmp_path / "job.yaml")])
     assert (found.clear_cache_threshold, found.learning_rate, found.bucket) == (2_000_000_000, 1e-4, 2)
     assert (found.resume, found.allow_change, found.report_to) == ("auto", ["data"], "wandb")
+    assert (repr(found.iters), repr(found.seed)) == ("10", "1")
+    for text, resume in (("true", "auto"), ("false", None)):
+        (tmp_path / "job.yaml").write_text(f"resume: {text}\nallow_change: learning_rate\n")
+        found = lora_options.settings(["-c", str(tmp_path / "job.yaml")])
+        assert (found.resume, found.allow_change) == (resume, ["learning_rate"])
 
 
 @pytest.mark.parametrize(
@@ -197,7 +215,14 @@ def test_what_cannot_be_done_is_one_sentence(tiny_model: Path, data: Path, run, 
     (tmp_path / "empty").mkdir()
     (tmp_path / "nothing").mkdir()
     (tmp_path / "empty" / "train.jsonl").write_text("")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{}")
+    (tmp_path / "lines").mkdir()
+    (tmp_path / "lines" / "train.jsonl").write_text('{"text": "a"}\nnot json\n')
+    (tmp_path / "rank.yaml").write_text("lora_parameters: {rank: 8, alpha: 16}\n")
+    (tmp_path / "file").write_text("")
     model = ("--model", str(tiny_model))
+    train = (*model, "--data", str(data), "--train", "--num-layers", "2")
     for arguments, message in (
         ((*model, "--data", str(data)), "give --train, --test or both"),
         (("-c", "typo.yaml"), "unknown key 'iterations'"),
@@ -212,6 +237,18 @@ def test_what_cannot_be_done_is_one_sentence(tiny_model: Path, data: Path, run, 
             "at least batch_size=1000",
         ),
         ((*model, "--data", str(data), "--train", "--num-layers", "99"), "num_layers is 99, but the model has 4"),
+        (("--model", "broken", "--data", str(data), "--train"), "No safetensors found in broken"),
+        ((*model, "--data", "dataa", "--train"), "data is 'dataa', which is no folder"),
+        ((*model, "--data", "lines", "--train"), "a .jsonl file in lines has a line that is not JSON: 'not json"),
+        ((*train, "--resume-adapter-file", "none.safetensors"), "resume_adapter_file none.safetensors cannot be"),
+        ((*train, "-c", "rank.yaml"), "lora_parameters {'rank': 8, 'alpha': 16} cannot be loaded: KeyError"),
+        ((*train, "--adapter-path", "file"), "file is a file; give a folder for the adapters"),
+        ((*train, "--bucket", "0"), "bucket is 0.0; the ratio of the lengths must be above 1"),
+        ((*train, "--save-every", "0"), "steps_per_save (--save-every) is 0"),
+        ((*train, "--batch-size", "20"), "the validation set has 8 examples, fewer than batch_size=20"),
+        ((*train, "--test", "--batch-size", "20"), "the test set has 8 examples, fewer than batch_size=20"),
+        ((*model, "--data", str(data), "--test", "--adapter-path", "nothing"), "No such file or directory: 'nothing"),
+        (("--clear-cache-threshold", "4XB"), "a size such as 500MB or 4GB, not '4XB'"),
         (("--iters", "many"), "invalid int value: 'many'"),
         (("--no-such-flag",), "unrecognized arguments: --no-such-flag"),
     ):
@@ -239,3 +276,30 @@ def test_resuming_on_the_command_line(tiny_model: Path, data: Path, run, tmp_pat
     back = lora("parts", "--resume", "--iters", "9")
     assert "warning: " in back.stdout and "trying the checkpoint before it" in back.stdout and back.returncode == 0
     assert "resumed from parts/checkpoints/0000008" in back.stdout
+
+
+def test_a_reader_that_leaves_does_not_end_the_training(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    command = " ".join([sys.executable, "-m", "compiled_adam.cli", "lora", *job(tiny_model, data, "out")])
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    subprocess.run(f"{command} | head -n 2", shell=True, cwd=tmp_path, env=environment, timeout=120, check=True)
+    assert (tmp_path / "out" / "adapters.safetensors").exists()
+    assert len((tmp_path / "out" / "log.jsonl").read_text().splitlines()) == 8 + 2  # and two validations
+
+
+def test_another_model_or_other_data_is_not_resumed(tiny_model: Path, data: Path, run, tmp_path: Path) -> None:
+    def lora(model: Path, data: Path, *more: str):
+        return run("-m", "compiled_adam.cli", "lora", *job(model, data, "out", *more))
+
+    assert lora(tiny_model, data).returncode == 0
+    other, edited = tmp_path / "model", tmp_path / "data"
+    shutil.copytree(tiny_model, other)
+    weights = mx.load(str(other / "model.safetensors"))
+    weights["model.norm.weight"] = weights["model.norm.weight"] * 1.001
+    mx.save_safetensors(str(other / "model.safetensors"), weights, metadata={"format": "mlx"})
+    shutil.copytree(data, edited)
+    (edited / "train.jsonl").write_text((data / "train.jsonl").read_text().replace("a", "e", 1))
+    for model, texts, name in ((other, data, "model"), (tiny_model, edited, "data")):
+        done = lora(model, texts, "--resume")
+        assert done.returncode == 2 and re.search(rf"^  {name} ", done.stderr, re.M), done.stderr
+    done = lora(tiny_model, data, "--resume", "--val-batches", "1")
+    assert done.returncode == 2 and re.search(r"^  validation +\[200, 1, 8\] +\[200, 2, 8\]", done.stderr, re.M)

@@ -20,7 +20,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 def make_run(folder: Path, iterations: int = 40, **settings) -> Path:
     """A log as `lora` writes it: every tenth update skipped, every fourth clipped at 1."""
     folder.mkdir()
-    log = RunLog(folder / "log.jsonl", keep=0)
+    log = RunLog(folder / "log.jsonl", 0, warn=pytest.fail)
     for i in range(1, iterations + 1):
         if i % 20 == 1:
             log.write({"iteration": i, "val_loss": 5.0 / i + 1, "seconds": 0.1})

@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 from mlx_lm import load
 from mlx_lm.tuner import trainer
+from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import compiled_adam as ca
-from compiled_adam import loop
+from compiled_adam import durable, loop
 from compiled_adam.loader import Batches
 from compiled_adam.run_log import read
 from compiled_adam.stopping import TrainingStopped, is_out_of_memory
@@ -136,7 +137,7 @@ def test_not_finite_for_too_long(tiny_model: Path, tmp_path: Path) -> None:
             lora(tiny_model), ca.Adam(1e-3), dataset(), args=arguments(tmp_path), loss=always_nan, nonfinite_limit=3
         )
     assert (tmp_path / "adapters.safetensors").read_bytes() == b"older"  # weights that are NaN replace nothing
-    with pytest.raises(TrainingStopped, match=r"the weights were not saved: .* not a number.*; nothing was saved"):
+    with pytest.raises(TrainingStopped, match=r"training is over, but not saved: .* not a number.*; nothing was saved"):
         ca.train(lora(tiny_model), ca.Adam(1e-3), dataset(), args=arguments(tmp_path), loss=always_nan)
     assert (tmp_path / "adapters.safetensors").read_bytes() == b"older"
 
@@ -188,7 +189,7 @@ def test_early_stop_and_best(tiny_model: Path, tmp_path: Path, monkeypatch: pyte
 
     def evaluate(model, **_):
         loss = next(losses)
-        seen[loss] = weights_of(model)
+        seen.setdefault(loss, weights_of(model))
         return loss
 
     monkeypatch.setattr(loop, "evaluate", evaluate)
@@ -210,7 +211,7 @@ def test_early_stop_and_best(tiny_model: Path, tmp_path: Path, monkeypatch: pyte
     best = weights(tmp_path / "best" / "adapters.safetensors")
     last = weights(tmp_path / "adapters.safetensors")
     for path, array in best.items():
-        assert mx.array_equal(array, seen[2.0][path]).item() or path  # the later 2.0 is no improvement
+        assert mx.array_equal(array, seen[2.0][path]).item(), path  # the later 2.0 is no improvement
     assert any(not mx.array_equal(best[path], last[path]).item() for path in best)
 
 
@@ -218,17 +219,19 @@ def test_checkpoints_and_adapters_that_stay(tiny_model: Path, tmp_path: Path) ->
     def run(**options) -> list[str]:
         ca.train(lora(tiny_model), ca.Adam(1e-3), dataset(), args=arguments(tmp_path, iters=14), **options)
         return sorted(
-            str(path.relative_to(tmp_path)) for path in tmp_path.rglob("[0-9]*") if "previous" not in path.parts
+            str(path.relative_to(tmp_path)) for path in tmp_path.rglob("[0-9]*") if "previous-1" not in path.parts
         )
 
     adapters = [f"00000{i:02d}_adapters.safetensors" for i in (4, 8, 12)]
     assert run() == adapters
     assert run(keep_checkpoints=2) == [*adapters, "checkpoints/0000012", "checkpoints/0000014"]
+    (tmp_path / "0000900_adapters.safetensors").write_bytes(b"of an earlier run")
     assert run(keep_checkpoints=3, keep_adapters=1) == [
         "0000012_adapters.safetensors",
+        "0000900_adapters.safetensors",
         *(f"checkpoints/00000{i:02d}" for i in (8, 12, 14)),
     ]
-    assert sorted(os.listdir(tmp_path / "previous" / "checkpoints")) == ["0000012", "0000014"]
+    assert sorted(os.listdir(tmp_path / "previous-1" / "checkpoints")) == ["0000012", "0000014"]
 
 
 def test_a_save_that_fails_is_reported_and_the_run_goes_on(
@@ -327,6 +330,8 @@ def test_the_second_ctrl_c_acts_at_once() -> None:
         "    print('ready', flush=True)\n"
         "    while True: time.sleep(0.01)"
     )
+    # With Python's own handler, also where the tests run in the background and inherit that Ctrl-C is ignored.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n" + code
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
@@ -339,12 +344,14 @@ def test_the_second_ctrl_c_acts_at_once() -> None:
 
 def test_options_that_cannot_be(tiny_model: Path, tmp_path: Path) -> None:
     def refused(message: str, val: bool = False, batches=Batches, **options) -> None:
-        args = arguments(tmp_path, **{k: options.pop(k) for k in list(options) if k.startswith("steps")})
+        examples = dataset(options.pop("count", 12))
+        names = ("steps_per_report", "steps_per_eval", "val_batches", "grad_accumulation_steps", "batch_size")
+        args = arguments(tmp_path, **{name: options.pop(name) for name in names if name in options})
         with pytest.raises(ValueError, match=message):
             ca.train(
                 lora(tiny_model),
                 ca.Adam(1e-3),
-                dataset(),
+                examples,
                 dataset() if val else None,
                 args,
                 iterate_batches=batches,
@@ -358,6 +365,9 @@ def test_options_that_cannot_be(tiny_model: Path, tmp_path: Path) -> None:
     refused("nonfinite_limit is True", nonfinite_limit=True)
     refused("steps_per_report is 0", steps_per_report=0)
     refused("a checkpoint needs batches that know their position", batches=trainer.iterate_batches, keep_checkpoints=1)
+    refused("val_batches is 0; it must be at least 1, or -1", True, steps_per_eval=1, val_batches=0)
+    refused("grad_accumulation_steps is 0", grad_accumulation_steps=0)
+    refused("validation set has 12 examples, fewer than batch_size=24", True, batch_size=24, count=30)
     refused("there is no checkpoint in", resume="auto")
     refused("nowhere is not a checkpoint", resume=tmp_path / "nowhere")
     ca.save_checkpoint(tmp_path / "own", ca.make_step(lora(tiny_model), trainer.default_loss))
@@ -379,3 +389,239 @@ def test_log_has_every_step(tiny_model: Path, tmp_path: Path) -> None:
     assert lines[0].keys() == {
         *("iteration", "loss", "tokens", "grad_norm", "learning_rate", "skipped", "traces", "seconds", "memory")
     }
+
+
+# An earlier run, and what is not ours.
+
+
+def train(tiny_model: Path, folder: Path, val: bool = False, optimizer=None, **options) -> None:
+    """A short run with checkpoints; what `arguments` knows goes there."""
+    names = trainer.TrainingArgs.__dataclass_fields__
+    changes = {name: options.pop(name) for name in list(options) if name in names}
+    args = arguments(folder, **changes)
+    options = {"keep_checkpoints": 9, **options}
+    rate = ca.Adam(1e-3, skip_nonfinite=True) if optimizer is None else optimizer
+    ca.train(lora(tiny_model), rate, dataset(), dataset() if val else None, args=args, **options)
+
+
+def losses_of(folder: Path) -> list[float]:
+    return [entry["loss"] for entry in read(folder / "log.jsonl") if "loss" in entry]
+
+
+def test_nothing_of_others_is_deleted(tiny_model: Path, tmp_path: Path, capsys) -> None:
+    mine = ["previous-1/thesis.txt", "checkpoints/mine.txt", "best/notes.txt", "log.jsonl"]
+    for name in mine:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    for _ in range(3):
+        train(tiny_model, tmp_path, val=True, save_best=True)
+    for name in mine:
+        assert (tmp_path / name).read_text() == "mine", name
+    for number in (2, 3):  # both earlier runs are still there, and their checkpoints can be resumed
+        assert sorted(os.listdir(tmp_path / f"previous-{number}" / "checkpoints")) == [
+            f"00000{i:02}" for i in (4, 8, 12)
+        ]
+    output = capsys.readouterr().out
+    path = re.findall(r"--resume (\S+) goes on from there", output)[-1]
+    train(tiny_model, tmp_path, val=True, resume=path, iters=13)
+    assert "not saved:" in output and "best has notes.txt, which is not ours" in output
+
+
+def test_a_damaged_newest_checkpoint_does_not_stand_in_the_way(tiny_model: Path, tmp_path: Path) -> None:
+    for name in ("whole", "broken", "missing"):
+        (tmp_path / name).mkdir()
+        train(tiny_model, tmp_path / name, log=True)
+    (tmp_path / "broken" / "checkpoints" / "0000012" / "weights.safetensors").write_bytes(b"")
+    (tmp_path / "missing" / "checkpoints" / "0000012" / "meta.json").unlink()
+    for name in ("broken", "missing"):
+        train(tiny_model, tmp_path / name, log=True, resume="auto")
+        assert losses_of(tmp_path / name) == losses_of(tmp_path / "whole")
+        assert ca.latest_checkpoint(tmp_path / name / "checkpoints").name == "0000012"
+        assert os.listdir(tmp_path / name / "previous-1" / "checkpoints") == ["0000012"]
+
+
+def test_going_back_to_an_older_checkpoint_keeps_the_new_work(tiny_model: Path, tmp_path: Path) -> None:
+    train(tiny_model, tmp_path)
+    train(tiny_model, tmp_path, resume=tmp_path / "checkpoints" / "0000004", iters=6, keep_checkpoints=2)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["0000004", "0000006"]
+    assert sorted(os.listdir(tmp_path / "previous-1" / "checkpoints")) == ["0000008", "0000012"]
+
+
+def test_a_refused_run_changes_no_file(tiny_model: Path, tmp_path: Path) -> None:
+    train(tiny_model, tmp_path, log=True, adapter_config={"rank": 4})
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
+    with pytest.raises(ValueError, match="learning_rate"):
+        train(tiny_model, tmp_path, optimizer=ca.Adam(1.0), resume="auto", log=True, adapter_config={"rank": 8})
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert before == after
+
+
+# What a resumed run must have in common with the one that was not stopped.
+
+
+def stop_after(iteration: int, kind: int = signal.SIGINT):
+    """A callback that asks the run to stop when it reports this iteration."""
+
+    class Stopper(TrainingCallback):
+        def on_train_loss_report(self, train_info: dict) -> None:
+            if train_info["iteration"] == iteration:
+                os.kill(os.getpid(), kind)
+
+    return Stopper()
+
+
+def test_an_early_stop_is_the_same_when_resumed(tiny_model: Path, tmp_path: Path, capsys) -> None:
+    options = {"val": True, "iters": 60, "steps_per_eval": 3, "early_stop_patience": 2, "log": True}
+    bad = ca.Adam(0.3, skip_nonfinite=True)  # so fast that the loss soon rises
+    train(tiny_model, tmp_path, optimizer=bad, **options)
+    stopped = losses_of(tmp_path)
+    assert len(stopped) < 59
+    train(tiny_model, tmp_path, optimizer=ca.Adam(0.3, skip_nonfinite=True), resume="auto", **options)
+    assert losses_of(tmp_path) == stopped
+    assert capsys.readouterr().out.count("stopped early: 2 validations without a lower loss") == 2
+
+
+def test_more_iterations_follow_as_if_the_last_had_not_been_the_last(tiny_model: Path, tmp_path: Path) -> None:
+    options = {"val": True, "log": True, "steps_per_eval": 5, "grad_accumulation_steps": 3}
+    for name, iterations in (("long", [20]), ("short", [8, 13, 20])):
+        (tmp_path / name).mkdir()
+        for i, iters in enumerate(iterations):
+            train(tiny_model, tmp_path / name, iters=iters, resume="auto" if i else None, **options)
+    assert losses_of(tmp_path / "long") == losses_of(tmp_path / "short")
+    a, b = (weights(tmp_path / name / "adapters.safetensors") for name in ("long", "short"))
+    assert all(mx.array_equal(a[path], b[path]).item() for path in a)
+
+
+def test_random_numbers_that_a_callback_draws(tiny_model: Path, tmp_path: Path) -> None:
+    class Drawing(TrainingCallback):
+        def on_train_loss_report(self, train_info: dict) -> None:
+            np.random.permutation(7)
+
+    options = {"log": True, "training_callback": Drawing(), "steps_per_save": 1}
+    for name, iterations in (("long", [20]), ("short", [5, 20])):
+        (tmp_path / name).mkdir()
+        for i, iters in enumerate(iterations):
+            train(tiny_model, tmp_path / name, iters=iters, resume="auto" if i else None, **options)
+    assert losses_of(tmp_path / "long") == losses_of(tmp_path / "short")
+
+
+def test_dropout_is_on_again_after_a_validation(tiny_model: Path, tmp_path: Path) -> None:
+    seen = []
+
+    def loss(model, batch, lengths):
+        seen.append(model.training)
+        return trainer.default_loss(model, batch, lengths)
+
+    train(tiny_model, tmp_path, val=True, loss=loss, steps_per_eval=1, iters=3)
+    # One trace for training, and two batches for each of three validations, called each time.
+    assert seen.count(True) == 1 and seen.count(False) == 6
+
+
+def test_failures_in_a_row_are_counted_over_a_stop(tiny_model: Path, tmp_path: Path) -> None:
+    def nan(model, batch, lengths):
+        value, tokens = trainer.default_loss(model, batch, lengths)
+        return value * float("nan"), tokens
+
+    options = {"loss": nan, "log": True, "iters": 60}
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_model, tmp_path, training_callback=stop_after(5), nonfinite_limit=8, **options)
+    with pytest.raises(TrainingStopped, match=r"not finite in (8|9) steps in a row"):
+        train(tiny_model, tmp_path, resume="auto", nonfinite_limit=8, **options)
+
+
+@pytest.mark.parametrize("limit", [2, 3, 7])
+@pytest.mark.parametrize("every", [1, 2, 4])
+def test_the_limit_of_failures_is_met_whatever_the_reports(
+    limit: int, every: int, tiny_model: Path, tmp_path: Path
+) -> None:
+    def nan_gradient(model, batch, lengths):
+        value, tokens = trainer.default_loss(model, batch, lengths)
+        # Finite, but with a gradient that is not: sqrt at zero.
+        return value + mx.sqrt(0.0 * value) * 0.0, tokens
+
+    with pytest.raises(TrainingStopped, match="not finite in"):
+        train(
+            tiny_model,
+            tmp_path,
+            loss=nan_gradient,
+            nonfinite_limit=limit,
+            steps_per_report=every,
+            grad_accumulation_steps=2,
+            iters=60,
+        )
+
+
+# Saves that fail.
+
+
+@pytest.mark.parametrize("ending", ["complete", "SIGINT", "SIGTERM", "nonfinite"])
+def test_adapters_are_saved_where_a_checkpoint_cannot(
+    ending: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(loop, "save_checkpoint", full)
+    expected = {"complete": TrainingStopped, "SIGINT": KeyboardInterrupt, "SIGTERM": SystemExit}
+    options = {"training_callback": stop_after(3, getattr(signal, ending))} if ending.startswith("SIG") else {}
+    if ending == "nonfinite":
+        options = {"loss": loss_that_fails_on_bad, "nonfinite_limit": 1, "iterate_batches": WithBadBatch}
+    with pytest.raises(expected.get(ending, TrainingStopped)) as stopped:
+        train(tiny_model, tmp_path, **options)
+    assert weights(tmp_path / "adapters.safetensors")
+    said = str(stopped.value) + capsys.readouterr().out
+    assert "No space left on device" in said and "adapters.safetensors has the weights after iteration" in said
+    if ending == "SIGTERM":
+        assert stopped.value.code == 143
+
+
+def test_an_error_in_the_middle_saves_what_there_is(tiny_model: Path, tmp_path: Path) -> None:
+    class Broken(Batches):
+        def __next__(self):
+            if self.position()["next"] == 5:
+                raise ValueError("example 3 of the data set is empty")
+            return super().__next__()
+
+    with pytest.raises(TrainingStopped, match=r"iteration 6: example 3 .*; .*has the weights after iteration 5"):
+        train(tiny_model, tmp_path, iterate_batches=Broken, steps_per_save=100)
+    assert ca.latest_checkpoint(tmp_path / "checkpoints").name == "0000005"
+
+
+def test_readers_of_adapters_see_a_whole_file(tiny_model: Path, tmp_path: Path, monkeypatch) -> None:
+    real = durable.save_arrays
+
+    def killed(file: Path, arrays) -> None:
+        real(file, arrays)
+        if file.name.startswith(".adapters"):
+            file.write_bytes(file.read_bytes()[:100])
+            raise OSError("killed in the middle")
+
+    train(tiny_model, tmp_path)
+    before = (tmp_path / "adapters.safetensors").read_bytes()
+    monkeypatch.setattr(durable, "save_arrays", killed)
+    with pytest.raises(TrainingStopped, match="killed in the middle"):
+        train(tiny_model, tmp_path, iters=3)
+    assert (tmp_path / "adapters.safetensors").read_bytes() == before
+
+
+# Loops of one's own.
+
+
+def test_batches_that_end_and_tokens_that_python_counts(tiny_model: Path, tmp_path: Path) -> None:
+    def three(dataset, batch_size, max_seq_length, loop=False, seed=None, comm_group=None):
+        return iter([next(Batches(dataset, batch_size, max_seq_length, seed=i)) for i in range(3)])
+
+    def loss(model, batch, lengths):
+        return trainer.default_loss(model, batch, lengths)[0], 7
+
+    train(tiny_model, tmp_path, iterate_batches=three, loss=loss, log=True, keep_checkpoints=0)
+    assert [entry["tokens"] for entry in read(tmp_path / "log.jsonl")] == [7, 7, 7]
+
+
+def test_the_cache_is_cleared_beyond_the_threshold_only(tiny_model: Path, tmp_path: Path, monkeypatch) -> None:
+    cleared = []
+    monkeypatch.setattr(mx, "clear_cache", lambda: cleared.append(1))
+    monkeypatch.setattr(mx, "get_cache_memory", lambda: 1000)
+    for threshold, times in ((0, 0), (1000, 0), (999, 12)):
+        train(tiny_model, tmp_path, clear_cache_threshold=threshold, keep_checkpoints=0)
+        assert len(cleared) == times
