@@ -41,8 +41,11 @@ def settings(argv: Sequence[str]) -> types.SimpleNamespace:
     found = vars(parser().parse_args(argv))
     defaults = {**mlx_lm_lora.CONFIG_DEFAULTS, **OURS}
     if found["config"]:
-        with open(found["config"]) as file:
-            config = yaml.load(file, mlx_lm_lora.yaml_loader) or {}
+        try:
+            with open(found["config"]) as file:
+                config = yaml.load(file, mlx_lm_lora.yaml_loader) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"{found['config']} is not YAML: {' '.join(str(error).split())}") from None
         if not isinstance(config, dict):
             raise ValueError(f"{found['config']} is not a mapping of options to values")
         if unknown := sorted(config.keys() - defaults.keys() - found.keys() - _YAML_ONLY):
