@@ -58,11 +58,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     demo = commands.add_parser(
         "demo",
-        help="make a small language model and fine-tune it with LoRA; needs no network",
+        help="make a small language model and fine-tune it, with LoRA and in bfloat16; needs no network",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_argument("--out", type=Path, default=Path("demo"), help="the folder for the model and the adapters")
-    demo.add_argument("--iters", type=int, default=100, help="iterations of fine-tuning")
+    demo.add_argument("--iters", type=int, default=100, help="iterations of each fine-tuning")
     demo.add_argument("--pretraining", type=int, default=100, help="iterations of training before that")
     demo.add_argument("--seed", type=int, default=0, help="of the weights and the order of the batches")
     demo.set_defaults(command=_demo)
