@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import collections
 import datetime
 import os
 import platform
-import re
 import statistics
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
@@ -18,18 +15,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from compiled_adam.graph import kernels
+
 from .contenders import Contender, Tree
-
-# Primitives that only describe an array anew: no kernel runs for them and no byte moves (contiguous arrays assumed).
-FREE = {"Broadcast", "Contiguous", "View", "Reshape", "ExpandDims", "Squeeze", "Transpose", "Flatten", "Unflatten"}
-
-
-def kernels(outputs: list[mx.array]) -> collections.Counter[str]:
-    """How often each primitive that runs a kernel occurs in the graph of arrays that are not evaluated yet."""
-    with tempfile.NamedTemporaryFile("r", suffix=".dot") as file:
-        mx.export_to_dot(file.name, *outputs)
-        names = re.findall(r'label ?= ?"([^"]+)", shape=rectangle', file.read())
-    return collections.Counter(name for name in names if name.split()[0] not in FREE)  # "View uint16"
 
 
 def compare(

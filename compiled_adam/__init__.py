@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 try:
     import mlx.core as _mx  # noqa: F401
 except ImportError as error:
-    raise ImportError(
+    _what = (
         f"MLX cannot be loaded ({error}); on Linux `mlx` comes without a backend, so install one with"
         " `pip install 'compiled-adam[cpu]'`, or [cuda12] or [cuda13] with an NVIDIA GPU."
-    ) from error
+    )
+    if [os.path.basename(word) for word in sys.argv[:1]] == ["compiled-adam"]:
+        sys.exit(f"compiled-adam: {_what}")  # the command, `doctor` above all: a sentence and not a traceback
+    raise ImportError(_what) from error
 
 from . import schedulers
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import warnings
@@ -16,16 +17,17 @@ from .stopping import TrainingStopped
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit code.
 
-    0; 1 for training that could not go on; 2 for input that cannot be used; 130 after Ctrl-C, 143 after SIGTERM.
+    0; 1 for training that could not go on, or by `doctor`'s word could not begin; 2 for input that cannot be used;
+    130 after Ctrl-C, 143 after SIGTERM.
     """
     parser = _parser()
-    # What follows `lora` is for mlx-lm's parser, whose import takes a second.
+    # What follows `lora` is for mlx-lm's parser, whose import takes a second; `schedule` has a parser for each name.
     arguments, rest = parser.parse_known_args(argv)
     arguments.rest = rest
-    if rest and arguments.command is not _lora:
+    if rest and arguments.command not in (_lora, _schedule):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        arguments.command(arguments)
+        code: int | None = arguments.command(arguments)
         sys.stdout.flush()
     except (ValueError, TypeError, OSError, ImportError) as error:
         if isinstance(error, BrokenPipeError):
@@ -44,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         print(f"compiled-adam: {error}" if str(error) else "compiled-adam: interrupted", file=sys.stderr)
         return 130
-    return 0
+    return code or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,11 +58,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     demo = commands.add_parser(
         "demo",
-        help="make a small language model and fine-tune it with LoRA; needs no network",
+        help="make a small language model and fine-tune it, with LoRA and in bfloat16; needs no network",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_argument("--out", type=Path, default=Path("demo"), help="the folder for the model and the adapters")
-    demo.add_argument("--iters", type=int, default=100, help="iterations of fine-tuning")
+    demo.add_argument("--iters", type=int, default=100, help="iterations of each fine-tuning")
     demo.add_argument("--pretraining", type=int, default=100, help="iterations of training before that")
     demo.add_argument("--seed", type=int, default=0, help="of the weights and the order of the batches")
     demo.set_defaults(command=_demo)
@@ -72,7 +74,33 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="where `lora` wrote its adapters")
     report.add_argument("--out", type=Path, help="the file to write (default: report.html in the first folder)")
     report.set_defaults(command=_report)
+    schedule = commands.add_parser(
+        "schedule", help="draw a learning rate, here and as a picture (see schedule --help)", add_help=False
+    )
+    schedule.set_defaults(command=_schedule)
+    doctor = commands.add_parser("doctor", help="say whether this machine can train, how well, and what would help")
+    doctor.add_argument("--json", action="store_true", help="the same for programs")
+    doctor.set_defaults(command=_doctor)
     return parser
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from . import doctor
+
+    findings = doctor.examine()
+    works = doctor.training_works(findings)
+    if arguments.json:
+        print(json.dumps({"training_works": works, "findings": [each._asdict() for each in findings]}, indent=1))
+    else:
+        print("\n".join(doctor.lines(findings)))
+        print("training works" if works else "training does not work on this machine as it is")
+    return 0 if works else 1
+
+
+def _schedule(arguments: argparse.Namespace) -> None:
+    from . import schedule_command
+
+    schedule_command.main(arguments.rest)
 
 
 def _report(arguments: argparse.Namespace) -> None:

@@ -1,5 +1,6 @@
 """``compiled-adam demo``: the main job from nothing, without a network. A small language model is made, trained a
-little, and then fine-tuned with LoRA on text it has not seen: mlx-lm's own manuals, which every install has."""
+little, and then fine-tuned on text it has not seen, mlx-lm's own manuals, which every install has: with LoRA, and in
+full in bfloat16, by stock AdamW and by ours."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from mlx_lm.utils import get_total_parameters, load, save_config
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from . import schedulers
+from . import demo_bf16, schedulers
 from .lora import train
 from .optimizers import AdamW
 from .progress import TrainingProgress
@@ -99,6 +100,13 @@ def run(folder: Path, pretraining: int = 100, iterations: int = 100, seed: int =
     )
     after = _validation_loss(model, valid_set)
     console.print(f"validation loss {before:.4f} -> {after:.4f}")
+    console.print(
+        f"3. full fine-tuning of the same model on the same pieces, in {iterations} updates at a learning rate of"
+        f" {demo_bf16.LEARNING_RATE:g}: in bfloat16, most updates of stock AdamW are too small for a weight to change",
+        soft_wrap=True,
+        highlight=False,
+    )
+    demo_bf16.compare(folder / "model", train_set, valid_set, iterations, seed)
     model_flags = f"--model {shlex.quote(str(folder / 'model'))} --adapter-path {shlex.quote(str(adapters))}"
     for line in (
         f"adapters in {adapters}; try them with",

@@ -16,10 +16,13 @@ import inspect
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Step = int | float | mx.array
 Schedule = Callable[[Step], mx.array]
@@ -219,6 +222,29 @@ def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
         return value
 
     return schedule
+
+
+def plot(schedule: Schedule | Mapping[str, Schedule], steps: int, *, at: Sequence[int] = ()) -> Figure:
+    """A matplotlib figure of the learning rate from update 0 to ``steps``: ``plot(...).savefig("rate.svg")``.
+
+    Args:
+        schedule: one, or several by their labels, which are compared.
+        steps: the last update to draw, at least 1.
+        at: updates to mark with a point. Default: none.
+
+    Raises:
+        ImportError: matplotlib is missing; it says how to install it.
+        ValueError: an argument out of its range, naming it.
+    """
+    from .schedule_picture import figure
+
+    _count("steps", steps, 1)
+    for i, mark in enumerate(at):
+        _count(f"at[{i}]", mark, 0)
+    schedules = schedule if isinstance(schedule, Mapping) else {"": schedule}
+    if not schedules or not all(callable(each) for each in schedules.values()):
+        raise ValueError(f"schedule is {schedule!r}; it must be a schedule, or a mapping of labels to schedules")
+    return figure(schedules, steps, at)
 
 
 _CONFIG_KEYS = ("name", "arguments", "warmup", "warmup_init")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +16,11 @@ from hypothesis import settings
 settings.register_profile("fixed", derandomize=True)
 settings.load_profile("fixed")
 ROOT = Path(__file__).parent.parent
+
+
+def python_blocks(page: Path) -> list[str]:
+    """The Python code in a Markdown file, which tests run."""
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
 
 
 @pytest.fixture(autouse=True)

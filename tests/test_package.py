@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, python_blocks
 
 import compiled_adam as ca
 from bench import readme
@@ -62,7 +62,7 @@ print(step.traces["update"])
     assert (compiled.splitlines()[1], uncompiled.splitlines()[1]) == ("1", "5")
 
 
-BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+BLOCKS = python_blocks(ROOT / "README.md")
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))

@@ -1,0 +1,81 @@
+"""Pictures of learning rates: of block characters, for a terminal or a pipe, and as a matplotlib figure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import mlx.core as mx
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MOST = 20_000  # points of a curve
+BLOCKS, ASCII = " ▁▂▃▄▅▆▇█", "    ####"
+
+
+def curve(schedule: Callable[[Any], Any], steps: int) -> tuple[list[int], list[float]]:
+    """Steps from 0 to ``steps``, all of them or `MOST` evenly spaced ones, and the learning rate at each."""
+    count = min(steps + 1, MOST)
+    points = [round(i * steps / (count - 1)) for i in range(count)] if count > 1 else [0]
+    return points, at(schedule, points)
+
+
+def at(schedule: Callable[[Any], Any], points: Sequence[int]) -> list[float]:
+    """The learning rate at each of ``points``."""
+    # The sum gives a constant, which does not depend on the step, the shape of the others.
+    rates = mx.vmap(lambda step: schedule(step) + 0.0 * step)(mx.array(list(points), mx.float32))
+    return cast(list[float], rates.tolist())
+
+
+def text(rates: Sequence[float], steps: int, width: int = 64, height: int = 10, blocks: str = BLOCKS) -> list[str]:
+    """Lines of characters: a column is as high as the highest rate in its part of the run, the axis begins at 0.
+
+    >>> print("\\n".join(text([0.0, 0.5, 1.0, 1.0], 3, width=4, height=2)))
+    1.00e+00 |  ██
+    5.00e-01 | ███
+           0 +----
+              0  3
+    """
+    width = min(width, len(rates))
+    columns = [max(rates[len(rates) * i // width : len(rates) * (i + 1) // width]) for i in range(width)]
+    highest = max(columns) or 1.0
+    full = len(blocks) - 1
+    filled = [round(height * full * rate / highest) for rate in columns]
+    lines = []
+    for row in reversed(range(height)):
+        label = f"{highest:.2e}" if row == height - 1 else f"{highest / 2:.2e}" if 2 * (row + 1) == height else ""
+        cells = "".join(blocks[min(max(level - row * full, 0), full)] for level in filled)
+        lines.append(f"{label:>8} |{cells}".rstrip())
+    middle, last = f"{steps // 2:^{max(width - 2 - len(str(steps)), 0)}}", str(steps)
+    gap = max(width - 1 - len(last), 1)
+    ticks = middle[:gap].ljust(gap) if len(middle.strip()) < gap - 1 else " " * gap
+    return [*lines, f"{'0':>8} +{'-' * width}", f"{'':9} 0{ticks}{last}"]
+
+
+def figure(schedules: Mapping[str, Callable[[Any], Any]], steps: int, marks: Sequence[int] = ()) -> Figure:
+    """The curves of ``schedules`` by their labels, with points at the steps ``marks``.
+
+    Raises ImportError without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            f"drawing needs matplotlib ({error}); install it with `pip install 'compiled-adam[plot]'`"
+        ) from error
+    made = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = made.subplots()
+    for label, schedule in schedules.items():
+        (line,) = axes.plot(*curve(schedule, steps), label=label)
+        if marks:
+            axes.plot(marks, at(schedule, marks), "o", color=line.get_color(), markersize=4)
+    axes.set_xlabel("update")
+    axes.set_ylabel("learning rate")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    if len(schedules) > 1:
+        axes.legend(fontsize="small")
+    else:
+        axes.set_title(next(iter(schedules), ""), fontsize="medium")
+    return made
