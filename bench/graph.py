@@ -36,9 +36,8 @@ _ELEMENTWISE = {
 }
 # fmt: on
 _PARTS = {"AsStrided", "Slice", "Split"}  # the free ones that show a part of an array
-_DRAWING = re.compile(
-    r'^\{ (\d+) \[label ?= ?"([^"]+)", shape=rectangle\]|^"([^"]+)" -> (\d+)$|^(\d+) -> "([^"]+)"$', re.M
-)
+_PRIMITIVE = re.compile(r'^\{ (\d+) \[label ?= ?"([^"]+)", shape=rectangle\]', re.M)
+_LINE = re.compile(r'^"([^"]+)" -> (\d+)$|^(\d+) -> "([^"]+)"$', re.M)  # array -> primitive, primitive -> array
 _MOST_NAMES = 1000  # MLX's Python functions take at most 1024 keywords
 _STAND_IN = {"Depends": "Contiguous"}  # see `_exportable`
 _REDUCTIONS = {"And", "Or", "Sum", "Prod", "Min", "Max"}  # `export_function` calls them all Reduce
@@ -136,35 +135,37 @@ def _kernel(node: _Node, graph: _Graph, found: dict[str, tuple[_Array, bool]]) -
 
 def _fused(inputs: Sequence[mx.array], outputs: Sequence[mx.array]) -> _Graph:
     """The graph as `mx.export_to_dot` draws it, cut at ``inputs``: in0, in1, ...; outputs are out0, ..."""
-    nodes = _drawn(outputs, {})
+    drawing = _drawing(outputs, {})
+    lines = _LINE.findall(drawing)
     names = {f"in{i}": array for i, array in enumerate(inputs)} | {f"out{i}": a for i, a in enumerate(outputs)}
     called: dict[str, str] = {}
     for i in range(0, len(names), _MOST_NAMES):
+        # Drawn again, with other names in the same places.
         part = dict(list(names.items())[i : i + _MOST_NAMES])
-        for address, node in _drawn(outputs, part).items():
-            if address in nodes:
-                mine = [*nodes[address].inputs, *nodes[address].outputs]
-                called |= {m: name for m, name in zip(mine, [*node.inputs, *node.outputs], strict=True) if name in part}
+        for (before, to, by, after), named in zip(lines, _LINE.findall(_drawing(outputs, part)), strict=False):
+            if (to, by) != named[1:3]:
+                raise RuntimeError("MLX drew the same graph in two orders")
+            name = named[0] or named[3]
+            if name in part:
+                called[before or after] = name
+    nodes = {address: _Node(name, [], []) for address, name in _PRIMITIVE.findall(drawing)}
     makers: dict[str, _Node] = {}
-    for name, before, after in nodes.values():
-        node = _Node(name, [called.get(each, each) for each in before], [called.get(each, each) for each in after])
-        makers |= {each: node for each in node.outputs if not each.startswith("in")}
+    for before, to, by, after in lines:
+        if before:
+            nodes[to].inputs.append(called.get(before, before))
+        else:
+            name = called.get(after, after)
+            nodes[by].outputs.append(name)
+            if not name.startswith("in"):
+                makers[name] = nodes[by]
     return _Graph(makers, [f"out{i}" for i in range(len(outputs))])
 
 
-def _drawn(outputs: Sequence[mx.array], names: dict[str, mx.array]) -> dict[str, _Node]:
-    """The primitives of a drawing, by their address; arrays have the ``names`` given, or letters of MLX's choice."""
+def _drawing(outputs: Sequence[mx.array], names: dict[str, mx.array]) -> str:
+    """In DOT; arrays have the ``names`` given, or letters of MLX's choice."""
     text = io.StringIO()
     mx.export_to_dot(text, *outputs, **names)
-    nodes: dict[str, _Node] = {}
-    for address, name, before, to, by, after in _DRAWING.findall(text.getvalue()):
-        if address:
-            nodes[address] = _Node(name, [], [])
-        elif before:
-            nodes[to].inputs.append(before)
-        else:
-            nodes[by].outputs.append(after)
-    return nodes
+    return text.getvalue()
 
 
 def _plain(outputs: Sequence[mx.array]) -> tuple[_Graph, dict[str, _Array]]:

@@ -56,7 +56,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_command_writes_a_table_and_a_record(run, tmp_path: Path) -> None:
     done = run(
-        "-m", "bench", "--workload", "1000 x 64", "--dtype", "float32", "--seconds", "0", "--json", "record.json"
+        "-m", "bench", "--workload", "224 x (8x1024)", "--dtype", "float32", "--seconds", "0", "--json", "record.json"
     )
     assert done.returncode == 0, done.stderr
     assert "compiled_adam" in done.stdout and "ns/param" in done.stdout
@@ -66,7 +66,7 @@ def test_command_writes_a_table_and_a_record(run, tmp_path: Path) -> None:
     assert [row["contender"] for row in record["update"]] == list(DEFAULT)
     assert all(row["median_ms"] > 0 and row["rounds"] >= 5 for row in record["update"])
     kernels = {row["contender"]: row["kernels"] / row["tensors"] for row in record["update"]}
-    assert kernels["mlx compiled"] == pytest.approx(1, abs=0.01) and kernels["mlx eager"] > 20
+    assert kernels["mlx compiled"] == pytest.approx(1, abs=0.05) and kernels["mlx eager"] > 20
 
 
 def test_schema_of_a_record(bench, small, tmp_path: Path) -> None:
