@@ -145,6 +145,8 @@ def main() -> int:
     if problem := _problem(arguments):
         print(f"bench: {problem}", file=sys.stderr)
         return 2
+    if arguments.plot:
+        arguments.plot.mkdir(parents=True, exist_ok=True)
     bench = Bench(arguments)
     busy = bench.environment["load_average"] > 0.5 * (os.cpu_count() or 1)
     if busy:
@@ -159,7 +161,6 @@ def main() -> int:
     if arguments.json:
         arguments.json.write_text(json.dumps(bench.record, indent=1) + "\n")
     if arguments.plot:
-        arguments.plot.mkdir(parents=True, exist_ok=True)
         for file in plots.write(bench.record, arguments.plot):
             console.print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
     return 0

@@ -13,7 +13,10 @@ from .contenders import COMPILED, EAGER, OURS
 Row = dict[str, Any]
 # Colour-blind-safe (Okabe and Ito); the three that are always there keep theirs.
 _FIXED = {EAGER: "#999999", COMPILED: "#0072b2", OURS: "#d55e00", "mlx": "#999999", "float32": "#d55e00"}
-_OTHERS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#000000")
+_OTHERS = (
+    *("#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#000000"),
+    *("#7b4173", "#8c6d31", "#637939", "#843c39", "#9c9ede", "#c7e9c0"),
+)
 
 
 def missing() -> str | None:
@@ -76,7 +79,7 @@ def _bars(rows: list[Row], title: str) -> Any:
     axes.margins(x=0.15)
     axes.set_xlabel(f"time, ratio to {EAGER} within a round: median, p10-p90")
     axes.set_title(title)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 

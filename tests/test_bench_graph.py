@@ -83,6 +83,17 @@ def test_an_array_between_fused_kernels_is_found_behind_what_separates_them(x: m
     ]
 
 
+def test_an_array_between_fused_kernels_alone_is_taken_for_float32_and_marked(x: mx.array) -> None:
+    def chain(x: mx.array) -> mx.array:
+        for _ in range(15):  # MLX fuses eleven levels at most
+            x = mx.sin(x)
+        return x
+
+    compiled = mx.compile(chain)
+    kernels = graph.traffic([x], lambda: [compiled(x)])
+    assert [(k.read, k.written, k.estimated) for k in kernels] == [(4 * SIZE, 4 * SIZE, True)] * 2
+
+
 def test_what_computes_the_inputs_does_not_count(x: mx.array) -> None:
     y = mx.exp(x)
     assert moved([y], lambda: [mx.sin(y)]) == [(4, 4)]
