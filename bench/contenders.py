@@ -1,82 +1,195 @@
-"""What is compared: each contender keeps parameters and state of its own and applies one AdamW update when asked.
+"""What is compared: each contender has parameters, gradients and state of its own and does one AdamW update when asked.
 
-All have the same constants and bias correction, get the same gradients, and evaluate parameters and state together.
+All have the same constants and bias correction, are given the same gradients, and have done an update when parameters
+and state are both computed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from importlib.util import find_spec
+from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 import mlx.optimizers as optim
 
 import compiled_adam as ca
+from compiled_adam.moments import POLICIES
 
 Tree = dict[str, mx.array]
-LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.01
+LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY = 1e-4, (0.9, 0.999), 1e-8, 0.01
+SAME = (
+    f"all: AdamW, lr {LEARNING_RATE:g}, betas {BETAS[0]:g} and {BETAS[1]:g}, eps {EPS:g}, weight decay"
+    f" {WEIGHT_DECAY:g}, with bias correction; same gradients; an update ends when parameters and state are computed"
+)
 
 
 class Contender(Protocol):
+    def update(self) -> None:
+        """One update; everything it changes has been computed when it returns."""
+
     @property
-    def parameters(self) -> Tree:
+    def traces(self) -> int | None:
+        """How often the Python of the update was traced so far; None where nothing is."""
+
+    def state_bytes(self) -> int:
+        """What the optimizer keeps for the parameters, a few scalars aside."""
+
+    def named_parameters(self) -> Tree:
         """As they are after the last update."""
 
-    def build(self, gradients: Tree) -> list[mx.array]:
-        """One update, not yet evaluated: everything it changes."""
+
+class OnMLX:
+    """A contender whose update is a graph that can be looked at before it is computed."""
+
+    def __init__(self, optimizer: optim.Optimizer, parameters: Tree, gradients: Tree) -> None:
+        self.tree, self.optimizer, self.gradients = {"parameters": parameters}, optimizer, gradients
+        optimizer.init(parameters)
+
+    def build(self) -> None:
+        """One update, not yet computed."""
+        raise NotImplementedError
+
+    def changed(self) -> list[mx.array]:
+        """Everything an update changes: parameters and state."""
+        return [*self.tree["parameters"].values(), *_leaves(self.optimizer.state)]
+
+    def update(self) -> None:
+        self.build()
+        mx.eval(self.changed())
+
+    def named_parameters(self) -> Tree:
+        return self.tree["parameters"]
+
+    @property
+    def traces(self) -> int | None:
+        return None
+
+    def state_bytes(self) -> int:
+        return sum(array.nbytes for state in self.optimizer.state.values() for array in _of_parameter(state))
 
 
-class Eager:
+class Eager(OnMLX):
     """An optimizer called as in an uncompiled training loop; ours compiles its update itself."""
 
-    def __init__(self, optimizer: optim.Optimizer, parameters: Tree) -> None:
-        self.parameters, self._optimizer = parameters, optimizer
-        optimizer.init(parameters)
+    def build(self) -> None:
+        self.tree["parameters"] = self.optimizer.apply_gradients(self.gradients, self.tree["parameters"])
 
-    def build(self, gradients: Tree) -> list[mx.array]:
-        self.parameters = self._optimizer.apply_gradients(gradients, self.parameters)
-        return [*self.parameters.values(), *_leaves(self._optimizer.state)]
+    @property
+    def traces(self) -> int | None:
+        return self.optimizer.traces if isinstance(self.optimizer, ca.Adam) else None
 
 
-class Compiled:
+class Compiled(OnMLX):
     """An optimizer under ``mx.compile`` with captured state, as MLX's documentation and mlx-lm do it."""
 
-    def __init__(self, optimizer: optim.Optimizer, parameters: Tree) -> None:
-        self._tree = {"parameters": parameters}
-        self._optimizer = optimizer
-        optimizer.init(parameters)
-        state = [self._tree, optimizer.state]
+    def __init__(self, optimizer: optim.Optimizer, parameters: Tree, gradients: Tree) -> None:
+        super().__init__(optimizer, parameters, gradients)
+        self._traced = 0
+        state = [self.tree, optimizer.state]
 
         @partial(mx.compile, inputs=state, outputs=state)
         def update(gradients: Tree) -> None:
-            self._tree["parameters"] = optimizer.apply_gradients(gradients, self._tree["parameters"])
+            self._traced += 1
+            self.tree["parameters"] = optimizer.apply_gradients(gradients, self.tree["parameters"])
 
         self._update = update
 
-    @property
-    def parameters(self) -> Tree:
-        return self._tree["parameters"]
+    def build(self) -> None:
+        self._update(self.gradients)
 
-    def build(self, gradients: Tree) -> list[mx.array]:
-        self._update(gradients)
-        return [*self.parameters.values(), *_leaves(self._optimizer.state)]
+    @property
+    def traces(self) -> int | None:
+        return self._traced
+
+
+def _of_parameter(state: Any) -> list[mx.array]:
+    return list(state.values()) if isinstance(state, dict) else []
 
 
 def _leaves(state: dict) -> list[mx.array]:
     return [leaf for value in state.values() for leaf in (value.values() if isinstance(value, dict) else [value])]
 
 
+Make = Callable[[Tree, Tree], Contender]  # of parameters that become the contender's, and gradients
+
+
+class Entry(NamedTuple):
+    make: Make
+    needs: tuple[str, ...] = ()  # modules that must be importable
+    half_only: bool = False  # for half-precision parameters only; on others it is what another entry is
+
+    def missing(self) -> str | None:
+        """Why it cannot run here, or None."""
+        absent = [name for name in self.needs if find_spec(name) is None]
+        return f"{' and '.join(absent)} not installed" if absent else None
+
+
 def _stock() -> optim.Optimizer:
-    return optim.AdamW(LEARNING_RATE, weight_decay=WEIGHT_DECAY, bias_correction=True)
+    return optim.AdamW(LEARNING_RATE, list(BETAS), EPS, WEIGHT_DECAY, bias_correction=True)
 
 
-def _ours() -> optim.Optimizer:
-    return ca.AdamW(LEARNING_RATE, weight_decay=WEIGHT_DECAY, bias_correction=True)
+def _ours(moments: str, compensated: bool) -> Entry:
+    def make(parameters: Tree, gradients: Tree) -> Contender:
+        optimizer = ca.AdamW(
+            LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY, bias_correction=True, moments=moments, compensated=compensated
+        )
+        return Eager(optimizer, parameters, gradients)
+
+    return Entry(make, half_only=not compensated)
 
 
-CONTENDERS: dict[str, Callable[[Tree], Contender]] = {
-    "mlx eager": lambda parameters: Eager(_stock(), parameters),
-    "mlx compiled": lambda parameters: Compiled(_stock(), parameters),
-    "compiled_adam": lambda parameters: Eager(_ours(), parameters),
+def _torch(fused: bool, one_thread: bool) -> Entry:
+    def make(parameters: Tree, gradients: Tree) -> Contender:
+        from .foreign import Torch  # here, because it may not be installed
+
+        return Torch(parameters, gradients, fused, one_thread)
+
+    return Entry(make, needs=("torch",))
+
+
+def _optax(parameters: Tree, gradients: Tree) -> Contender:
+    from .foreign import Optax
+
+    return Optax(parameters, gradients)
+
+
+EAGER, COMPILED, OURS = DEFAULT = "mlx eager", "mlx compiled", "compiled_adam"
+REFERENCES = (EAGER, COMPILED)  # what ratios are to; always measured
+CONTENDERS: dict[str, Entry] = {
+    EAGER: Entry(lambda parameters, gradients: Eager(_stock(), parameters, gradients)),
+    COMPILED: Entry(lambda parameters, gradients: Compiled(_stock(), parameters, gradients)),
+    OURS: _ours("float32", True),
+    **{f"{OURS} {policy}": _ours(policy, True) for policy in POLICIES if policy != "float32"},
+    f"{OURS} uncompensated": _ours("float32", False),
+    **{f"{OURS} {policy} uncompensated": _ours(policy, False) for policy in POLICIES if policy != "float32"},
+    "torch fused": _torch(fused=True, one_thread=False),
+    "torch fused 1 thread": _torch(fused=True, one_thread=True),
+    "torch foreach": _torch(fused=False, one_thread=False),
+    "torch foreach 1 thread": _torch(fused=False, one_thread=True),
+    "optax": Entry(_optax, needs=("jax", "optax")),
 }
+
+
+def selected(names: list[str], dtype: mx.Dtype) -> tuple[dict[str, Make], dict[str, str]]:
+    """The contenders of these names for parameters of a dtype, and for those that are left out: why."""
+    chosen: dict[str, Make] = {}
+    left_out: dict[str, str] = {}
+    for name in names:
+        entry = CONTENDERS[name]
+        if why := entry.missing():
+            left_out[name] = why
+        elif entry.half_only and dtype == mx.float32:
+            left_out[name] = "float32 needs no compensation"
+        else:
+            chosen[name] = entry.make
+    return chosen, left_out
+
+
+def named(names: list[str] | None, default: tuple[str, ...] = DEFAULT) -> list[str]:
+    """The contenders that ``--contender`` asks for, in the order of `CONTENDERS`, the references among them."""
+    if names and "all" in names:
+        return list(CONTENDERS)
+    wanted = {*REFERENCES, *(names or default)}
+    return [name for name in CONTENDERS if name in wanted]

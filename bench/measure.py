@@ -1,50 +1,44 @@
-"""Time, memory and kernels of an update, and the record of where it was measured."""
+"""What an update takes: time in turns with others, memory, kernels, bytes, traces; and the memory's bandwidth."""
 
 from __future__ import annotations
 
-import datetime
-import os
-import platform
-import statistics
-import subprocess
+import collections
 import time
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from compiled_adam.graph import kernels
 
-from .contenders import Contender, Tree
+from .contenders import COMPILED, EAGER, Contender, Make, OnMLX, Tree
+from .graph import Kernel, traffic
+from .spread import noisy, ratios, spread
+
+Clock = Callable[[], float]
+__all__ = ["bandwidth", "compare", "graph_of", "kernels", "resources"]
 
 
 def compare(
-    contenders: Mapping[str, Callable[[Tree], Contender]],
+    contenders: Mapping[str, Make],
     parameters: Callable[[], Tree],
     gradients: Tree,
     seconds: float,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Clock = time.perf_counter,
 ) -> dict[str, dict[str, Any]]:
     """Measures one update of each contender: for each, a dictionary of figures by name.
 
     The contenders take turns, in an order that shifts by one each round, until ``seconds`` have passed and at least
-    five rounds: whatever slows the machine meets all of them. The first two updates of each (tracing, compiling,
-    warming up) do not count. Figures: ``median_ms``, ``p10_ms``, ``p90_ms``, ``rounds``, ``ratio`` to the first
-    contender (median of the ratios within a round), ``peak_extra_bytes`` allocated during an update beyond what
-    exists before it, ``kernels`` in the graph of one update.
+    five rounds: whatever slows the machine meets all of them. The first three updates of each (tracing, compiling,
+    warming up, memory) do not count. Figures: those of `resources`; ``median_ms``, ``p10_ms``, ``p90_ms``,
+    ``rounds``; ``ratio``, ``ratio_p10``, ``ratio_p90`` and ``ratio_noisy`` of the ratios within a round to stock MLX
+    called eagerly (or the first contender, if that is not among them), and ``compiled_ratio`` and so on to it under
+    ``mx.compile``; ``traces`` after all.
     """
-    running = {name: make(parameters()) for name, make in contenders.items()}
+    running: dict[str, Contender] = {}
     figures: dict[str, dict[str, Any]] = {}
-    for name, contender in running.items():
-        mx.eval(contender.build(gradients))
-        outputs = contender.build(gradients)
-        figures[name] = {"kernels": sum(kernels(outputs).values())}
-        mx.eval(outputs)
-        del outputs  # or the old arrays would count as extra memory
-        figures[name]["peak_extra_bytes"] = _peak_extra(contender, gradients)
-
+    for name, make in contenders.items():
+        running[name], figures[name] = resources(make, parameters(), gradients, clock)
     times: dict[str, list[float]] = {name: [] for name in running}
     names = list(running)
     start = clock()
@@ -52,52 +46,129 @@ def compare(
         names = names[1:] + names[:1]
         for name in names:
             begin = clock()
-            mx.eval(running[name].build(gradients))
+            running[name].update()
             times[name].append(clock() - begin)
-    first = times[next(iter(running))]
+    references = {"ratio": times.get(EAGER, times[next(iter(running))])}
+    if COMPILED in times:
+        references["compiled_ratio"] = times[COMPILED]
     for name, values in times.items():
-        deciles = statistics.quantiles(values, n=10, method="inclusive")
-        figures[name] |= {
-            "median_ms": 1e3 * statistics.median(values),
-            "p10_ms": 1e3 * deciles[0],
-            "p90_ms": 1e3 * deciles[-1],
-            "rounds": len(values),
-            "ratio": statistics.median(a / b for a, b in zip(values, first, strict=True)),
-        }
+        p10, median, p90 = spread(values)
+        figures[name] |= {"median_ms": 1e3 * median, "p10_ms": 1e3 * p10, "p90_ms": 1e3 * p90, "rounds": len(values)}
+        for key, reference in references.items():
+            within = ratios(values, reference)
+            p10, median, p90 = spread(within)
+            figures[name] |= {key: median, f"{key}_p10": p10, f"{key}_p90": p90, f"{key}_noisy": noisy(within)}
+        figures[name]["traces"] = running[name].traces
     return figures
 
 
-def _peak_extra(contender: Contender, gradients: Tree) -> int:
+def resources(
+    make: Make, parameters: Tree, gradients: Tree, clock: Clock = time.perf_counter
+) -> tuple[Contender, dict[str, Any]]:
+    """A contender that has done three updates, and what they took besides time.
+
+    Figures: ``trace_ms`` (building the first update, which traces it; None where nothing is lazy), ``first_call_ms``
+    (that and computing it, compilers included unless they kept their results), ``peak_extra_bytes`` allocated by MLX
+    during an update beyond what exists before it (None of others), ``state_bytes`` of the optimizer, and
+    ``traces`` so far.
+    """
+    begin = clock()
+    contender = make(parameters, gradients)
+    del parameters  # the contender's alone, or they could not be updated in place
+    on_mlx = isinstance(contender, OnMLX)
+    if isinstance(contender, OnMLX):
+        mx.eval(contender.changed())
     mx.synchronize()
+    begin = clock()
+    trace = None
+    if isinstance(contender, OnMLX):
+        contender.build()
+        trace = clock() - begin
+        mx.eval(contender.changed())
+    else:
+        contender.update()
+    first = clock() - begin
+    contender.update()
+    mx.synchronize()
+    mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    mx.eval(contender.build(gradients))
-    return max(0, mx.get_peak_memory() - before)
-
-
-def environment() -> dict[str, Any]:
-    """Device, versions, commit, date and load: what a figure depends on."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": str(mx.default_device()),
-        "device_info": {key: str(value) for key, value in mx.device_info().items()},
-        "system": f"{platform.system()} {platform.machine()}",
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "mlx": version("mlx"),
-        "compiled_adam": version("compiled-adam"),
-        "blas": blas(),
-        "commit": commit.stdout.strip() or None,
+    contender.update()
+    return contender, {
+        "trace_ms": None if trace is None else 1e3 * trace,
+        "first_call_ms": 1e3 * first,
+        "peak_extra_bytes": max(0, mx.get_peak_memory() - before) if on_mlx else None,
+        "state_bytes": contender.state_bytes(),
+        "traces": contender.traces,
     }
 
 
-def blas() -> str:
-    """Which library multiplies matrices on the CPU of Linux: as a preloaded one tells, or "as MLX was built"."""
-    try:
-        maps = Path("/proc/self/maps").read_text()
-    except OSError:
-        return "as MLX was built"
-    libraries = {Path(line.split()[-1]).name for line in maps.splitlines() if "blas" in line.lower()}
-    return ", ".join(sorted(libraries)) or "as MLX was built"
+def graph_of(make: Make, parameters: Tree, gradients: Tree) -> dict[str, Any]:
+    """The kernels of one update of a contender on MLX, and the bytes they move.
+
+    Nothing is computed and almost nothing allocated: `hollow` arrays have shapes and dtypes only. Figures: ``kernels``;
+    ``kernel_bytes`` read and written by all together; ``estimated_kernels`` as `graph.Kernel` has it; ``by_kernel``,
+    a list of name, count, bytes read and bytes written, the greatest first.
+    """
+    contender = make(hollow(parameters), hollow(gradients))
+    if not isinstance(contender, OnMLX):
+        raise TypeError(f"{type(contender).__name__} builds no graph of MLX's")
+    trees = [contender.tree["parameters"], contender.optimizer.state]
+    trees += [state for state in contender.optimizer.state.values() if isinstance(state, dict)]
+    before = [{key: a for key, a in hollow(tree).items() if isinstance(a, mx.array)} for tree in trees]
+    inputs = [*contender.gradients.values(), *(array for tree in before for array in tree.values())]
+
+    def build() -> list[mx.array]:
+        contender.tree["parameters"] = trees[0]
+        for tree, arrays in zip(trees, before, strict=True):
+            tree.update(arrays)
+        contender.build()
+        return contender.changed()
+
+    found = traffic(inputs, build)
+    groups: dict[str, list[Kernel]] = collections.defaultdict(list)
+    for kernel in found:
+        groups[kernel.name].append(kernel)
+    rows = [
+        {"kernel": name, "count": len(g), "read": sum(k.read for k in g), "written": sum(k.written for k in g)}
+        for name, g in groups.items()
+    ]
+    return {
+        "kernels": len(found),
+        "kernel_bytes": sum(kernel.read + kernel.written for kernel in found),
+        "estimated_kernels": sum(kernel.estimated for kernel in found),
+        "by_kernel": sorted(rows, key=lambda row: -(row["read"] + row["written"])),
+    }
+
+
+def hollow(tree: Tree) -> Tree:
+    """Arrays of the same shapes and dtypes that are one number in memory; what is no array stays."""
+    made = {
+        key: mx.broadcast_to(mx.zeros((), array.dtype), array.shape) if isinstance(array, mx.array) else array
+        for key, array in tree.items()
+    }
+    mx.eval([array for array in made.values() if isinstance(array, mx.array)])
+    return made
+
+
+def bandwidth(size: int = 1 << 25, rounds: int = 7) -> dict[str, float]:
+    """Bytes per second that kernels of MLX move between memory and themselves, on arrays of ``size`` float32.
+
+    "scale" is ``a = -a`` (one read, one write) and "triad" ``a = a + b / 2`` (two and one), both in place, so that no
+    new memory is asked for; the best of the rounds, and "best" of the two.
+    """
+    a, b = mx.ones((size,)), mx.ones((size,))
+    mx.eval(a, b)
+    triad = mx.compile(lambda a, b: a + 0.5 * b)
+    found = {"scale": 0.0, "triad": 0.0}
+    for _ in range(rounds + 1):
+        begin = time.perf_counter()
+        a = -a
+        mx.eval(a)
+        middle = time.perf_counter()
+        a = triad(a, b)
+        mx.eval(a)
+        end = time.perf_counter()
+        found["scale"] = max(found["scale"], 2 * a.nbytes / (middle - begin))
+        found["triad"] = max(found["triad"], 3 * a.nbytes / (end - middle))
+    return {**found, "best": max(found.values())}

@@ -1,4 +1,7 @@
-"""Does it train as well? A small byte-level language model on real text, once for each way to store the moments."""
+"""Does it train as well? A small byte-level language model on real text, once for each optimizer and weights' dtype.
+
+The model computes in float32 whatever dtype its weights are stored in, so that runs differ in the update alone.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,20 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models import llama
 
 import compiled_adam as ca
 
-POLICIES = ("float32", "bfloat16", "8bit")
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
+STOCK, UNCOMPENSATED = "mlx", "float32 uncompensated"
+# Stock AdamW, and ours by how it stores moments. Those that would do the same twice are left out.
+POLICIES: dict[str, tuple[str, ...]] = {
+    "float32": (STOCK, "float32", "bfloat16", "8bit"),
+    "bfloat16": (STOCK, "float32", UNCOMPENSATED, "bfloat16", "8bit", "param"),
+}
+MAX_NORM = 1.0
 WIDTH, LAYERS, CONTEXT, BATCH, STEPS, SEEDS = 128, 4, 128, 8, 600, (0, 1, 2)
 
 
@@ -49,9 +60,25 @@ def windows(data: mx.array, count: int, context: int, seed: int) -> mx.array:
     return data[starts + mx.arange(context + 1)].astype(mx.int32)
 
 
+def optimizer(policy: str, steps: int) -> optim.Optimizer:
+    """AdamW with a warmup and a cosine; ours clips by itself."""
+    rate = ca.schedulers.cosine(3e-3, steps, 3e-4, warmup=steps // 20)
+    if policy == STOCK:
+        return optim.AdamW(rate, weight_decay=0.1, bias_correction=True)
+    return ca.AdamW(
+        rate,
+        weight_decay=0.1,
+        bias_correction=True,
+        moments="float32" if policy == UNCOMPENSATED else policy,
+        compensated=policy != UNCOMPENSATED,
+        max_grad_norm=MAX_NORM,
+    )
+
+
 def train(
     policy: str,
     seed: int,
+    dtype: str = "float32",
     steps: int = STEPS,
     width: int = WIDTH,
     layers: int = LAYERS,
@@ -62,20 +89,34 @@ def train(
     train_data, eval_data = text()
     mx.random.seed(seed)
     trained = model(width, layers)
-    rate = ca.schedulers.cosine(3e-3, steps, 3e-4, warmup=steps // 20)
-    optimizer = ca.AdamW(rate, weight_decay=0.1, bias_correction=True, moments=policy, max_grad_norm=1.0)
-    step = ca.make_step(trained, loss_fn, optimizer)
-    losses = [step(windows(train_data, batch, context, seed * 1_000_000 + i)).loss for i in range(steps)]
-    trained.eval()
-    evaluated = [float(loss_fn(trained, windows(eval_data, batch, context, i))) for i in range(24)]
-    parameters = sum(array.size for array in dict(tree_flatten(trained.trainable_parameters())).values())
-    state = sum(array.nbytes for path, array in dict(tree_flatten(optimizer.state)).items() if "." in path)
+
+    def loss(parameters: Any, tokens: mx.array) -> mx.array:
+        trained.update(tree_map(lambda p: p.astype(mx.float32), parameters))
+        return loss_fn(trained, tokens)
+
+    loss_and_gradient = mx.compile(mx.value_and_grad(loss))
+    parameters = tree_map(lambda p: p.astype(DTYPES[dtype]), trained.trainable_parameters())
+    adamw = optimizer(policy, steps)
+    adamw.init(parameters)
+    losses = []
+    for i in range(steps):
+        value, gradients = loss_and_gradient(parameters, windows(train_data, batch, context, seed * 1_000_000 + i))
+        if policy == STOCK:
+            gradients, _ = optim.clip_grad_norm(gradients, MAX_NORM)
+        parameters = adamw.apply_gradients(gradients, parameters)
+        del gradients
+        mx.eval(parameters, adamw.state, value)
+        losses.append(round(float(value), 5))
+    evaluated = [float(loss(parameters, windows(eval_data, batch, context, i))) for i in range(24)]
+    count = sum(array.size for array in dict(tree_flatten(parameters)).values())
+    state = sum(array.nbytes for path, array in dict(tree_flatten(adamw.state)).items() if "." in path)
     return {
         "policy": policy,
+        "dtype": dtype,
         "seed": seed,
         "steps": steps,
-        "parameters": parameters,
-        "state_bytes_per_parameter": state / parameters,
-        "losses": [round(float(loss), 5) for loss in losses],
+        "parameters": count,
+        "state_bytes_per_parameter": state / count,
+        "losses": losses,
         "eval_loss": statistics.mean(evaluated),
     }

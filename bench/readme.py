@@ -18,7 +18,8 @@ def update_table(record: dict[str, Any]) -> str:
     """The time of an update as a Markdown table, one row for each workload and dtype."""
     rows: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for row in record["update"]:
-        rows.setdefault((row["workload"], row["dtype"]), {})[row["contender"]] = row
+        if "median_ms" in row:  # else: what could not be measured
+            rows.setdefault((row["workload"], row["dtype"]), {})[row["contender"]] = row
     lines = [
         "| parameters | dtype | mlx eager | mlx compiled | compiled_adam | ratio to eager | to compiled |",
         "|---|---|---|---|---|---|---|",
@@ -26,8 +27,13 @@ def update_table(record: dict[str, Any]) -> str:
     for (workload, dtype), by_name in rows.items():
         eager, compiled, ours = (by_name[name] for name in ("mlx eager", "mlx compiled", "compiled_adam"))
         times = " | ".join(f"{row['median_ms']:.1f} ms" for row in (eager, compiled, ours))
-        to_compiled = ours["median_ms"] / compiled["median_ms"]
-        lines.append(f"| {workload} | {dtype} | {times} | {ours['ratio']:.2f} | {to_compiled:.2f} |")
+        # Records without a schema have no ratio to the compiled one within a round.
+        to_compiled = ours.get("compiled_ratio", ours["median_ms"] / compiled["median_ms"])
+        cells = [
+            f"{ratio:.2f}{' (noisy)' if ours.get(f'{key}_noisy') else ''}"
+            for key, ratio in (("ratio", ours["ratio"]), ("compiled_ratio", to_compiled))
+        ]
+        lines.append(f"| {workload} | {dtype} | {times} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -50,21 +56,20 @@ def numerics_table(record: dict[str, Any]) -> str:
 
 
 def quality_table(record: dict[str, Any]) -> str:
-    """The eval loss of the small language model for each way to store the moments, a column for each seed."""
-    rows: dict[str, list[dict[str, Any]]] = {}
+    """The eval loss of the small language model for each optimizer and dtype, a column for each seed."""
+    rows: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in record["quality"]:
-        rows.setdefault(row["policy"], []).append(row)
+        # Records without a schema are of float32 weights only, and do not say so.
+        rows.setdefault((row["dtype"], row["policy"]) if "dtype" in row else (row["policy"],), []).append(row)
     seeds = [row["seed"] for row in next(iter(rows.values()))]
-    lines = [
-        "| moments | state, bytes per parameter | "
-        + " | ".join(f"eval loss, seed {seed}" for seed in seeds)
-        + " | mean |",
-        "|---" * (len(seeds) + 3) + "|",
-    ]
-    for policy, runs in rows.items():
+    names = ["weights", "moments"] if len(next(iter(rows))) == 2 else ["moments"]
+    columns = [*names, "state, bytes per parameter", *(f"eval loss, seed {seed}" for seed in seeds), "mean"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for key, runs in rows.items():
         losses = [run["eval_loss"] for run in runs]
-        cells = " | ".join(f"{loss:.4f}" for loss in [*losses, statistics.mean(losses)])
-        lines.append(f"| {policy} | {runs[0]['state_bytes_per_parameter']:.2f} | {cells} |")
+        cells = [f"{runs[0]['state_bytes_per_parameter']:.2f}"]
+        cells += [f"{loss:.4f}" for loss in [*losses, statistics.mean(losses)]]
+        lines.append(f"| {' | '.join([*key, *cells])} |")
     return "\n".join(lines)
 
 

@@ -63,7 +63,7 @@ def batch(length: int, vocabulary: int, seed: int) -> Batch:
     return mx.array(tokens.astype(np.int32)), mx.array([[0, length - 1]] * BATCH)
 
 
-def train(name: str, folder: Path, batches: Sequence[Batch], window: int) -> dict[str, Any]:
+def train(name: str, folder: str | Path, batches: Sequence[Batch], window: int) -> dict[str, Any]:
     """One run over ``batches``: seconds until the first report and between reports, traces, peak memory, last loss."""
     loop, optimizer, threshold, options = CONTENDERS[name]
     mx.random.seed(0)
@@ -99,7 +99,7 @@ def train(name: str, folder: Path, batches: Sequence[Batch], window: int) -> dic
     return {"times": times, "traces": traced, "peak_bytes": mx.get_peak_memory(), "loss": clock.loss}
 
 
-def compare(folder: Path, rounds: int, windows: int) -> dict[str, dict[str, Any]]:
+def compare(folder: str | Path, rounds: int, windows: int) -> dict[str, dict[str, Any]]:
     """Every contender in turn, ``rounds`` times; for each a dictionary of figures by name.
 
     ``tokens_per_second`` (median over windows of ten steps of one shape, without the first twenty), ``ratio`` of it
@@ -138,8 +138,8 @@ def compare(folder: Path, rounds: int, windows: int) -> dict[str, dict[str, Any]
     return result
 
 
-def measure(model: Path | None, rounds: int, windows: int) -> dict[str, dict[str, Any]]:
-    """`compare` on the model in a folder, or on the demo's small Llama."""
+def measure(model: str | None, rounds: int, windows: int) -> dict[str, dict[str, Any]]:
+    """`compare` on a model (a folder or an id on the Hugging Face Hub), or on the demo's small Llama."""
     if model is not None:
         return compare(model, rounds, windows)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,0 +1,93 @@
+"""The record of where figures were measured, and what to do about a slow BLAS."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+SCHEMA = 1  # of the records: goes up when a field changes its meaning or goes away
+ROOT = Path(__file__).parent.parent
+OTHERS = ("mlx-lm", "numpy", "torch", "jax", "optax")
+REFERENCE_BLAS = "reference BLAS"
+
+
+def environment() -> dict[str, Any]:
+    """Device, versions, commit, date and load: what a figure depends on."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": str(mx.default_device()),
+        "device_info": {key: str(value) for key, value in mx.device_info().items()},
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "memory_bytes": memory_bytes(),
+        "load_average": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "mlx": version("mlx"),
+        "compiled_adam": version("compiled-adam"),
+        "versions": {name: found for name in OTHERS if (found := _version(name))},
+        "blas": blas(),
+        "commit": _commit(),
+    }
+
+
+def memory_bytes() -> int:
+    """Of the whole machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def blas() -> str:
+    """Which library multiplies matrices on the CPU of Linux; elsewhere "as MLX was built".
+
+    MLX's wheel for Linux brings the reference BLAS along; a library that was preloaded takes its place. What other
+    packages bring (NumPy's OpenBLAS, say) is loaded too but serves only them.
+    """
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return "as MLX was built"
+    paths = {Path(line.split()[-1]) for line in maps.splitlines() if "/" in line}
+    return blas_of([path for path in paths if "blas" in path.name.lower() or "mkl" in path.name.lower()])
+
+
+def blas_of(loaded: list[Path]) -> str:
+    """`blas`, of the libraries of that kind that a process has loaded."""
+    foreign = [path for path in loaded if "site-packages" not in path.parts]
+    if foreign:
+        return ", ".join(sorted(path.name for path in foreign))
+    own = [path.name for path in loaded if any(part.startswith("mlx") for part in path.parts)]
+    return f"{REFERENCE_BLAS} ({', '.join(sorted(own))})" if own else "as MLX was built"
+
+
+def blas_hint(used: str) -> str | None:
+    """One sentence for whoever times matrix products on MLX's own BLAS; None where there is nothing to say."""
+    if not used.startswith(REFERENCE_BLAS) or mx.default_device() != mx.Device(mx.cpu):
+        return None
+    return (
+        "MLX multiplies matrices with the reference BLAS here, which hides what an optimizer costs; preload OpenBLAS,"
+        " about 50 times as fast: apt-get install libopenblas0-pthread;"
+        f" LD_PRELOAD=/usr/lib/{platform.machine()}-linux-gnu/libopenblas.so.0 python -m bench {' '.join(sys.argv[1:])}"
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:  # no git
+        return None
+    return done.stdout.strip() or None
