@@ -8,6 +8,9 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
+from mlx.utils import tree_unflatten
+
+from .layout import Structure
 
 # A schedule is a function, which cannot be compared; its values at these steps can.
 _SAMPLED = (0, 1, 2, 5, *(factor * 10**power for power in range(1, 6) for factor in (1, 2, 5)))
@@ -53,6 +56,26 @@ def description(optimizer: optim.Optimizer) -> dict[str, Any]:
             own["learning_rate"] = part.state["learning_rate"].item()
         found |= {name if len(every) == 1 else f"optimizers.{i}.{name}": value for name, value in own.items()}
     return found
+
+
+def convert_state(optimizer: optim.Optimizer, state: dict[str, mx.array], parameters: Any) -> None:
+    """Gives the optimizer a flat ``state`` that may be of other options, in its own form; what that lacks begins anew.
+
+    Raises ValueError for a state that has too little; the optimizer keeps its own then.
+    """
+    before = optimizer.state
+    try:
+        optimizer.state = tree_unflatten(list(state.items()))
+        optimizer.init(parameters)
+        missing = {path for path, *_ in Structure(before).leaves} - {
+            path for path, *_ in Structure(optimizer.state).leaves
+        }
+        if missing:
+            raise ValueError(f"the optimizer's state has no {', '.join(sorted(missing))}")
+    except BaseException:
+        optimizer.state = before
+        optimizer.init(parameters)
+        raise
 
 
 def _public(optimizer: optim.Optimizer) -> dict[str, list[float]]:

@@ -6,14 +6,12 @@ them ``window.safetensors`` if micro-batches were accumulated. ``meta.json`` has
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import shutil
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ import mlx.core as mx
 from . import any_optimizer
 from .compare import differences, table
 from .durable import flush, record, recorded, recover, replacing, save_arrays
+from .fingerprint import packages
 from .step import TrainStep
 
 FORMAT = 1
@@ -47,6 +46,8 @@ def save_checkpoint(
 ) -> None:
     """Writes everything that an exact continuation of ``step`` needs to ``folder``, which appears whole or not at all.
 
+    If the step has a ``group``, all workers call this, and the first one writes.
+
     Args:
         folder: the checkpoint; an older one of this name is replaced, other folders are refused.
         step: what `make_step` made. Its model's trainable parameters and whatever else the forward pass assigns, its
@@ -60,14 +61,16 @@ def save_checkpoint(
         TypeError: ``extra`` or ``settings`` cannot be stored as JSON.
     """
     folder = Path(folder)
+    state = step.state_dict()  # with other workers something that all take part in
+    if step.group is not None and step.group.rank() > 0:
+        return
     recover(folder)
     if folder.exists() and not (folder.is_dir() and ((folder / META).exists() or not any(folder.iterdir()))):
         raise ValueError(f"{folder} exists and is not a checkpoint; name another folder")
-    state = step.state_dict()
     mx.eval(state)
     meta = {
         "format": FORMAT,
-        "packages": _packages(),
+        "packages": packages(),
         "device": str(mx.default_device()),
         "updates": _updates(step),
         "accumulated": state["window"]["batches"].item() if state["window"] else 0,
@@ -145,7 +148,7 @@ def load_checkpoint(
         )
     mx.eval(state)
     check_finite(state["model"])
-    if others := differences(_packages(), meta["packages"]):
+    if others := differences(packages(), meta["packages"]):
         names = ", ".join(f"{name} {there}" for name, _, there in others)
         warn(f"{folder} was written with {names}: results may differ in the last bits")
     optimizers = any_optimizer.parts(step.optimizer)
@@ -233,14 +236,6 @@ def _load(file: Path) -> dict[str, mx.array]:
 
 def _digest(meta: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
-
-
-def _packages() -> dict[str, str]:
-    found = {}
-    for name in ("compiled-adam", "mlx", "mlx-lm"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
 
 
 def _updates(step: TrainStep) -> int:

@@ -1,10 +1,13 @@
-"""Short digests that tell whether two runs start from the same arrays, or the same file."""
+"""What tells whether two runs start from the same: short digests of arrays and files, and package versions."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import cast
 
 import mlx.core as mx
 
@@ -18,11 +21,27 @@ def of_arrays(arrays: Mapping[str, mx.array]) -> str:
     >>> of_arrays({"a": a}) == of_arrays({"a": a + 0}), of_arrays({"a": a}) == of_arrays({"a": a + 1})
     (True, False)
     """
+    parts = [(path, *described) for path, described in sorted(_described(arrays).items())]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def of_each(arrays: Mapping[str, mx.array]) -> dict[str, str]:
+    """The same for each array, as words: dtype, shape and sum.
+
+    >>> of_each({"a": mx.array([1.0, 2.0])})
+    {'a': 'float32 (2,) 7f800000'}
+    """
+    return {
+        path: f"{dtype.removeprefix('mlx.core.')} {shape} {total:x}"
+        for path, (shape, dtype, total) in _described(arrays).items()
+    }
+
+
+def _described(arrays: Mapping[str, mx.array]) -> dict[str, tuple[tuple[int, ...], str, int]]:
     # Modulo 2^32 or 2^64: integers add in any order to the same sum, on every device.
     sums = {path: a.view(_WORDS[a.dtype.size]).sum() for path, a in arrays.items()}
     mx.eval(sums)
-    parts = [(path, a.shape, str(a.dtype), sums[path].item()) for path, a in sorted(arrays.items())]
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+    return {path: (a.shape, str(a.dtype), cast(int, sums[path].item())) for path, a in arrays.items()}
 
 
 def of_file(file: Path) -> str:
@@ -32,3 +51,12 @@ def of_file(file: Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()[:16]
+
+
+def packages() -> dict[str, str]:
+    """The versions of what results depend on."""
+    found = {}
+    for name in ("compiled-adam", "mlx", "mlx-lm"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
