@@ -23,7 +23,8 @@ from .progress import TrainingProgress
 from .run_log import LOG, RunLog
 from .run_report import Report, StepReader, failed
 from .step import TrainStep
-from .stopping import Asked, TrainingStopped, is_out_of_memory
+from .stopping import Asked, TrainingStopped, elected, is_out_of_memory, vote
+from .workers import Workers
 
 CHECKPOINTS, BEST, PREVIOUS = "checkpoints", "best", "previous"
 
@@ -64,10 +65,15 @@ class TrainingLoop:
         progress: TrainingProgress,
         asked: Asked,
         callback: TrainingCallback | None,
+        workers: Workers,
     ) -> None:
         self.step, self.batches, self.validation, self.args = step, batches, validation, args
         self.options, self.progress, self.asked = options, progress, asked
         self.callback = callback or TrainingCallback()
+        self.workers = workers
+        workers.saved = lambda: self.saved
+        self.elected: int | None = None  # the signal that all workers act on
+        self.unaccounted: list[dict[str, Any]] = []  # steps that are not yet summed over the workers
         self.log: RunLog | None = None
         self.adapters = Path(args.adapter_file)
         self.folder = self.adapters.parent
@@ -97,9 +103,9 @@ class TrainingLoop:
                 f"out of memory in iteration {self.iteration + 1}: {error}; {self.saved}."
                 " Use a smaller --batch-size or --max-seq-length, or --grad-checkpoint"
             ) from error
-        if self.asked.signal is not None:
-            self._end_as_asked(self.asked.signal)
-        if self.failures and self.failures == self.options.nonfinite_limit:
+        if (number := self._stop_signal()) is not None:
+            self._end_as_asked(number)
+        if self._failed_too_often():
             self._end_for_failures()
         if ended is not None:
             self.progress.line(ended)
@@ -114,37 +120,62 @@ class TrainingLoop:
     def _iterations(self) -> str | None:
         """Returns why it ended early in a way that is not an error."""
         args = self.args
-        while self.iteration < args.iters and self.asked.signal is None:
+        while self.iteration < args.iters and self._stop_signal() is None:
             iteration = self.iteration + 1
             last = iteration == args.iters
             batch = next(self.batches)
             if self.validation.dataset and (iteration == 1 or iteration % args.steps_per_eval == 0 or last):
-                self._take(self.reader.drain())
+                self._drain()
                 self._validate(iteration)
                 stale, best = self.best["stale"], self.best
                 if stale and stale == self.options.early_stop_patience:
                     than = f"than {best['loss']:.4f} in iteration {best['iteration']}"
                     return f"iter {iteration:>5}  stopped early: {stale} validations without a lower loss {than}"
+            self.step.vote = vote(self.asked.signal)
             ready = self.reader.put(iteration, self.step(*batch))
             self.iteration, self.position = iteration, self._position()
             self._take(ready)
+            self.workers.beat()
             self.progress.advance()
             if args.clear_cache_threshold and mx.get_cache_memory() > args.clear_cache_threshold:
                 mx.clear_cache()
             if iteration % args.steps_per_report == 0 or last:
-                self._take(self.reader.drain())
+                self._drain()
                 info = self.report.close()
                 self.progress.report(info)
                 self.callback.on_train_loss_report(info)
             if iteration % args.steps_per_save == 0:
-                self._take(self.reader.drain())
+                self._drain()
                 self._save_and_go_on()
-            if self.failures and self.failures == self.options.nonfinite_limit:
+            if self._failed_too_often():
                 return None
-        self._take(self.reader.drain())
+        self._drain()
         return None
 
+    def _stop_signal(self) -> int | None:
+        """The signal to stop for. Workers get theirs at different times, and stop when all know, after an update."""
+        return self.elected if self.workers.many else self.asked.signal
+
+    def _failed_too_often(self) -> bool:
+        limit = self.options.nonfinite_limit
+        return limit is not None and self.failures >= limit
+
+    def _drain(self) -> None:
+        """Waits for the last step and accounts for everything."""
+        self._take(self.reader.drain())
+        self._account()
+
     def _take(self, entries: list[dict[str, Any]]) -> None:
+        for entry in entries:
+            self.elected = elected(entry.pop("votes", 0.0)) or self.elected
+            self.unaccounted.append(entry)
+            # With other workers, whose losses are not known here, that is done for many steps at once; but soon for
+            # those that fail, which the gradient's norm says to all alike.
+            if not self.workers.many or not math.isfinite(entry["grad_norm"] or 0.0):
+                self._account()
+
+    def _account(self) -> None:
+        entries, self.unaccounted = self.workers.mean_steps(self.unaccounted), []
         for entry in entries:
             self.report.add(entry)
             if self.log is not None:
@@ -156,8 +187,9 @@ class TrainingLoop:
         args, start = self.args, time.perf_counter()
 
         def interruptible(*batch: Any) -> Any:
-            if self.asked.signal is not None:
+            if self.asked.signal is not None and not self.workers.many:
                 raise _Interrupted
+            self.workers.beat()
             return loss(*batch)
 
         val_loss = evaluate(
@@ -224,7 +256,7 @@ class TrainingLoop:
     def _save_numbered(self) -> None:
         numbered = self.folder / f"{self.iteration:07d}_adapters.safetensors"
         self._save_adapters(numbered)
-        if self.options.keep_adapters is not None:
+        if self.options.keep_adapters is not None and self.workers.first:
             for file in sorted(self.folder.glob("[0-9]*_adapters.safetensors"))[: -self.options.keep_adapters]:
                 file.unlink()
         self.progress.line(f"iter {self.iteration:>5}  saved {numbered}")
@@ -235,9 +267,12 @@ class TrainingLoop:
         return weights
 
     def _save_adapters(self, *more: Path) -> None:
-        weights = self._weights()
-        for file in (self.adapters, *more):
-            replace_arrays(file, weights)
+        def write() -> None:
+            weights = self._weights()
+            for file in (self.adapters, *more):
+                replace_arrays(file, weights)
+
+        self.workers.first_does(write)
         self.saved = f"{self.adapters} has the weights after iteration {self.iteration}{self.resumable}"
 
     def _save_checkpoint(self) -> None:
@@ -251,17 +286,25 @@ class TrainingLoop:
             "best": self.best,
             "failures": self.failures,
         }
-        save_checkpoint(checkpoints / f"{self.iteration:07d}", self.step, extra, settings=self.options.settings)
-        prune(checkpoints, self.options.keep_checkpoints)
+
+        def write() -> None:
+            save_checkpoint(checkpoints / f"{self.iteration:07d}", self.step, extra, settings=self.options.settings)
+            if self.workers.first:
+                prune(checkpoints, self.options.keep_checkpoints)
+
+        self.workers.agree(write)
         self.resumable = f", and --resume goes on from iteration {self.iteration}"
 
     def _save_best(self) -> None:
-        weights = self._weights()
-        with replacing(self.folder / BEST) as folder:
-            save_arrays(folder / self.adapters.name, weights)
-            config = self.folder / "adapter_config.json"
-            if config.exists():
-                shutil.copy(config, folder)
+        def write() -> None:
+            weights = self._weights()
+            with replacing(self.folder / BEST) as folder:
+                save_arrays(folder / self.adapters.name, weights)
+                config = self.folder / "adapter_config.json"
+                if config.exists():
+                    shutil.copy(config, folder)
+
+        self.workers.first_does(write)
 
     # Resuming.
 
@@ -271,8 +314,16 @@ class TrainingLoop:
         def warn(message: str) -> None:
             self.progress.line(f"warning: {message}")
 
-        path = latest_checkpoint(self.folder / CHECKPOINTS, warn=warn) if checkpoint == "auto" else Path(checkpoint)
-        extra = load_checkpoint(path, self.step, settings=self.options.settings, allow=allow, warn=warn)
+        def load() -> dict[str, Any]:
+            auto = checkpoint == "auto"
+            path = latest_checkpoint(self.folder / CHECKPOINTS, warn=warn) if auto else Path(checkpoint)
+            extra = load_checkpoint(path, self.step, settings=self.options.settings, allow=allow, warn=warn)
+            return {"path": str(path), "extra": extra}
+
+        # The other workers get it from the first one, and need not have its files.
+        loaded = self.workers.first_does(load)
+        self.workers.share_state(self.step)
+        path, extra = loaded["path"], loaded["extra"]
         try:
             self.batches.restore(extra["data"])
             self.iteration, self.best, self.failures = extra["iteration"], extra["best"], extra["failures"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import types
 from collections.abc import Sequence
@@ -33,9 +34,18 @@ _OF_THE_RESULT = ("fine_tune_type", "num_layers", "lora_parameters", "mask_promp
 
 
 def main(argv: Sequence[str]) -> None:
-    """Runs the command line ``argv``; raises ValueError or OSError for what cannot be done."""
+    """Runs the command line ``argv``; raises ValueError or OSError for what cannot be done.
+
+    Of several workers, as ``mlx.launch`` starts them, the first one prints and reports.
+    """
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    run(settings(argv))
+    args = settings(argv)
+    if mx.distributed.init().rank() == 0:
+        run(args)
+    else:
+        args.report, args.report_to = False, None
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            run(args)
 
 
 def run(args: types.SimpleNamespace) -> None:
@@ -131,6 +141,8 @@ def _train(
             },
             allow=args.allow_change or (),
             adapter_config=vars(args),
+            reduce_dtype=args.reduce_dtype,
+            worker_timeout=args.worker_timeout,
         )
     finally:
         if args.report and (folder / LOG).exists():

@@ -12,8 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 class TrainingProgress:
     """A context in which a training loop advances a bar and reports lines that stay."""
 
-    def __init__(self, total: int) -> None:
-        self._console = Console()
+    def __init__(self, total: int, quiet: bool = False) -> None:
+        self._console = Console(quiet=quiet)
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -22,7 +22,7 @@ class TrainingProgress:
             TimeRemainingColumn(),
             console=self._console,
             transient=True,
-            disable=not self._console.is_terminal,
+            disable=quiet or not self._console.is_terminal,
         )
         self._training = self._bar.add_task("train", total=total, status="")
 

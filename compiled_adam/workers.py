@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import mlx.core as mx
@@ -16,6 +17,8 @@ from mlx.utils import tree_flatten
 from . import fingerprint
 from .compare import differences, table
 from .reduce import sum_arrays
+from .stopping import TrainingStopped
+from .watchdog import Watchdog
 
 Group = mx.distributed.Group
 
@@ -83,36 +86,72 @@ def is_lost(error: BaseException) -> bool:
 
 
 class Workers:
-    """The workers of a training run, seen from one of them; alone it does everything itself."""
+    """The workers of a training run, seen from one of them; alone it does everything itself.
 
-    def __init__(self, group: Group) -> None:
+    As a context it ends the process if the others are silent for ``timeout`` seconds (see `Watchdog`), and turns MLX's
+    errors about lost connections into `TrainingStopped`. ``saved`` says what a new start can go on from.
+    """
+
+    def __init__(self, group: Group, timeout: float) -> None:
         self.group, self.rank, self.size = group, group.rank(), group.size()
         self.first, self.many = self.rank == 0, self.size > 1
+        self.saved: Callable[[], str] = lambda: "nothing was saved"
+        self._watchdog = Watchdog(timeout, self._explain)
+        self._open = ExitStack()
+
+    def _explain(self) -> str:
+        return f"{self.saved()}. Look at its messages, then start all again, with --resume if there is a checkpoint"
+
+    def __enter__(self) -> Workers:
+        if self.many:
+            self._open.enter_context(self._watchdog)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        self._open.close()
+        if self.many and error is not None and is_lost(error):
+            raise TrainingStopped(f"another worker has ended ({error}); {self._explain()}") from error
+
+    def beat(self) -> None:
+        """A step was finished: the others are there."""
+        self._watchdog.beat()
 
     def check_alike(self, what: Mapping[str, Any]) -> None:
         if self.many:
             check_alike(self.group, what)
 
-    def first_does(self, function: Callable[[], Any]) -> Any:
-        """What ``function`` returns at the first worker, as JSON holds it, at all of them, after waiting for it.
+    def agree(self, function: Callable[[], Any]) -> Any:
+        """Calls ``function`` at every worker; what it returned, or raised, at the first one is so at all of them.
 
-        A ValueError or OSError is raised at all of them; any other exception ends the first alone.
+        It returns what JSON can hold. Of exceptions, ValueError and OSError are raised everywhere.
         """
         if not self.many:
             return function()
         value, error = None, None
-        if self.first:
+        with self._watchdog.patient():
             try:
                 value = function()
             except (ValueError, OSError) as caught:
                 error = caught
-        told = gather(self.group, [value, error and [isinstance(error, OSError), str(error)]])[0]
-        if error is not None:
+            told = [isinstance(error, OSError), str(error)] if error is not None else None
+            value, told = gather(self.group, [value if self.first else None, told if self.first else None])[0]
+        if self.first and error is not None:
             raise error
-        if told[1] is not None:
-            is_os_error, message = told[1]
-            raise (OSError if is_os_error else ValueError)(message)
-        return told[0]
+        if told is not None:
+            raise (OSError if told[0] else ValueError)(told[1])
+        return value
+
+    def first_does(self, function: Callable[[], Any]) -> Any:
+        """The same for a function that only the first worker calls."""
+        return self.agree(function if self.first else lambda: None)
+
+    def share_state(self, step: Any) -> None:
+        """Every worker's `TrainStep` continues from the first one's."""
+        if self.many:
+            with self._watchdog.patient():
+                state = share(self.group, step.own_state() if self.first else None)
+            if not self.first:
+                step.load_state_dict(state)
 
     def mean_steps(self, entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Entries of steps with the ``loss`` and the ``tokens`` of all workers' parts of the batch, in one call."""

@@ -1,4 +1,4 @@
-"""Starts the workers of a group by hand, as ``mlx.launch`` does for the ring backend: a list of addresses and a rank."""
+"""Starts the workers of a group by hand, as ``mlx.launch`` does for the ring backend: addresses and a rank."""
 
 from __future__ import annotations
 
@@ -69,6 +69,5 @@ def run(count: int, folder: Path, *arguments: str, **environment: str) -> list[s
     """Runs workers that are to succeed; what each printed."""
     with workers(count, folder, *arguments, **environment) as processes:
         ended = outputs(processes)
-    for rank, (code, out) in enumerate(ended):
-        assert code == 0, f"rank {rank} of {count}:\n" + "\n".join(f"[{r}] {text}" for r, (_, text) in enumerate(ended))
+    assert not any(code for code, _ in ended), "\n".join(f"[rank {r}: {code}] {o}" for r, (code, o) in enumerate(ended))
     return [out for _, out in ended]
