@@ -22,6 +22,7 @@ from .compare import differences, table
 from .durable import flush, record, recorded, recover, replacing, save_arrays
 from .fingerprint import packages
 from .step import TrainStep
+from .workers import gather
 
 FORMAT = 1
 META = "meta.json"
@@ -60,10 +61,23 @@ def save_checkpoint(
         ValueError: the folder has something else, or weights are infinite or not a number.
         TypeError: ``extra`` or ``settings`` cannot be stored as JSON.
     """
+    state = step.state_dict()  # something that all workers take part in
+    if step.group is not None:
+        gather(step.group, None)
+    if step.group is None or step.group.rank() == 0:
+        write_checkpoint(folder, step, state, extra, settings=settings)
+
+
+def write_checkpoint(
+    folder: str | Path,
+    step: TrainStep,
+    state: Mapping[str, dict[str, mx.array]],
+    extra: Mapping[str, Any] | None = None,
+    *,
+    settings: Mapping[str, Any] | None = None,
+) -> None:
+    """`save_checkpoint` of the ``state_dict`` of ``step``, by this process alone."""
     folder = Path(folder)
-    state = step.state_dict()  # with other workers something that all take part in
-    if step.group is not None and step.group.rank() > 0:
-        return
     recover(folder)
     if folder.exists() and not (folder.is_dir() and ((folder / META).exists() or not any(folder.iterdir()))):
         raise ValueError(f"{folder} exists and is not a checkpoint; name another folder")

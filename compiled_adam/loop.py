@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.trainer import TrainingArgs, evaluate
 
-from .checkpoint import check_finite, latest_checkpoint, load_checkpoint, prune, save_checkpoint
+from .checkpoint import check_finite, latest_checkpoint, load_checkpoint, prune, write_checkpoint
 from .durable import replace_arrays, replacing, save_arrays
 from .loader import Batches
 from .progress import TrainingProgress
@@ -286,14 +286,20 @@ class TrainingLoop:
             "best": self.best,
             "failures": self.failures,
         }
+        state = self.workers.together(self.step.state_dict)
 
         def write() -> None:
-            save_checkpoint(checkpoints / f"{self.iteration:07d}", self.step, extra, settings=self.options.settings)
-            if self.workers.first:
-                prune(checkpoints, self.options.keep_checkpoints)
+            folder = checkpoints / f"{self.iteration:07d}"
+            write_checkpoint(folder, self.step, state, extra, settings=self.options.settings)
+            self._note_checkpoint()  # now, since another worker may have ended
+            prune(checkpoints, self.options.keep_checkpoints)
 
-        self.workers.agree(write)
+        self.workers.first_does(write)
+        self._note_checkpoint()
+
+    def _note_checkpoint(self) -> None:
         self.resumable = f", and --resume goes on from iteration {self.iteration}"
+        self.saved = f"there is a checkpoint in {self.folder / CHECKPOINTS}{self.resumable}"
 
     def _save_best(self) -> None:
         def write() -> None:

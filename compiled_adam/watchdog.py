@@ -1,7 +1,7 @@
-"""A thread that ends this process when another worker is silent: a wait inside MLX cannot be interrupted otherwise.
+"""A thread that ends this process when other workers are gone: a wait inside MLX cannot be interrupted otherwise.
 
-A worker that dies closes its connections, and MLX raises an error at its neighbours. One that is frozen, or whose
-network or power is gone, does not: then the others would wait for ever.
+A worker that dies closes its connections, and mostly MLX raises an error at its neighbours; sometimes they wait for
+ever (see `ring`). So they do for one that is frozen, or whose network or power is gone.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from . import ring
+
+GRACE = 15.0  # seconds for MLX to raise an error of its own when a connection is closed
 PATIENCE = 10  # times the timeout: for starting, loading and saving, which may take one worker long
 SLOWER = 5  # times the longest step so far
 
@@ -20,7 +23,8 @@ class Watchdog:
     """A context whose process ends with exit code 1 and a message if `beat` is not called in time.
 
     In time means: within ``timeout`` seconds, or five times the longest time between two beats so far if that is
-    longer; before the first beat and while `patient`, within ten times ``timeout``.
+    longer; before the first beat and while `patient`, within ten times ``timeout``; if a connection of the ring backend
+    is closed, within fifteen seconds. What is done while `busy` may take any time.
     """
 
     def __init__(self, timeout: float, explain: Callable[[], str]) -> None:
@@ -28,7 +32,7 @@ class Watchdog:
         self._ended = threading.Event()
         self._last, self._longest = time.monotonic(), 0.0
         self._beaten = False
-        self._patient = 0
+        self._patient = self._busy = 0
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Watchdog:
@@ -58,6 +62,16 @@ class Watchdog:
             self._last = time.monotonic()
             self._patient -= 1
 
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """A time in which this worker waits for no other."""
+        self._busy += 1
+        try:
+            yield
+        finally:
+            self._last = time.monotonic()
+            self._busy -= 1
+
     def limit(self) -> float:
         """Seconds after which silence is too long, now."""
         if self._patient or not self._beaten:
@@ -66,8 +80,14 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._ended.wait(min(1.0, self._timeout / 4)):
-            silent, limit = time.monotonic() - self._last, self.limit()
-            if silent > limit:
-                text = f"compiled-adam: no answer from the other workers for {silent:.0f} s; {self._explain()}\n"
-                os.write(2, text.encode())
-                os._exit(1)  # the main thread is inside MLX, where no exception can reach it
+            silent = time.monotonic() - self._last
+            if self._busy:
+                continue
+            if silent > self.limit():
+                self._end(f"no answer from the other workers for {silent:.0f} s")
+            elif silent > GRACE and ring.is_cut():
+                self._end("another worker has ended (its connection is closed)")
+
+    def _end(self, why: str) -> None:
+        os.write(2, f"compiled-adam: {why}; {self._explain()}\n".encode())
+        os._exit(1)  # the main thread is inside MLX, where no exception can reach it

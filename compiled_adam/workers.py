@@ -24,15 +24,24 @@ Group = mx.distributed.Group
 
 
 def gather(group: Group, value: Any) -> list[Any]:
-    """The ``value`` of every worker, by rank; values are what JSON can hold."""
+    """The ``value`` of every worker, by rank; values are what JSON can hold.
+
+    It is also a proof that all are there, and that no communication failed until now: a connection does not recover.
+    """
     if group.size() == 1:
         return [value]
     text = json.dumps(value).encode()
-    lengths = np.array(mx.distributed.all_gather(mx.array([len(text)], mx.int32), group=group))
+    lengths = _all_gather(group, mx.array([len(text)], mx.int32))
     padded = np.zeros((1, lengths.max()), np.uint8)
     padded[0, : len(text)] = np.frombuffer(text, np.uint8)
-    texts = np.array(mx.distributed.all_gather(mx.array(padded), group=group))
+    texts = _all_gather(group, mx.array(padded))
     return [json.loads(row[:length].tobytes()) for row, length in zip(texts, lengths, strict=True)]
+
+
+def _all_gather(group: Group, array: mx.array) -> np.ndarray:
+    gathered = mx.distributed.all_gather(array, group=group)
+    mx.eval(gathered)  # raises an error of the communication; a conversion to NumPy loses it, and gives anything
+    return np.array(gathered)
 
 
 def check_alike(group: Group, what: Mapping[str, Any]) -> None:
@@ -100,7 +109,7 @@ class Workers:
         self._open = ExitStack()
 
     def _explain(self) -> str:
-        return f"{self.saved()}. Look at its messages, then start all again, with --resume if there is a checkpoint"
+        return f"{self.saved()}. See what that one said, then start all again, with --resume if there is a checkpoint"
 
     def __enter__(self) -> Workers:
         if self.many:
@@ -112,6 +121,11 @@ class Workers:
         if self.many and error is not None and is_lost(error):
             raise TrainingStopped(f"another worker has ended ({error}); {self._explain()}") from error
 
+    def together(self, function: Callable[[], Any]) -> Any:
+        """What ``function`` returns, in which this worker may wait long for others."""
+        with self._watchdog.patient():
+            return function()
+
     def beat(self) -> None:
         """A step was finished: the others are there."""
         self._watchdog.beat()
@@ -120,30 +134,29 @@ class Workers:
         if self.many:
             check_alike(self.group, what)
 
-    def agree(self, function: Callable[[], Any]) -> Any:
-        """Calls ``function`` at every worker; what it returned, or raised, at the first one is so at all of them.
+    def first_does(self, function: Callable[[], Any]) -> Any:
+        """What ``function`` returns at the first worker, as JSON can hold it, at all of them, which wait for it.
 
-        It returns what JSON can hold. Of exceptions, ValueError and OSError are raised everywhere.
+        It is called if all workers are there. A ValueError or OSError that it raises is raised at all of them.
         """
         if not self.many:
             return function()
         value, error = None, None
         with self._watchdog.patient():
-            try:
-                value = function()
-            except (ValueError, OSError) as caught:
-                error = caught
+            gather(self.group, None)
+            if self.first:
+                try:
+                    with self._watchdog.busy():
+                        value = function()
+                except (ValueError, OSError) as caught:
+                    error = caught
             told = [isinstance(error, OSError), str(error)] if error is not None else None
-            value, told = gather(self.group, [value if self.first else None, told if self.first else None])[0]
-        if self.first and error is not None:
+            value, told = gather(self.group, [value, told])[0]
+        if error is not None:
             raise error
         if told is not None:
             raise (OSError if told[0] else ValueError)(told[1])
         return value
-
-    def first_does(self, function: Callable[[], Any]) -> Any:
-        """The same for a function that only the first worker calls."""
-        return self.agree(function if self.first else lambda: None)
 
     def share_state(self, step: Any) -> None:
         """Every worker's `TrainStep` continues from the first one's."""
@@ -158,7 +171,9 @@ class Workers:
         if not self.many or not entries:
             return list(entries)
         mine = [[e["loss"] * e["tokens"] if e["tokens"] else 0.0, e["tokens"]] for e in entries]
-        sums = np.array(mx.distributed.all_sum(mx.array(mine, mx.float32), group=self.group))
+        summed = mx.distributed.all_sum(mx.array(mine, mx.float32), group=self.group)
+        mx.eval(summed)
+        sums = np.array(summed)
         return [
             {**entry, "loss": float(loss / tokens) if tokens else float("nan"), "tokens": int(tokens)}
             for entry, (loss, tokens) in zip(entries, sums, strict=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,8 +15,8 @@ from pathlib import Path
 
 from tests.conftest import ROOT
 
-# MLX writes compiled CPU kernels to the temporary folder without a lock; processes that share it would read halves of
-# each other's. A folder for each rank stays, so that the next test finds them.
+# MLX writes compiled CPU kernels to the temporary folder without a lock: processes that share it would read halves of
+# each other's. So each rank has its own, which stay for the next test.
 CACHES = Path(tempfile.gettempdir()) / f"compiled_adam_ranks_{os.getuid()}"
 
 
@@ -54,6 +55,19 @@ def workers(count: int, folder: Path, *arguments: str, **environment: str) -> It
         for process in processes:
             process.kill()
             process.communicate()
+
+
+def warm(folder: Path, *arguments: str, **environment: str) -> None:
+    """Lets one process compile the kernels of ``python -m arguments``, and gives them to all ranks."""
+    with workers(1, folder, "-m", "tests.alone", *arguments, **environment) as processes:
+        ((code, out),) = outputs(processes)
+    assert code == 0, out
+    for rank in range(1, 4):
+        for file in (CACHES / "0" / "mlx").rglob("*.so"):
+            copy = CACHES / str(rank) / file.relative_to(CACHES / "0")
+            if not copy.exists():
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, copy)
 
 
 def outputs(processes: list[subprocess.Popen[str]], timeout: float = 120) -> list[tuple[int, str]]:
