@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
+from mlx.utils import tree_unflatten
 
 # A schedule is a function, which cannot be compared; its values at these steps can.
 _SAMPLED = (0, 1, 2, 5, *(factor * 10**power for power in range(1, 6) for factor in (1, 2, 5)))
@@ -53,6 +54,31 @@ def description(optimizer: optim.Optimizer) -> dict[str, Any]:
             own["learning_rate"] = part.state["learning_rate"].item()
         found |= {name if len(every) == 1 else f"optimizers.{i}.{name}": value for name, value in own.items()}
     return found
+
+
+def convertible(state: dict[str, mx.array]) -> dict[str, Any]:
+    """What two optimizer states must share for one to become the other: shapes of moments, and an integer step."""
+    made = {"residual", "m_scale", "v_scale", "learning_rate", "rounding_key", "grad_norm", "skipped"}
+    needed = {path: array for path, array in state.items() if path.rsplit(".", 1)[-1] not in made}
+    return {
+        path: array.shape if path.endswith((".m", ".v")) else ("integer", mx.issubdtype(array.dtype, mx.integer))
+        for path, array in needed.items()
+    }
+
+
+def convert_state(optimizer: optim.Optimizer, state: dict[str, mx.array], parameters: Any) -> None:
+    """Gives the optimizer a flat ``state`` that may be of other options, in its own form; what that lacks begins anew.
+
+    What it must have is `convertible`. If anything raises, the optimizer keeps its own.
+    """
+    before = optimizer.state
+    try:
+        optimizer.state = tree_unflatten(list(state.items()))
+        optimizer.init(parameters)
+    except BaseException:
+        optimizer.state = before
+        optimizer.init(parameters)
+        raise
 
 
 def _public(optimizer: optim.Optimizer) -> dict[str, list[float]]:

@@ -6,14 +6,12 @@ them ``window.safetensors`` if micro-batches were accumulated. ``meta.json`` has
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import shutil
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,9 @@ import mlx.core as mx
 from . import any_optimizer
 from .compare import differences, table
 from .durable import flush, present, record, recorded, replacing, save_arrays
+from .fingerprint import packages
 from .step import TrainStep
+from .workers import gather
 
 FORMAT = 1
 META = "meta.json"
@@ -48,6 +48,8 @@ def save_checkpoint(
 ) -> None:
     """Writes everything that an exact continuation of ``step`` needs to ``folder``, which appears whole or not at all.
 
+    If the step has a ``group``, all workers call this, and the first one writes.
+
     Args:
         folder: the checkpoint; an older one of this name is replaced, other folders are refused.
         step: what `make_step` made. Its model's trainable parameters and whatever else the forward pass assigns, its
@@ -60,10 +62,25 @@ def save_checkpoint(
         ValueError: the folder has something else, or weights are infinite or not a number.
         TypeError: ``extra`` or ``settings`` cannot be stored as JSON.
     """
+    state = step.state_dict()  # something that all workers take part in
+    if step.group is not None:
+        gather(step.group, None)
+    if step.group is None or step.group.rank() == 0:
+        write_checkpoint(folder, step, state, extra, settings=settings)
+
+
+def write_checkpoint(
+    folder: str | Path,
+    step: TrainStep,
+    state: Mapping[str, dict[str, mx.array]],
+    extra: Mapping[str, Any] | None = None,
+    *,
+    settings: Mapping[str, Any] | None = None,
+) -> None:
+    """`save_checkpoint` of the ``state_dict`` of ``step``, by this process alone."""
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and ((folder / META).exists() or not any(folder.iterdir()))):
         raise ValueError(f"{folder} exists and is not a checkpoint; name another folder")
-    state = step.state_dict()
     mx.eval(state)
     meta = {
         "format": FORMAT,
@@ -252,11 +269,7 @@ def _seal(text: str) -> str:
 
 
 def _packages() -> dict[str, str]:
-    found = {}
-    for name in ("compiled-adam", "mlx", "mlx-lm"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found | {"device": str(mx.default_device())}
+    return packages() | {"device": str(mx.default_device())}
 
 
 def _updates(step: TrainStep) -> int:

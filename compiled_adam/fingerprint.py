@@ -1,12 +1,16 @@
-"""Short digests that tell whether two runs start from the same arrays, or the same file."""
+"""What tells whether two runs start from the same: short digests of arrays and files, and package versions."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import cast
 
 import mlx.core as mx
+import numpy as np
 
 _WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 
@@ -18,14 +22,27 @@ def of_arrays(arrays: Mapping[str, mx.array]) -> str:
     >>> of_arrays({"a": a}) == of_arrays({"a": a + 0}), of_arrays({"a": a}) == of_arrays({"a": a + 1})
     (True, False)
     """
-    # Modulo 2^32: integers add in any order to the same sum, on every device.
-    sums = {path: _sums(a) for path, a in arrays.items() if a.size}
-    mx.eval(sums)
-    parts = [
-        (path, a.shape, str(a.dtype), [each.item() for each in sums.get(path, [])])
-        for path, a in sorted(arrays.items())
-    ]
+    parts = [(path, *described) for path, described in sorted(_described(arrays).items())]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def of_each(arrays: Mapping[str, mx.array]) -> dict[str, str]:
+    """The same for each array, as words: dtype, shape and sums.
+
+    >>> of_each({"a": mx.array([1.0, 2.0])})
+    {'a': 'float32 (2,) bf800000 7f800000'}
+    """
+    return {
+        path: " ".join([dtype.removeprefix("mlx.core."), str(shape), *(f"{total:x}" for total in totals)])
+        for path, (shape, dtype, totals) in _described(arrays).items()
+    }
+
+
+def _described(arrays: Mapping[str, mx.array]) -> dict[str, tuple[tuple[int, ...], str, list[int]]]:
+    # Modulo 2^32: integers add in any order to the same sum, on every device.
+    sums = {path: _sums(a) if a.size else [] for path, a in arrays.items()}
+    mx.eval(sums)
+    return {path: (a.shape, str(a.dtype), [cast(int, s.item()) for s in sums[path]]) for path, a in arrays.items()}
 
 
 def _sums(array: mx.array) -> list[mx.array]:
@@ -42,3 +59,17 @@ def of_file(file: Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()[:16]
+
+
+def of_numpy() -> str:
+    """A digest of NumPy's global random state, from which the order of batches is drawn."""
+    return hashlib.sha256(repr([np.asarray(part).tolist() for part in np.random.get_state()]).encode()).hexdigest()[:16]
+
+
+def packages() -> dict[str, str]:
+    """The versions of what results depend on."""
+    found = {}
+    for name in ("compiled-adam", "mlx", "mlx-lm"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

@@ -18,14 +18,15 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.trainer import TrainingArgs, evaluate
 
-from .checkpoint import check_finite, latest_checkpoint, load_checkpoint, numbered, prune, save_checkpoint
+from .checkpoint import check_finite, latest_checkpoint, load_checkpoint, numbered, prune, write_checkpoint
 from .durable import replace_arrays, replacing, save_arrays
 from .loader import Batches
 from .progress import TrainingProgress
 from .run_log import LOG, RunLog, is_log
 from .run_report import Report, StepReader, failures
 from .step import TrainStep
-from .stopping import Asked, TrainingStopped, is_out_of_memory
+from .stopping import Asked, TrainingStopped, elected, is_out_of_memory, vote
+from .workers import Workers
 
 CHECKPOINTS, BEST, PREVIOUS, CONFIG = "checkpoints", "best", "previous", "adapter_config.json"
 
@@ -66,10 +67,15 @@ class TrainingLoop:
         progress: TrainingProgress,
         asked: Asked,
         callback: TrainingCallback | None,
+        workers: Workers,
     ) -> None:
         self.step, self.batches, self.validation, self.args = step, batches, validation, args
         self.options, self.progress, self.asked = options, progress, asked
         self.callback = callback or TrainingCallback()
+        self.workers = workers
+        workers.saved = lambda: self.saved
+        self.elected: int | None = None  # the signal that all workers act on
+        self.unaccounted: list[dict[str, Any]] = []  # steps that are not yet summed over the workers
         self.log: RunLog | None = None
         self.adapters = Path(args.adapter_file)
         self.folder = self.adapters.parent
@@ -101,17 +107,19 @@ class TrainingLoop:
                     f"out of memory in iteration {self.iteration + 1}: {error}; {self.saved}."
                     " Use a smaller --batch-size or --max-seq-length, or --grad-checkpoint"
                 ) from error
+            if self.workers.many:
+                raise  # the others are somewhere else, and cannot take part in saving
             problems = self._save_all()
             raise TrainingStopped(
                 f"iteration {self.iteration + 1}: {error}; {self._what_is_saved(problems)}"
             ) from error
         if ended is not None:
             self.progress.line(ended)
-        complete = self.asked.signal is None and not self._failed_too_often()
+        complete = self._stop_signal() is None and not self._failed_too_often()
         problems = self._save_all(flush=complete)
         outcome = self._what_is_saved(problems)
-        if self.asked.signal is not None:
-            self._end_as_asked(self.asked.signal, outcome)
+        if (number := self._stop_signal()) is not None:
+            self._end_as_asked(number, outcome)
         if self._failed_too_often():
             raise TrainingStopped(
                 f"the loss or gradient was not finite in {self.failures} steps in a row, up to iteration"
@@ -123,7 +131,7 @@ class TrainingLoop:
     def _iterations(self) -> str | None:
         """Returns why it ended early in a way that is not an error."""
         args = self.args
-        while self.iteration < args.iters and self.asked.signal is None and not self._failed_too_often():
+        while self.iteration < args.iters and self._stop_signal() is None and not self._failed_too_often():
             iteration = self.iteration + 1
             last = iteration == args.iters
             self.begun = self._place()
@@ -132,34 +140,55 @@ class TrainingLoop:
             except StopIteration:
                 return f"iter {self.iteration:>5}  there are no more batches"
             if self.validation.dataset and (iteration == 1 or iteration % args.steps_per_eval == 0 or last):
-                self._take(self.reader.drain())
+                self._drain()
                 self._validate(iteration)
                 stale, best = self.best["stale"], self.best
                 if self.options.early_stop_patience is not None and stale >= self.options.early_stop_patience:
                     than = "" if best["loss"] is None else f" than {best['loss']:.4f} in iteration {best['iteration']}"
                     return f"iter {iteration:>5}  stopped early: {stale} validations without a lower loss{than}"
+            self.step.vote = vote(self.asked.signal)
             ready = self.reader.put(iteration, self.step(*batch))
             self.iteration, self.begun = iteration, None
             self._take(ready)
+            self.workers.beat()
             self.progress.advance()
             if args.clear_cache_threshold and mx.get_cache_memory() > args.clear_cache_threshold:
                 mx.clear_cache()
             if iteration % args.steps_per_report == 0 or last:
-                self._take(self.reader.drain())
+                self._drain()
                 info = self.report.close()
                 self.progress.report(info)
                 self.callback.on_train_loss_report(info)
             if iteration % args.steps_per_save == 0:
-                self._take(self.reader.drain())
+                self._drain()
                 self._save_and_go_on()
-        self._take(self.reader.drain())
+        self._drain()
         return None
+
+    def _stop_signal(self) -> int | None:
+        """The signal to stop for. Workers get theirs at different times, and stop when all know, after an update."""
+        return self.elected if self.workers.many else self.asked.signal
 
     def _failed_too_often(self) -> bool:
         limit = self.options.nonfinite_limit
         return limit is not None and self.failures >= limit
 
+    def _drain(self) -> None:
+        """Waits for the last step and accounts for everything."""
+        self._take(self.reader.drain())
+        self._account()
+
     def _take(self, entries: list[dict[str, Any]]) -> None:
+        for entry in entries:
+            self.elected = elected(entry.pop("votes", 0.0)) or self.elected
+            self.unaccounted.append(entry)
+            # With other workers, whose losses are not known here, that is done for many steps at once; but soon for
+            # those that fail, which the gradient's norm says to all alike.
+            if not self.workers.many or not math.isfinite(entry["grad_norm"] or 0.0):
+                self._account()
+
+    def _account(self) -> None:
+        entries, self.unaccounted = self.workers.mean_steps(self.unaccounted), []
         for entry in entries:
             self.report.add(entry)
             if self.log is not None:
@@ -172,8 +201,9 @@ class TrainingLoop:
         random = np.random.get_state()
 
         def interruptible(*batch: Any) -> Any:
-            if self.asked.signal is not None:
+            if self.asked.signal is not None and not self.workers.many:
                 raise _Interrupted
+            self.workers.beat()
             return loss(*batch)
 
         val_loss = evaluate(
@@ -225,6 +255,8 @@ class TrainingLoop:
             try:
                 save()
             except (OSError, ValueError, RuntimeError) as error:
+                if self.workers.many and isinstance(error, RuntimeError):
+                    raise  # no connection any more
                 problems.append(str(error))
         return problems
 
@@ -249,7 +281,9 @@ class TrainingLoop:
         self._save_adapters(file)
         self.adapter_files = [name for name in self.adapter_files if name != file.name] + [file.name]
         while self.options.keep_adapters is not None and len(self.adapter_files) > self.options.keep_adapters:
-            (self.folder / self.adapter_files.pop(0)).unlink(missing_ok=True)
+            superfluous = self.folder / self.adapter_files.pop(0)
+            if self.workers.first:
+                superfluous.unlink(missing_ok=True)
         self.progress.line(f"iter {self.iteration:>5}  saved {file}")
 
     def _weights(self) -> dict[str, mx.array]:
@@ -258,9 +292,12 @@ class TrainingLoop:
         return weights
 
     def _save_adapters(self, *more: Path) -> None:
-        weights = self._weights()
-        for file in (self.adapters, *more):
-            replace_arrays(file, weights)
+        def write() -> None:
+            weights = self._weights()
+            for file in (self.adapters, *more):
+                replace_arrays(file, weights)
+
+        self.workers.first_does(write)
         self.saved = f"{self.adapters} has the weights after iteration {self.iteration}{self.resumable}"
 
     def _save_checkpoint(self) -> None:
@@ -274,28 +311,49 @@ class TrainingLoop:
             "failures": self.failures,
             "adapters": self.adapter_files,
         }
-        save_checkpoint(checkpoints / f"{self.iteration:07d}", self.step, extra, settings=self.options.settings)
-        prune(checkpoints, self.options.keep_checkpoints)
+        state = self.workers.together(self.step.state_dict)
+
+        def write() -> None:
+            folder = checkpoints / f"{self.iteration:07d}"
+            write_checkpoint(folder, self.step, state, extra, settings=self.options.settings)
+            self._note_checkpoint()  # now, since another worker may have ended
+            prune(checkpoints, self.options.keep_checkpoints)
+
+        self.workers.first_does(write)
+        self._note_checkpoint()
+
+    def _note_checkpoint(self) -> None:
         self.resumable = f", and --resume goes on from iteration {self.iteration}"
+        self.saved = f"there is a checkpoint in {self.folder / CHECKPOINTS}{self.resumable}"
 
     def _save_best(self) -> None:
-        weights = self._weights()
-        if others := sorted({p.name for p in (self.folder / BEST).glob("*")} - {self.adapters.name, CONFIG}):
-            raise ValueError(f"{self.folder / BEST} has {others[0]}, which is not ours; move it away")
-        with replacing(self.folder / BEST) as folder:
-            save_arrays(folder / self.adapters.name, weights)
-            config = self.folder / CONFIG
-            if config.exists():
-                shutil.copy(config, folder)
+        def write() -> None:
+            weights = self._weights()
+            if others := sorted({p.name for p in (self.folder / BEST).glob("*")} - {self.adapters.name, CONFIG}):
+                raise ValueError(f"{self.folder / BEST} has {others[0]}, which is not ours; move it away")
+            with replacing(self.folder / BEST) as folder:
+                save_arrays(folder / self.adapters.name, weights)
+                config = self.folder / CONFIG
+                if config.exists():
+                    shutil.copy(config, folder)
+
+        self.workers.first_does(write)
 
     # Resuming.
 
     def resume(self, checkpoint: str | Path, allow: Collection[str]) -> None:
         """Goes on from a checkpoint, or from the newest whole one for "auto"."""
-        path = (
-            latest_checkpoint(self.folder / CHECKPOINTS, warn=self.warn) if checkpoint == "auto" else Path(checkpoint)
-        )
-        extra = load_checkpoint(path, self.step, settings=self.options.settings, allow=allow, warn=self.warn)
+
+        def load() -> dict[str, Any]:
+            auto = checkpoint == "auto"
+            path = latest_checkpoint(self.folder / CHECKPOINTS, warn=self.warn) if auto else Path(checkpoint)
+            extra = load_checkpoint(path, self.step, settings=self.options.settings, allow=allow, warn=self.warn)
+            return {"path": str(path), "extra": extra}
+
+        # The other workers get it from the first one, and need not have its files.
+        loaded = self.workers.first_does(load)
+        self.workers.share_state(self.step)
+        path, extra = loaded["path"], loaded["extra"]
         try:
             self.batches.restore(extra["data"])
             self.iteration, self.best, self.failures = extra["iteration"], extra["best"], extra["failures"]
@@ -306,7 +364,9 @@ class TrainingLoop:
         self.progress.line(f"iter {self.iteration:>5}  resumed from {path}")
         self.progress.advance(self.iteration)
         # Those after it are damaged, or of a run that this one leaves: neither may be taken for this run's.
-        self._put_aside([p for p in self._checkpoints() if int(p.name) > self.iteration], [])
+        self.workers.first_does(
+            lambda: self._put_aside([p for p in self._checkpoints() if int(p.name) > self.iteration], [])
+        )
 
     def begin_anew(self) -> None:
         """Puts aside the checkpoints and the log of an earlier run, which must not be taken for this one's."""

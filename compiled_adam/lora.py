@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ except ImportError as error:
         f"fine-tuning needs mlx-lm ({error}); install it with `pip install 'compiled-adam[lm]'`"
     ) from error
 
+from . import fingerprint, random_state
 from .durable import locked
 from .loader import Batches
 from .loop import CONFIG, Options, TrainingLoop, Validation
@@ -27,6 +29,7 @@ from .progress import TrainingProgress
 from .run_log import LOG, RunLog
 from .step import make_step
 from .stopping import asked_to_stop
+from .workers import Workers
 
 
 def train(
@@ -50,6 +53,8 @@ def train(
     settings: Mapping[str, Any] | None = None,
     allow: Collection[str] = (),
     adapter_config: Mapping[str, Any] | None = None,
+    reduce_dtype: str = "float32",
+    worker_timeout: float = 60.0,
 ) -> None:
     """Fine-tunes ``model`` in place: the call, the defaults and the adapter files of ``mlx_lm.tuner.trainer.train``.
 
@@ -58,6 +63,11 @@ def train(
     have three more keys: ``grad_norm`` (of the last update, None before the first), ``skipped_steps`` and
     ``traces`` (gradient traces so far, one for each batch shape); weights that are not finite are never saved; after
     Ctrl-C or SIGTERM the step is finished and everything saved.
+
+    Under ``mlx.launch`` each worker takes its part of every batch of ``batch_size``, and all together are one run, the
+    same as a single process's. The first one prints, logs and saves; a checkpoint is read there too, and continues with
+    any number of workers. All have the same random state, so dropout masks are alike where shapes are. Callbacks are
+    called at every worker.
 
     Args:
         model: an mlx-lm model whose adapter or unfrozen parameters are trained.
@@ -82,18 +92,20 @@ def train(
         allow: names of settings that may differ from the checkpoint's, as in `load_checkpoint`.
         adapter_config: what mlx-lm needs to load the adapters, for ``adapter_config.json`` beside them; written when
             nothing stands in the way of the training any more. Default None: not written.
+        reduce_dtype: what gradients are communicated in between workers, as in `make_step`. Default "float32".
+        worker_timeout: seconds without an answer after which a worker that waits for the others ends its process, with
+            a message and exit code 1; more if steps are long, see `Watchdog`. (One that died is noticed at once.)
 
     Raises:
-        ValueError: more than one distributed process; unusable arguments, as in `make_step`; nothing to resume from.
-        TrainingStopped: out of memory, ``nonfinite_limit`` was reached, or anything failed in the middle (as its
-            ``__cause__``) or at the last save; the message says what was saved.
+        ValueError: unusable arguments, as in `make_step`; nothing to resume from; workers that were not started alike.
+        TrainingStopped: out of memory, ``nonfinite_limit`` was reached, another worker ended, or anything failed in the
+            middle (as its ``__cause__``) or at the last save; the message says what was saved.
         KeyboardInterrupt, SystemExit(143): after Ctrl-C or SIGTERM, when everything is saved.
         OSError: another process is training in the folder of the adapters.
     """
     args = mlx_lm_trainer.TrainingArgs() if args is None else args
-    world = mx.distributed.init()
-    if world.size() > 1:
-        raise ValueError(f"train runs in one process, but this is one of {world.size()}; start it without mlx.launch")
+    if not 0 < worker_timeout < float("inf"):
+        raise ValueError(f"worker_timeout is {worker_timeout!r}; it must be a number of seconds above 0")
     for name, value, least in (
         ("batch_size", args.batch_size, 1),
         ("iters", args.iters, 0),
@@ -120,52 +132,80 @@ def train(
         mlx_lm_trainer.grad_checkpoint(model.layers[0])
 
     folder = Path(args.adapter_file).parent
+    with ExitStack() as stack:
+        world = mx.distributed.init()
+        workers = stack.enter_context(Workers(world, worker_timeout))
+        workers.first_does(lambda: _make(folder))
+        step = make_step(
+            model,
+            loss,
+            optimizer,
+            accumulate=args.grad_accumulation_steps,
+            weighted=True,
+            max_traces=max_traces,
+            group=world,
+            reduce_dtype=reduce_dtype,
+        )
+        batches = iter(
+            iterate_batches(
+                dataset=train_dataset,
+                batch_size=args.batch_size,
+                max_seq_length=args.max_seq_length,
+                loop=True,
+                comm_group=world,
+            )
+        )
+        if (keep_checkpoints or resume is not None) and not isinstance(batches, Batches):
+            raise ValueError("a checkpoint needs batches that know their position: use compiled_adam's iterate_batches")
+        if val_dataset and isinstance(batches, Batches) and len(val_dataset) < args.batch_size:
+            raise ValueError(
+                f"the validation set has {len(val_dataset)} examples, fewer than batch_size={args.batch_size};"
+                " give it more, or use a smaller batch size"
+            )
+        # What decides which batches come, and after which of them a window ends.
+        settings = dict(settings or {}) | {
+            "batch_size": args.batch_size,
+            "max_seq_length": args.max_seq_length,
+            "examples": len(train_dataset),
+            "validation": [args.steps_per_eval, args.val_batches, len(val_dataset)] if val_dataset else None,
+            "grad_checkpoint": args.grad_checkpoint,  # which asks for dropout's random numbers twice
+        }
+        options = Options(keep_checkpoints, keep_adapters, save_best, early_stop_patience, nonfinite_limit, settings)
+        validation = Validation(val_dataset, loss, iterate_batches)
+        # What decides where workers meet, and that the parts they take are of the same batches.
+        workers.check_alike(
+            {name: value for name, value in (options._asdict() | asdict(args)).items() if name != "adapter_file"}
+            | settings
+            | {"resume": resume is not None, "log": log, "NumPy's random state": fingerprint.of_numpy()}
+            | {"MLX's random state": random_state.get().tolist(), "validation set": bool(val_dataset)}
+        )
+        if log or keep_checkpoints or resume is not None:
+            workers.first_does(lambda: _enter(stack, locked(folder)))
+        asked = stack.enter_context(asked_to_stop())
+        progress = stack.enter_context(TrainingProgress(args.iters, quiet=not workers.first))
+        loop = TrainingLoop(step, batches, validation, args, options, progress, asked, training_callback, workers)
+        if resume is not None:
+            loop.resume(resume, allow)
+
+        def prepare_folder() -> None:
+            if resume is None and (log or keep_checkpoints):
+                loop.begin_anew()
+            if log:
+                loop.log = stack.enter_context(closing(RunLog(folder / LOG, loop.iteration, loop.warn)))
+            if adapter_config is not None:
+                temporary = folder / f".{CONFIG}.partial"
+                save_config(dict(adapter_config), temporary)
+                temporary.replace(folder / CONFIG)
+
+        workers.first_does(prepare_folder)
+        loop.run()
+
+
+def _make(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; give a folder for the adapters")
     folder.mkdir(parents=True, exist_ok=True)
-    step = make_step(
-        model, loss, optimizer, accumulate=args.grad_accumulation_steps, weighted=True, max_traces=max_traces
-    )
-    batches = iter(
-        iterate_batches(
-            dataset=train_dataset,
-            batch_size=args.batch_size,
-            max_seq_length=args.max_seq_length,
-            loop=True,
-            comm_group=world,
-        )
-    )
-    if (keep_checkpoints or resume is not None) and not isinstance(batches, Batches):
-        raise ValueError("a checkpoint needs batches that know their position: use compiled_adam's iterate_batches")
-    if val_dataset and isinstance(batches, Batches) and len(val_dataset) < args.batch_size:
-        raise ValueError(
-            f"the validation set has {len(val_dataset)} examples, fewer than batch_size={args.batch_size};"
-            " give it more, or use a smaller batch size"
-        )
-    # What decides which batches come, and after which of them a window ends.
-    settings = dict(settings or {}) | {
-        "batch_size": args.batch_size,
-        "max_seq_length": args.max_seq_length,
-        "examples": len(train_dataset),
-        "validation": [args.steps_per_eval, args.val_batches, len(val_dataset)] if val_dataset else None,
-        "grad_checkpoint": args.grad_checkpoint,  # which asks for dropout's random numbers twice
-    }
-    options = Options(keep_checkpoints, keep_adapters, save_best, early_stop_patience, nonfinite_limit, settings)
-    validation = Validation(val_dataset, loss, iterate_batches)
-    with ExitStack() as stack:
-        if log or keep_checkpoints or resume is not None:
-            stack.enter_context(locked(folder))
-        asked = stack.enter_context(asked_to_stop())
-        progress = stack.enter_context(TrainingProgress(args.iters))
-        loop = TrainingLoop(step, batches, validation, args, options, progress, asked, training_callback)
-        if resume is not None:
-            loop.resume(resume, allow)
-        elif log or keep_checkpoints:
-            loop.begin_anew()
-        if log:
-            loop.log = stack.enter_context(closing(RunLog(folder / LOG, loop.iteration, loop.warn)))
-        if adapter_config is not None:
-            temporary = folder / f".{CONFIG}.partial"
-            save_config(dict(adapter_config), temporary)
-            temporary.replace(folder / CONFIG)
-        loop.run()
+
+
+def _enter(stack: ExitStack, context: AbstractContextManager[None]) -> None:
+    stack.enter_context(context)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import types
@@ -38,9 +39,18 @@ _OF_THE_RESULT = (
 
 
 def main(argv: Sequence[str]) -> None:
-    """Runs the command line ``argv``; raises ValueError or OSError for what cannot be done."""
+    """Runs the command line ``argv``; raises ValueError or OSError for what cannot be done.
+
+    Of several workers, as ``mlx.launch`` starts them, the first one prints and reports.
+    """
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    run(settings(argv))
+    args = settings(argv)
+    if mx.distributed.init().rank() == 0:
+        run(args)
+    else:
+        args.report, args.report_to = False, None
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            run(args)
 
 
 def run(args: types.SimpleNamespace) -> None:
@@ -166,6 +176,8 @@ def _train(
             },
             allow=args.allow_change or (),
             adapter_config=vars(args),
+            reduce_dtype=args.reduce_dtype,
+            worker_timeout=args.worker_timeout,
         )
     finally:
         if args.report and (folder / LOG).exists():

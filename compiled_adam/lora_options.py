@@ -13,6 +13,7 @@ import yaml
 from mlx_lm import lora as mlx_lm_lora
 
 from .moments import POLICIES
+from .reduce import DTYPES
 
 # What this command has beside mlx-lm's options; None is what was not asked for, see `make_optimizer` and `_train`.
 OURS: dict[str, Any] = {
@@ -31,6 +32,8 @@ OURS: dict[str, Any] = {
     "resume": None,
     "allow_change": None,
     "report": None,
+    "reduce_dtype": "float32",
+    "worker_timeout": 60.0,
 }
 KEPT = 2  # checkpoints, unless --keep-checkpoints says otherwise
 # Keys that mlx-lm reads from YAML only.
@@ -204,6 +207,22 @@ def parser() -> argparse.ArgumentParser:
     )
     loop.add_argument(
         "--report", **switch, help="Draw the run into report.html beside the adapters when it ends. Default: off."
+    )
+    workers = made.add_argument_group(
+        "several workers, also as YAML keys; for processes that mlx.launch starts, which share every batch"
+    )
+    workers.add_argument(
+        "--reduce-dtype",
+        choices=DTYPES,
+        help="What gradients are communicated in: param, the parameters', halves it for half-precision weights."
+        " Default: float32.",
+    )
+    workers.add_argument(
+        "--worker-timeout",
+        type=float,
+        metavar="SECONDS",
+        help="Stop when the other workers are silent for so long, or for five of the longest steps if that is more."
+        " Default: 60.",
     )
     return made
 

@@ -21,8 +21,8 @@ class _Console(Console):
 class TrainingProgress:
     """A context in which a training loop advances a bar and reports lines that stay."""
 
-    def __init__(self, total: int) -> None:
-        self._console = _Console()
+    def __init__(self, total: int, quiet: bool = False) -> None:
+        self._console = _Console(quiet=quiet)
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -31,7 +31,7 @@ class TrainingProgress:
             TimeRemainingColumn(),
             console=self._console,
             transient=True,
-            disable=not self._console.is_terminal,
+            disable=quiet or not self._console.is_terminal,
         )
         self._training = self._bar.add_task("train", total=total, status="")
 

@@ -38,6 +38,7 @@ class StepReader:
         if self._waiting is None:
             return []
         (iteration, result, traces, seconds), self._waiting = self._waiting, None
+        votes = {} if result.votes is None else {"votes": result.votes.item()}
         return [
             {
                 "iteration": iteration,
@@ -49,6 +50,7 @@ class StepReader:
                 "traces": traces,
                 "seconds": seconds,
                 "memory": mx.get_peak_memory(),
+                **votes,
             }
         ]
 

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, cast
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_map, tree_unflatten
+from mlx.utils import tree_map
 
-from . import any_optimizer, random_state, rule
+from . import any_optimizer, random_state, reduce, rule, window, workers
 from . import batch as batches
 from .compare import Row, differences, table
 from .gradient import GradientGraphs
@@ -31,6 +31,7 @@ class StepResult(NamedTuple):
     learning_rate: mx.array | None  # 0-d, of the last update; None for an optimizer that has none
     updated: bool  # whether this call applied an update
     skipped: mx.array  # 0-d, how many updates were skipped so far
+    votes: mx.array | None = None  # 0-d, sum of the workers' `vote`; None without other workers or an update
 
 
 class _Update(NamedTuple):
@@ -39,6 +40,7 @@ class _Update(NamedTuple):
     parameters: list[mx.array]
     state: list[mx.array]
     grad_norm: mx.array
+    sums: list[mx.array]  # with other workers: of weights, of weighted losses, of votes
 
 
 class TrainStep:
@@ -64,14 +66,20 @@ class TrainStep:
             counts for nothing, whatever its loss; a window of such batches has the gradient 0. Default False.
         max_traces: how many gradient traces are kept. A trace belongs to a batch signature (structure, shapes,
             dtypes, Python constants) and the modules' ``training`` flags; the least recently used goes first.
+        group: workers of ``mx.distributed`` that train the same model, each with its own part of every batch; all call
+            the step alike. Gradients are averaged over them once per update, weighted like micro-batches, before
+            clipping and guard; a step's loss stays this worker's. Default None: no others.
+        reduce_dtype: what gradients are communicated in: "float32" (default), "bfloat16" or "param", the parameters'.
 
     A call returns a `StepResult`; ``flush()`` applies a partly filled window; ``traces`` counts how often the Python
-    of each graph ran, which is once a trace, or at every call where nothing is compiled.
+    of each graph ran, which is once a trace, or at every call where nothing is compiled. ``vote`` is a number that is
+    summed over the workers with the next update, for `StepResult.votes`.
 
     Raises:
-        TypeError, ValueError: here for an unusable argument or a model without trainable parameters; at a call
-            for a loss that is no scalar, or if parameters were frozen, unfrozen or added since. If anything in a call
-            raises, model, optimizer, window and random state are as before it.
+        TypeError, ValueError: here for an unusable argument, a model without trainable parameters, or workers with
+            other parameters, options or package versions (raised by all, naming the rank); at a call for a loss that
+            is no scalar, or if parameters were frozen, unfrozen or added since. If anything in a call raises, model,
+            optimizer, window and random state are as before it.
 
     >>> mx.random.seed(0)
     >>> model = nn.Linear(2, 1)
@@ -91,6 +99,8 @@ class TrainStep:
         accumulate: int = 1,
         weighted: bool = False,
         max_traces: int = 64,
+        group: mx.distributed.Group | None = None,
+        reduce_dtype: str = "float32",
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is {type(model).__name__}; pass an mlx.nn.Module")
@@ -103,17 +113,24 @@ class TrainStep:
         for name, value in (("accumulate", accumulate), ("max_traces", max_traces)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
+        if reduce_dtype not in reduce.DTYPES:
+            raise ValueError(f"reduce_dtype is {reduce_dtype!r}; it must be one of {', '.join(reduce.DTYPES)}")
         self._model = model
         self._loss_fn = loss_fn
         self._optimizer: optim.Optimizer = Adam(1e-3) if optimizer is None else optimizer
         self._accumulate = accumulate
         self._weighted = weighted
         self._max_traces = max_traces
+        self._group = group if group is not None and group.size() > 1 else None
+        self._reduce_dtype = reduce_dtype
+        self.vote = 0.0
         self.traces = {"grad": 0, "accumulate": 0, "update": 0, "evicted": 0}
-        self._window: Any = None  # what `_trace_add` returns; None while it is empty
+        self._window: window.Window | None = None  # None while it is empty
         self._filled = 0
         self._assigned: set[str] = set()  # paths of arrays that are no parameters, but that the forward pass assigns
         self._bind()
+        if self._group is not None:
+            workers.check_model(self._group, model, self.description())
 
     # Read-only, because traces contain them.
     model = property(lambda self: self._model)
@@ -121,6 +138,7 @@ class TrainStep:
     optimizer = property(lambda self: self._optimizer)
     accumulate = property(lambda self: self._accumulate)
     weighted = property(lambda self: self._weighted)
+    group = property(lambda self: self._group)  # None for one of size 1, too
 
     def __call__(self, *args: Any, **kwargs: Any) -> StepResult:
         """One (micro-)batch: ``loss_fn(model, *args, **kwargs)``, its gradient and, at a window's end, the update."""
@@ -129,30 +147,31 @@ class TrainStep:
             batch, signature = batches.flatten(args, kwargs)
             # First everything is built, lazily; then everything is assigned; nothing raises in between.
             loss, aux, arrays, gradients, weight = self._gradients(signature, batch)
-            window, filled, update = None, 0, None
+            sums, filled, update, total_loss = None, 0, None, loss
             if self._accumulate > 1:
-                window = self._add(self._window or self._empty_window(), gradients, weight, loss)
+                sums = self._add(self._window or window.empty(self._parameters.read()), gradients, weight, loss)
                 filled = self._filled + 1
-                gradients, weight, _ = window
+                gradients, weight, total_loss = sums
             if filled in (0, self._accumulate):
-                update = self._apply(arrays[: len(self._parameters)], gradients, weight)
-                window, filled = None, 0
+                update = self._apply(arrays[: len(self._parameters)], gradients, weight, total_loss)
+                sums, filled = None, 0
             del gradients  # the graph alone must hold them, or their memory cannot be reused
             self._arrays.write(arrays)
             del arrays
-            self._window, self._filled = window, filled
+            self._window, self._filled = sums, filled
             return self._finish(loss, aux, update)
 
     def flush(self) -> StepResult | None:
         """Applies a window that is only partly filled, as the mean over what it has; None if it is empty."""
-        if not self._filled:
+        if not self._filled or self._window is None:
             return None
         with random_state.kept_on_error():
             self._rebind_if_changed()
             gradients, weight, loss = self._window
-            update = self._apply(self._parameters.read(), gradients, weight)
+            update = self._apply(self._parameters.read(), gradients, weight, loss)
             del gradients
             self._window, self._filled = None, 0
+            weight, loss, *_ = update.sums or (weight, loss)
             return self._finish(loss / weight, (), update)
 
     def _finish(self, loss: mx.array, aux: Any, update: _Update | None) -> StepResult:
@@ -163,10 +182,10 @@ class TrainStep:
         grad_norm = None if update is None else update.grad_norm
         skipped = sum((state["skipped"] for state in self._state_roots if "skipped" in state), mx.array(0))
         state = self._arrays.read(), self._state.read(), self._window, random_state.get()
-        mx.async_eval(loss, aux, grad_norm, skipped, state)
-        return StepResult(
-            loss, tuple(aux), grad_norm, any_optimizer.learning_rate(self._optimizer), update is not None, skipped
-        )
+        votes = update.sums[2] if update is not None and update.sums else None
+        mx.async_eval(loss, aux, grad_norm, skipped, votes, state)
+        rate = any_optimizer.learning_rate(self._optimizer)
+        return StepResult(loss, tuple(aux), grad_norm, rate, update is not None, skipped, votes)
 
     # What a run continues from.
 
@@ -175,19 +194,24 @@ class TrainStep:
 
         ``"model"``: the trainable parameters, and the other arrays that the forward pass assigns; ``"optimizer"``:
         its state; ``"window"``: the sums of a partly filled window, empty otherwise; ``"random"``: MLX's ``key``.
+        With other workers all must call this: the window is the sum of theirs.
         """
+        state = self.own_state()
+        if self._group is not None and state["window"]:
+            summed = reduce.sum_arrays([a.astype(mx.float32) for a in state["window"].values()], self._group)
+            state["window"] = dict(zip(state["window"], summed, strict=True)) | {"batches": mx.array(self._filled)}
+        return state
+
+    def own_state(self) -> dict[str, dict[str, mx.array]]:
+        """The `state_dict` whose window is this worker's alone."""
         self._rebind_if_changed()
         paths = (*self._parameters.paths, *sorted(self._assigned))
         everything = dict(zip(self._arrays.paths, self._arrays.read(), strict=True))
-        window = {}
-        if self._filled:
-            sums, weight, loss = self._window
-            window = {f"gradients.{path}": total for path, total in zip(self._parameters.paths, sums, strict=True)}
-            window |= {"weight": weight, "loss": loss, "batches": mx.array(self._filled)}
+        sums = window.to_dict(self._window, self._parameters.paths, self._filled) if self._window is not None else {}
         return {
             "model": {path: everything[path] for path in paths},
             "optimizer": {path: at[key] for path, at, key in Structure(self._optimizer.state).leaves},
-            "window": window,
+            "window": sums,
             "random": {"key": random_state.get()},
         }
 
@@ -202,25 +226,25 @@ class TrainStep:
         """
         if rows := self.mismatches(state, convert=convert):
             raise ValueError("the state does not fit:\n" + table(("what", "here", "state"), rows))
-        window = state["window"]
-        filled = cast(int, window["batches"].item()) if window else 0
+        filled = cast(int, state["window"]["batches"].item()) if state["window"] else 0
         if filled >= self._accumulate:
             raise ValueError(
                 f"the state has a window of {filled} micro-batches, but accumulate is {self._accumulate};"
                 f" make the step with accumulate={filled + 1} or more"
             )
         if convert:
-            self._convert_optimizer_state(state["optimizer"])
+            any_optimizer.convert_state(self._optimizer, state["optimizer"], self._tree(self._parameters.read()))
+            self._rebind_if_changed()
         else:
-            for path, container, key in Structure(self._optimizer.state).leaves:
-                container[key] = state["optimizer"][path]
+            Places(leaves := Structure(self._optimizer.state).leaves).write([state["optimizer"][p] for p, *_ in leaves])
         for path, container, key in self._structure.leaves:
             container[key] = state["model"].get(path, container[key])
         self._assigned |= state["model"].keys() - set(self._parameters.paths)
         self._window, self._filled = None, filled
-        if window:
-            sums = [window[f"gradients.{path}"] for path in self._parameters.paths]
-            self._window = sums, window["weight"], window["loss"]
+        if filled and self._group is not None and self._group.rank() > 0:
+            self._window = window.empty(self._parameters.read())  # the first worker has the sum
+        elif filled:
+            self._window = window.from_dict(state["window"], self._parameters.paths)
         random_state.assign(state["random"]["key"])
 
     def mismatches(self, state: dict[str, dict[str, mx.array]], *, convert: bool = False) -> list[Row]:
@@ -230,67 +254,54 @@ class TrainStep:
         wanted = {*self._parameters.paths, *self._assigned, *state["model"]} & everything.keys()
         rows = differences({path: everything[path] for path in wanted}, state["model"])
         if state["window"]:
-            window = {f"gradients.{path}": mx.zeros(everything[path].shape) for path in self._parameters.paths}
-            window |= {"weight": mx.array(0.0), "loss": mx.array(0.0), "batches": mx.array(1)}
-            rows += differences(window, state["window"])
+            own = window.to_dict(window.empty(self._parameters.read()), self._parameters.paths, 1)
+            rows += differences(own, state["window"])
         own = {path: at[key] for path, at, key in Structure(self._optimizer.state).leaves}
         if convert:
-            return rows + differences(_to_convert(own), _to_convert(state["optimizer"]))
+            return rows + differences(*map(any_optimizer.convertible, (own, state["optimizer"])))
         return rows + differences(own, state["optimizer"])
-
-    def _convert_optimizer_state(self, state: dict[str, mx.array]) -> None:
-        before = self._optimizer.state
-        try:
-            self._optimizer.state = tree_unflatten(list(state.items()))
-            self._optimizer.init(self._tree(self._parameters.read()))
-        except BaseException:
-            self._optimizer.state = before
-            self._optimizer.init(self._tree(self._parameters.read()))
-            raise
-        self._rebind_if_changed()
 
     def description(self) -> dict[str, Any]:
         """What the updates depend on beside the state: options by name, as JSON can hold them."""
-        own = {"accumulate": self._accumulate, "weighted": self._weighted}
+        own: dict[str, Any] = {"accumulate": self._accumulate, "weighted": self._weighted}
+        if self._reduce_dtype != "float32":
+            own["reduce_dtype"] = self._reduce_dtype
         return own | any_optimizer.description(self._optimizer)
 
-    # The window of accumulated gradients: their weighted sum, the sum of weights and of losses.
-
-    def _empty_window(self) -> Any:
-        return [mx.zeros(p.shape, mx.float32) for p in self._parameters.read()], mx.array(0.0), mx.array(0.0)
-
-    def _trace_add(self, window: Any, gradients: list[mx.array], weight: mx.array, loss: mx.array) -> Any:
+    def _trace_add(self, *arguments: Any) -> window.Window:
         self.traces["accumulate"] += 1
-
-        def weighted(x: mx.array) -> mx.array:
-            # A batch without tokens has the loss 0/0, which must not count; times zero it would still be nan.
-            return mx.where(weight > 0, weight * x.astype(mx.float32), 0.0)
-
-        totals, total_weight, total_loss = window
-        totals = [total + weighted(g) for total, g in zip(totals, gradients, strict=True)]
-        return totals, total_weight + mx.maximum(weight, 0.0), total_loss + weighted(loss)
+        return window.add(*arguments)
 
     # The update, one compiled function.
 
-    def _apply(self, parameters: list[mx.array], gradients: list[mx.array], weight: mx.array) -> _Update:
-        return _Update(
-            *self._update(parameters, gradients, weight, self._state.read(), any_optimizer.constants(self._optimizer))
-        )
+    def _apply(
+        self, parameters: list[mx.array], gradients: list[mx.array], weight: mx.array, loss: mx.array
+    ) -> _Update:
+        scalars = [weight] if self._group is None else [weight, loss, mx.array(self.vote)]
+        settings = any_optimizer.constants(self._optimizer)
+        return _Update(*self._update(parameters, gradients, scalars, self._state.read(), settings))
 
     def _trace_update(
         self,
         parameters: list[mx.array],
         gradients: list[mx.array],
-        weight: mx.array,
+        scalars: list[mx.array],
         state: list[mx.array],
         settings: list[Any],
-    ) -> tuple[list[mx.array], list[mx.array], mx.array]:
+    ) -> tuple[list[mx.array], list[mx.array], mx.array, list[mx.array]]:
         # `settings` are not read, the optimizer reads its own: they make a trace hold for these values only.
         self.traces["update"] += 1
-        if self._accumulate > 1:
-            # Rounded once, to the dtype that the gradient of one big batch would have. Zero over zero is zero here.
-            weight = mx.where(weight > 0, weight, 1.0)
-            gradients = [(g / weight).astype(p.dtype) for g, p in zip(gradients, parameters, strict=True)]
+        sums: list[mx.array] = []
+        if self._group is not None:
+            if self._accumulate == 1:
+                weight, loss, vote = scalars
+                gradients = [window.weighted(g, weight) for g in gradients]
+                scalars = [mx.maximum(weight, 0.0), window.weighted(loss, weight), vote]
+            dtypes = [reduce.DTYPES[self._reduce_dtype] or p.dtype for p in parameters]
+            gradients, *sums = reduce.mean_over_workers(gradients, scalars, self._group, dtypes)
+            gradients = [g.astype(p.dtype) for g, p in zip(gradients, parameters, strict=True)]
+        elif self._accumulate > 1:
+            gradients = window.mean(gradients, scalars[0], parameters)
         before = self._state_structure.snapshot()
         try:
             self._state.write(state)
@@ -304,7 +315,7 @@ class TrainStep:
         leaves = {path: container[key] for path, container, key in along(self._template, updated)}
         # Ours computes the norm itself if it clips or skips.
         norm = rule.global_norm(gradients) if norm is None else norm
-        return [leaves[path] for path in self._parameters.paths], state, norm
+        return [leaves[path] for path in self._parameters.paths], state, norm, sums
 
     def _tree(self, arrays: list[mx.array]) -> Any:
         """The flat ``arrays`` as a tree of parameters."""
@@ -388,13 +399,3 @@ class TrainStep:
 
 
 make_step = TrainStep
-
-
-def _to_convert(state: dict[str, mx.array]) -> dict[str, Any]:
-    """What two optimizer states must share for one to become the other: shapes of moments, and an integer step."""
-    made = {"residual", "m_scale", "v_scale", "learning_rate", "rounding_key", "grad_norm", "skipped"}
-    needed = {path: array for path, array in state.items() if path.rsplit(".", 1)[-1] not in made}
-    return {
-        path: array.shape if path.endswith((".m", ".v")) else ("integer", mx.issubdtype(array.dtype, mx.integer))
-        for path, array in needed.items()
-    }

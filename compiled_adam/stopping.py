@@ -50,6 +50,26 @@ def asked_to_stop() -> Iterator[Asked]:
             signal.signal(number, handler)
 
 
+_VOTES = {
+    int(signal.SIGINT): 1.0,
+    int(signal.SIGTERM): 1024.0,
+}  # sums of fewer than 1024 of the one are below the other
+
+
+def vote(number: int | None) -> float:
+    """A signal as a number whose sum over workers tells whether any of them got one."""
+    return _VOTES.get(number or 0, 0.0)
+
+
+def elected(votes: float) -> int | None:
+    """The signal that a sum of `vote` stands for: SIGTERM if any worker got that.
+
+    >>> elected(0.0), elected(vote(signal.SIGINT) + vote(None)) == signal.SIGINT
+    (None, True)
+    """
+    return next((number for number in (int(signal.SIGTERM), int(signal.SIGINT)) if votes >= _VOTES[number]), None)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error of MLX, whose backends all raise RuntimeError, means that memory was not enough."""
     found = re.search(r"out of memory|insufficient memory|unable to allocate|attempting to allocate", str(error), re.I)

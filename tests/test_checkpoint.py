@@ -291,7 +291,7 @@ def test_which_parameters_decay_is_compared(tmp_path: Path) -> None:
 def test_other_versions_are_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step = make()
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_packages", lambda: {"mlx": "0.1"})
+        patch.setattr(checkpoint, "packages", lambda: {"mlx": "0.1"})
         ca.save_checkpoint(tmp_path / "0001", step)
     with pytest.warns(UserWarning, match=r"written with .*mlx 0\.1.*: results may differ in the last bits"):
         ca.load_checkpoint(tmp_path / "0001", step)

@@ -237,14 +237,14 @@ def test_checkpoints_and_adapters_that_stay(tiny_model: Path, tmp_path: Path) ->
 def test_a_save_that_fails_is_reported_and_the_run_goes_on(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    real = loop.save_checkpoint
+    real = loop.write_checkpoint
 
     def full(folder, *rest, **more):
         if folder.name == "0000008":
             raise OSError(errno.ENOSPC, "No space left on device")
         real(folder, *rest, **more)
 
-    monkeypatch.setattr(loop, "save_checkpoint", full)
+    monkeypatch.setattr(loop, "write_checkpoint", full)
     ca.train(lora(tiny_model), ca.Adam(1e-3), dataset(), args=arguments(tmp_path), keep_checkpoints=3)
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["0000004", "0000012"]
     line = next(line for line in capsys.readouterr().out.splitlines() if "not saved" in line)
@@ -561,7 +561,7 @@ def test_adapters_are_saved_where_a_checkpoint_cannot(
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(loop, "save_checkpoint", full)
+    monkeypatch.setattr(loop, "write_checkpoint", full)
     expected = {"complete": TrainingStopped, "SIGINT": KeyboardInterrupt, "SIGTERM": SystemExit}
     options = {"training_callback": stop_after(3, getattr(signal, ending))} if ending.startswith("SIG") else {}
     if ending == "nonfinite":

@@ -1,0 +1,123 @@
+"""Sums over all workers of a group, packed into few calls: what makes N workers one big batch.
+
+Each worker has sums over its own part of the batch: of weighted gradients, of weights and of losses. Their sums over
+the workers are those of the whole batch. Leaves are packed, in their order, into buffers of at most `LIMIT` bytes; a
+larger leaf goes alone, as it is. In float32 a few scalars ride in the first buffer. Half precision could not hold
+them, nor the weighted sums: then the scalars are summed first, and the buffers carry each worker's part of the mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+
+LIMIT = 32 * 2**20  # bytes; what MLX's own average_gradients packs
+SCALARS = 3  # weight, loss and votes
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "param": None}
+
+
+class Buffer(NamedTuple):
+    """One call of all_sum."""
+
+    leaves: tuple[int, ...]  # indices
+    scalars: int  # float32 numbers before them
+    size: int  # elements
+    nbytes: int
+
+
+class Sums(NamedTuple):
+    """What all workers know after a reduction."""
+
+    means: list[mx.array]  # weighted mean gradients, in float32 or in what they were communicated in
+    weight: mx.array
+    loss: mx.array  # sum of weighted losses
+    votes: mx.array
+
+
+def buffers(sizes: Sequence[int], dtypes: Sequence[mx.Dtype], limit: int = LIMIT) -> list[Buffer]:
+    """The calls of `mean_over_workers` for leaves of so many elements, communicated in these dtypes, in order.
+
+    >>> [(b.leaves, b.nbytes) for b in buffers([10, 20, 100, 5], [mx.float32] * 4, limit=200)]
+    [((0, 1), 132), ((2,), 400), ((3,), 20)]
+    """
+    rides = all(dtype == mx.float32 for dtype in dtypes)
+    packed: list[tuple[list[int], int, mx.Dtype]] = [([], SCALARS, mx.float32)]
+    for i, (size, dtype) in enumerate(zip(sizes, dtypes, strict=True)):
+        leaves, total, its_dtype = packed[-1]
+        if (rides or len(packed) > 1) and dtype == its_dtype and (total + size) * dtype.size <= limit:
+            packed[-1] = ([*leaves, i], total + size, dtype)
+        else:
+            packed.append(([i], size, dtype))
+    return [
+        Buffer(tuple(leaves), 0 if i else SCALARS, total, total * dtype.size)
+        for i, (leaves, total, dtype) in enumerate(packed)
+    ]
+
+
+def mean_over_workers(
+    sums: Sequence[mx.array],
+    scalars: Sequence[mx.array],
+    group: mx.distributed.Group,
+    dtypes: Sequence[mx.Dtype],
+    limit: int = LIMIT,
+) -> Sums:
+    """The weighted mean over all workers of what each has summed with `window.add`.
+
+    Args:
+        sums: float32 sums of weighted gradients over this worker's part of the batch.
+        scalars: 0-d; the sums of its weights and of its weighted losses, and any number, the vote.
+        group: the workers. All must call this with leaves of the same shapes.
+        dtypes: what each leaf is communicated in.
+        limit: bytes of a buffer.
+    """
+    first, *others = buffers([s.size for s in sums], dtypes, limit)
+    packed = mx.stack([scalar.astype(mx.float32) for scalar in scalars])
+    means: list[mx.array] = list(sums)
+    # Calls are chained: workers must meet in the same call, and a graph alone does not say in which order they come.
+    head, *summed = _all_sum([packed, *(sums[i] for i in first.leaves)], group, None)
+    total = mx.where(head[0] > 0, head[0], 1.0)
+    for i, s in zip(first.leaves, summed, strict=True):
+        means[i] = s / total
+    rides = all(dtype == mx.float32 for dtype in dtypes)
+    before = head
+    for buffer in others:
+        parts = [sums[i] if rides else (sums[i] / total).astype(dtypes[i]) for i in buffer.leaves]
+        summed = _all_sum(parts, group, before)
+        before = summed[0]
+        for i, s in zip(buffer.leaves, summed, strict=True):
+            means[i] = s / total if rides else s
+    return Sums(means, head[0], head[1], head[2])
+
+
+def sum_arrays(arrays: Sequence[mx.array], group: mx.distributed.Group, limit: int = LIMIT) -> list[mx.array]:
+    """Each array summed over all workers, packed likewise; of one dtype. Evaluates them, a buffer at a time."""
+    summed: list[mx.array] = []
+    for some in _packed(arrays, limit):
+        summed += _all_sum(some, group, None)
+        mx.eval(summed)
+    return summed
+
+
+def _packed(arrays: Sequence[mx.array], limit: int) -> Iterator[list[mx.array]]:
+    some: list[mx.array] = []
+    for array in arrays:
+        if some and sum(a.nbytes for a in some) + array.nbytes > limit:
+            yield some
+            some = []
+        some.append(array)
+    if some:
+        yield some
+
+
+def _all_sum(arrays: Sequence[mx.array], group: mx.distributed.Group, after: mx.array | None) -> list[mx.array]:
+    flat = arrays[0].reshape(-1) if len(arrays) == 1 else mx.concatenate([a.reshape(-1) for a in arrays])
+    if after is not None:
+        flat = mx.depends(flat, after)
+    total = mx.distributed.all_sum(flat, group=group)
+    ends = [0]
+    for array in arrays:
+        ends.append(ends[-1] + array.size)
+    pieces = mx.split(total, ends[1:-1]) if len(arrays) > 1 else [total]
+    return [piece.reshape(array.shape) for piece, array in zip(pieces, arrays, strict=True)]

@@ -1,0 +1,93 @@
+"""A thread that ends this process when other workers are gone: a wait inside MLX cannot be interrupted otherwise.
+
+A worker that dies closes its connections, and mostly MLX raises an error at its neighbours; sometimes they wait for
+ever (see `ring`). So they do for one that is frozen, or whose network or power is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from . import ring
+
+GRACE = 15.0  # seconds for MLX to raise an error of its own when a connection is closed
+PATIENCE = 10  # times the timeout: for starting, loading and saving, which may take one worker long
+SLOWER = 5  # times the longest step so far
+
+
+class Watchdog:
+    """A context whose process ends with exit code 1 and a message if `beat` is not called in time.
+
+    In time means: within ``timeout`` seconds, or five times the longest time between two beats so far if that is
+    longer; before the first beat and while `patient`, within ten times ``timeout``; if a connection of the ring backend
+    is closed, within fifteen seconds. What is done while `busy` may take any time.
+    """
+
+    def __init__(self, timeout: float, explain: Callable[[], str]) -> None:
+        self._timeout, self._explain = timeout, explain
+        self._ended = threading.Event()
+        self._last, self._longest = time.monotonic(), 0.0
+        self._beaten = False
+        self._patient = self._busy = 0
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        self._last = time.monotonic()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def beat(self) -> None:
+        """Something was finished that needed the other workers."""
+        now = time.monotonic()
+        if self._beaten:
+            self._longest = max(self._longest, now - self._last)
+        self._last, self._beaten = now, True
+
+    @contextmanager
+    def patient(self) -> Iterator[None]:
+        """A time in which others may be busy with something long; it does not count as a step."""
+        self._patient += 1
+        self._last = time.monotonic()
+        try:
+            yield
+        finally:
+            self._last = time.monotonic()
+            self._patient -= 1
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """A time in which this worker waits for no other."""
+        self._busy += 1
+        try:
+            yield
+        finally:
+            self._last = time.monotonic()
+            self._busy -= 1
+
+    def limit(self) -> float:
+        """Seconds after which silence is too long, now."""
+        if self._patient or not self._beaten:
+            return PATIENCE * self._timeout
+        return max(self._timeout, SLOWER * self._longest)
+
+    def _watch(self) -> None:
+        while not self._ended.wait(min(1.0, self._timeout / 4)):
+            silent = time.monotonic() - self._last
+            if self._busy:
+                continue
+            if silent > self.limit():
+                self._end(f"no answer from the other workers for {silent:.0f} s")
+            elif silent > GRACE and ring.is_cut():
+                self._end("another worker has ended (its connection is closed)")
+
+    def _end(self, why: str) -> None:
+        os.write(2, f"compiled-adam: {why}; {self._explain()}\n".encode())
+        os._exit(1)  # the main thread is inside MLX, where no exception can reach it

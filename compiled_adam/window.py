@@ -1,0 +1,45 @@
+"""The window of accumulated gradients: weighted sums in float32, as pure functions of arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import mlx.core as mx
+
+Window = tuple[list[mx.array], mx.array, mx.array]  # sums of gradients, of weights and of losses
+
+
+def empty(parameters: Sequence[mx.array]) -> Window:
+    """Sums of nothing, for parameters of these shapes."""
+    return [mx.zeros(p.shape, mx.float32) for p in parameters], mx.array(0.0), mx.array(0.0)
+
+
+def weighted(x: mx.array, weight: mx.array) -> mx.array:
+    """``weight * x`` in float32, and 0 for a weight of 0, whatever ``x`` is."""
+    # A batch without tokens has the loss 0/0, which must not count; times zero it would still be nan.
+    return mx.where(weight > 0, weight * x.astype(mx.float32), 0.0)
+
+
+def add(window: Window, gradients: Sequence[mx.array], weight: mx.array, loss: mx.array) -> Window:
+    """The window with one more micro-batch."""
+    totals, total_weight, total_loss = window
+    totals = [total + weighted(g, weight) for total, g in zip(totals, gradients, strict=True)]
+    return totals, total_weight + mx.maximum(weight, 0.0), total_loss + weighted(loss, weight)
+
+
+def mean(sums: Sequence[mx.array], weight: mx.array, parameters: Sequence[mx.array]) -> list[mx.array]:
+    """The mean gradients, rounded once, to the dtype that the gradient of one big batch would have."""
+    weight = mx.where(weight > 0, weight, 1.0)  # zero over zero is zero here
+    return [(g / weight).astype(p.dtype) for g, p in zip(sums, parameters, strict=True)]
+
+
+def to_dict(window: Window, paths: Sequence[str], batches: int) -> dict[str, mx.array]:
+    """A window of ``batches`` micro-batches as arrays by name; the inverse of `from_dict`."""
+    sums, weight, loss = window
+    named = {f"gradients.{path}": total for path, total in zip(paths, sums, strict=True)}
+    return named | {"weight": weight, "loss": loss, "batches": mx.array(batches)}
+
+
+def from_dict(arrays: Mapping[str, mx.array], paths: Sequence[str]) -> Window:
+    """The window that `to_dict` made ``arrays`` of."""
+    return [arrays[f"gradients.{path}"] for path in paths], arrays["weight"], arrays["loss"]

@@ -1,0 +1,180 @@
+"""Several processes on one job: what they tell each other beside gradients, through MLX's own communication."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from . import fingerprint
+from .compare import differences, table
+from .reduce import sum_arrays
+from .stopping import TrainingStopped
+from .watchdog import Watchdog
+
+Group = mx.distributed.Group
+
+
+def gather(group: Group, value: Any) -> list[Any]:
+    """The ``value`` of every worker, by rank; values are what JSON can hold.
+
+    It is also a proof that all are there, and that no communication failed until now: a connection does not recover.
+    """
+    if group.size() == 1:
+        return [value]
+    text = json.dumps(value).encode()
+    lengths = _all_gather(group, mx.array([len(text)], mx.int32))
+    padded = np.zeros((1, lengths.max()), np.uint8)
+    padded[0, : len(text)] = np.frombuffer(text, np.uint8)
+    texts = _all_gather(group, mx.array(padded))
+    return [json.loads(row[:length].tobytes()) for row, length in zip(texts, lengths, strict=True)]
+
+
+def _all_gather(group: Group, array: mx.array) -> np.ndarray:
+    gathered = mx.distributed.all_gather(array, group=group)
+    mx.eval(gathered)  # raises an error of the communication; a conversion to NumPy loses it, and gives anything
+    return np.array(gathered)
+
+
+def check_alike(group: Group, what: Mapping[str, Any]) -> None:
+    """Raises ValueError on every worker if ``what`` is not the same on all, with a table for each rank that differs."""
+    found = gather(group, dict(what))
+    texts = [json.dumps(each, sort_keys=True) for each in found]
+    usual = texts.index(Counter(texts).most_common(1)[0][0])
+    tables = [
+        f"rank {rank} differs from rank {usual}:\n"
+        + table(("what", f"rank {usual}", f"rank {rank}"), differences(found[usual], each))
+        for rank, each in enumerate(found)
+        if texts[rank] != texts[usual]
+    ]
+    if tables:
+        raise ValueError(
+            "\n".join(tables) + "\nstart all workers from the same weights, options, data and package versions"
+        )
+
+
+def check_model(group: Group, model: nn.Module, settings: Mapping[str, Any]) -> None:
+    """`check_alike` for package versions, options and every array of the model, each by its path."""
+    packages = {f"package {name}": number for name, number in fingerprint.packages().items()}
+    # Options before parameters: other options may well mean other parameters.
+    check_alike(group, packages | {str(name): value for name, value in settings.items()})
+    check_alike(group, fingerprint.of_each(dict(tree_flatten(model.parameters()))))
+
+
+def share(group: Group, state: dict[str, dict[str, mx.array]] | None) -> dict[str, dict[str, mx.array]]:
+    """Gives the first worker's ``state``, dictionaries of arrays, to all of them, bit by bit; others pass None."""
+    own = {
+        part: {path: (a.shape, str(a.dtype).removeprefix("mlx.core.")) for path, a in arrays.items()}
+        for part, arrays in (state or {}).items()
+    }
+    described = gather(group, own)[0]
+    places = [(part, path, *form) for part, arrays in described.items() for path, form in arrays.items()]
+    bits: list[mx.array] = []
+    for part, path, shape, dtype in places:
+        # Zero plus anything is that, and a sum is what every backend has.
+        mine = state[part][path] if state is not None and group.rank() == 0 else mx.zeros(shape, getattr(mx, dtype))
+        bits.append(mine.reshape(-1).view(mx.uint8))
+    summed = sum_arrays(bits, group)
+    shared: dict[str, dict[str, mx.array]] = {part: {} for part in described}
+    for (part, path, shape, dtype), array in zip(places, summed, strict=True):
+        shared[part][path] = array.view(getattr(mx, dtype)).reshape(shape)
+    return shared
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error of MLX, whose backends all raise RuntimeError, means that other workers cannot be reached."""
+    return isinstance(error, RuntimeError) and bool(re.search(r"\[(ring|jaccl|nccl|mpi)\]|nccl", str(error), re.I))
+
+
+class Workers:
+    """The workers of a training run, seen from one of them; alone it does everything itself.
+
+    As a context it ends the process if the others are silent for ``timeout`` seconds (see `Watchdog`), and turns MLX's
+    errors about lost connections into `TrainingStopped`. ``saved`` says what a new start can go on from.
+    """
+
+    def __init__(self, group: Group, timeout: float) -> None:
+        self.group, self.rank, self.size = group, group.rank(), group.size()
+        self.first, self.many = self.rank == 0, self.size > 1
+        self.saved: Callable[[], str] = lambda: "nothing was saved"
+        self._watchdog = Watchdog(timeout, self._explain)
+        self._open = ExitStack()
+
+    def _explain(self) -> str:
+        return f"{self.saved()}. See what that one said, then start all again, with --resume if there is a checkpoint"
+
+    def __enter__(self) -> Workers:
+        if self.many:
+            self._open.enter_context(self._watchdog)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        self._open.close()
+        if self.many and error is not None and is_lost(error):
+            raise TrainingStopped(f"another worker has ended ({error}); {self._explain()}") from error
+
+    def together(self, function: Callable[[], Any]) -> Any:
+        """What ``function`` returns, in which this worker may wait long for others."""
+        with self._watchdog.patient():
+            return function()
+
+    def beat(self) -> None:
+        """A step was finished: the others are there."""
+        self._watchdog.beat()
+
+    def check_alike(self, what: Mapping[str, Any]) -> None:
+        if self.many:
+            check_alike(self.group, what)
+
+    def first_does(self, function: Callable[[], Any]) -> Any:
+        """What ``function`` returns at the first worker, as JSON can hold it, at all of them, which wait for it.
+
+        It is called if all workers are there. A ValueError or OSError that it raises is raised at all of them.
+        """
+        if not self.many:
+            return function()
+        value, error = None, None
+        with self._watchdog.patient():
+            gather(self.group, None)
+            if self.first:
+                try:
+                    with self._watchdog.busy():
+                        value = function()
+                except (ValueError, OSError) as caught:
+                    error = caught
+            told = [isinstance(error, OSError), str(error)] if error is not None else None
+            value, told = gather(self.group, [value, told])[0]
+        if error is not None:
+            raise error
+        if told is not None:
+            raise (OSError if told[0] else ValueError)(told[1])
+        return value
+
+    def share_state(self, step: Any) -> None:
+        """Every worker's `TrainStep` continues from the first one's."""
+        if self.many:
+            with self._watchdog.patient():
+                state = share(self.group, step.own_state() if self.first else None)
+            if not self.first:
+                step.load_state_dict(state)
+
+    def mean_steps(self, entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Entries of steps with the ``loss`` and the ``tokens`` of all workers' parts of the batch, in one call."""
+        if not self.many or not entries:
+            return list(entries)
+        mine = [[e["loss"] * e["tokens"] if e["tokens"] else 0.0, e["tokens"]] for e in entries]
+        summed = mx.distributed.all_sum(mx.array(mine, mx.float32), group=self.group)
+        mx.eval(summed)
+        sums = np.array(summed)
+        return [
+            {**entry, "loss": float(loss / tokens) if tokens else float("nan"), "tokens": int(tokens)}
+            for entry, (loss, tokens) in zip(entries, sums, strict=True)
+        ]

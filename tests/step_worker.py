@@ -1,0 +1,108 @@
+"""What workers of tests/test_distributed.py run: updates of a small net, each on its part of the same global batches.
+
+The argument is a JSON list of jobs, each an object of options. For each a worker writes losses, norms and weights to
+``<name>-<rank>.safetensors``, and prints a line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+import compiled_adam as ca
+from compiled_adam import reduce
+from tests import count_calls
+
+ROWS = 16
+bytes_sent: list[int] = []  # of each all_sum, while it is traced
+all_sum = mx.distributed.all_sum
+
+
+def counted(x: mx.array, *, group: Any = None, stream: Any = None) -> mx.array:
+    bytes_sent.append(x.nbytes)
+    return all_sum(x, group=group, stream=stream)
+
+
+def model(dtype: str) -> nn.Module:
+    mx.random.seed(7)
+    made = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    made.set_dtype(getattr(mx, dtype))
+    return made
+
+
+def masked_error(model: nn.Module, x: mx.array, mask: mx.array) -> tuple[mx.array, mx.array]:
+    tokens = mask.sum()
+    error = mx.square(model(x).astype(mx.float32) - x.sum(axis=1, keepdims=True)) * mask
+    return error.sum() / tokens, tokens
+
+
+def batch(index: int, poisoned: bool) -> tuple[mx.array, mx.array]:
+    """Rows of which some count; in every third batch none of the odd ones does. In a poisoned one row 1 is nan."""
+    chance = np.random.default_rng(index)
+    x, mask = chance.standard_normal((ROWS, 4)).astype(np.float32), chance.random((ROWS, 1)) < 0.6
+    if index % 3 == 2:
+        mask[1::2] = False
+    if poisoned:
+        x[1], mask[1] = np.nan, True
+    return mx.array(x), mx.array(mask)
+
+
+def job(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    world = mx.distributed.init()
+    rank, size = world.rank(), world.size()
+    net = model(options.get("dtype", "float32"))
+    rate = 0.02
+    if options.get("differs") == "parameters" and rank == 1:
+        net.layers[0].bias = net.layers[0].bias + 1e-6
+    if options.get("differs") == "settings" and rank == 1:
+        rate = 0.03
+    optimizer = ca.AdamW(rate, bias_correction=True, max_grad_norm=0.5, skip_nonfinite=True)
+    accumulate = options.get("accumulate", 1)
+    count_calls.limit = options.get("limit", reduce.LIMIT)
+    step = ca.make_step(
+        net,
+        masked_error,
+        optimizer,
+        accumulate=accumulate,
+        weighted=True,
+        group=world,
+        reduce_dtype=options.get("reduce_dtype", "float32"),
+    )
+    bytes_sent.clear()
+    count_calls.counts.clear()
+    losses, norms, votes = [], [], []
+    for index in range(options.get("batches", 6)):
+        x, mask = batch(index, index == options.get("poisoned"))
+        step.vote = float(rank + 1 if index == 1 else 0)
+        result = step(x[rank::size], mask[rank::size])
+        tokens = result.aux[0].astype(mx.float32)
+        sums = all_sum(mx.stack([mx.where(tokens > 0, result.loss * tokens, 0.0), tokens]), group=world)
+        losses.append((sums[0] / sums[1]).item())
+        if result.updated:
+            assert result.grad_norm is not None
+            norms.append(result.grad_norm.item())
+            votes.append(None if result.votes is None else result.votes.item())
+    ca.save_checkpoint(f"{name}-checkpoint", step)  # in the middle of a window, if there is one
+    flushed = step.flush()
+    if flushed is not None:
+        losses.append(flushed.loss.item())
+    arrays = dict(tree_flatten(net.parameters())) | {"losses": mx.array(losses), "norms": mx.array(norms)}
+    mx.save_safetensors(f"{name}-{rank}.safetensors", arrays)
+    assert optimizer.skipped is not None
+    counts = {"bytes": list(bytes_sent), "calls": list(count_calls.counts)}
+    return counts | {"votes": votes, "traces": step.traces, "skipped": optimizer.skipped.item()}
+
+
+if __name__ == "__main__":
+    mx.distributed.all_sum = counted
+    for name, options in json.loads(sys.argv[1]).items():
+        try:
+            print(json.dumps(job(name, options)))
+        except ValueError as error:
+            print(json.dumps({"error": str(error)}))
