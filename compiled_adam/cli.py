@@ -19,10 +19,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     0; 1 for training that could not go on; 2 for input that cannot be used; 130 after Ctrl-C, 143 after SIGTERM.
     """
     parser = _parser()
-    # What follows `lora` is for mlx-lm's parser, whose import takes a second.
+    # What follows `lora` and `plan` is for mlx-lm's parser, whose import takes a second.
     arguments, rest = parser.parse_known_args(argv)
     arguments.rest = rest
-    if rest and arguments.command is not _lora:
+    if rest and arguments.command not in (_lora, _plan):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         arguments.command(arguments)
@@ -68,6 +68,12 @@ def _parser() -> argparse.ArgumentParser:
         "lora", help="fine-tune a model: mlx_lm.lora's flags and files (see lora --help)", add_help=False
     )
     lora.set_defaults(command=_lora)
+    plan = commands.add_parser(
+        "plan",
+        help="memory and communication of a job, from the model's config alone (see plan --help)",
+        add_help=False,
+    )
+    plan.set_defaults(command=_plan)
     report = commands.add_parser("report", help="draw the runs in one or more adapter folders as one HTML file")
     report.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="where `lora` wrote its adapters")
     report.add_argument("--out", type=Path, help="the file to write (default: report.html in the first folder)")
@@ -90,6 +96,14 @@ def _lora(arguments: argparse.Namespace) -> None:
         raise ImportError(f"fine-tuning needs mlx-lm ({error}); pip install 'compiled-adam[lm]'") from error
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     lora_command.main(arguments.rest)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    try:
+        from . import plan  # here, because it imports mlx-lm
+    except ImportError as error:
+        raise ImportError(f"plan needs mlx-lm ({error}); pip install 'compiled-adam[lm]'") from error
+    plan.main(arguments.rest)
 
 
 def _show_warning(message: Warning | str, *_: object) -> None:

@@ -39,9 +39,12 @@ KEPT = 2  # checkpoints, unless --keep-checkpoints says otherwise
 _YAML_ONLY = {"hf_dataset", "prompt_feature", "completion_feature", "text_feature", "chat_feature"}
 
 
-def settings(argv: Sequence[str]) -> types.SimpleNamespace:
-    """Command line before YAML before defaults, as in mlx-lm; an unknown YAML key is a ValueError that names it."""
-    found = vars(parser().parse_args(argv))
+def settings(argv: Sequence[str], made: argparse.ArgumentParser | None = None) -> types.SimpleNamespace:
+    """Command line before YAML before defaults, as in mlx-lm; an unknown YAML key is a ValueError that names it.
+
+    ``made`` is a `parser` with more options; default: without.
+    """
+    found = vars((made or parser()).parse_args(argv))
     defaults = {**mlx_lm_lora.CONFIG_DEFAULTS, **OURS}
     if found["config"]:
         with open(found["config"]) as file:
