@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from . import measure, numerics
+from . import distributed, measure, numerics
 from .contenders import CONTENDERS
 from .workloads import DTYPES, WORKLOADS, arrays, parameter_count
 
@@ -35,6 +35,7 @@ def main() -> int:
         "saving": _saving,
         "numerics": _numerics,
         "quality": _quality,
+        "distributed": lambda arguments, _: distributed.compare(arguments.seconds),
     }[arguments.what]
     record[arguments.what], table = run(arguments, record["environment"])
     console.print(table)
@@ -175,7 +176,7 @@ def _cells(row: dict[str, Any], *, first: bool) -> list[str]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
-        "what", nargs="?", choices=["update", "step", "saving", "numerics", "quality"], default="update"
+        "what", nargs="?", choices=["update", "step", "saving", "numerics", "quality", "distributed"], default="update"
     )
     parser.add_argument("--steps", type=int, default=600, help="of training, for quality (default: 600)")
     parser.add_argument("--model", type=Path, help="for step: a folder with a model (default: the demo's)")
