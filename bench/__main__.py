@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+<<<<<<< HEAD
 from . import measure, memory, models, numerics, plots, tables, update
 from .contenders import CONTENDERS, DEFAULT, named
 from .environment import SCHEMA, blas_hint, environment
@@ -138,6 +139,11 @@ PARTS: dict[str, Callable[[Bench], Outcome]] = {
     "numerics": Bench.numerics,
     "quality": Bench.quality,
 }
+=======
+from . import distributed, measure, numerics
+from .contenders import CONTENDERS
+from .workloads import DTYPES, WORKLOADS, arrays, parameter_count
+>>>>>>> 0717eadc8726a685b141ff41ff42acabf4696ef4
 
 
 def main() -> int:
@@ -153,11 +159,26 @@ def main() -> int:
         bench.remarks.append(f"the machine was busy when this began: load {bench.environment['load_average']:.1f}")
     console = Console()
     if not console.is_terminal:
+<<<<<<< HEAD
         console.width = 160  # a pipe has no width, and 80 columns would break the rows
     for table in bench.run():
         console.print(table)
     for remark in bench.remarks:
         console.print(remark, markup=False, highlight=False, soft_wrap=True)
+=======
+        console.width = 140  # a pipe has no width, and 80 columns would break the rows
+    record: dict[str, Any] = {"environment": measure.environment()}
+    run: Callable[[argparse.Namespace, dict[str, Any]], tuple[Any, Table]] = {
+        "update": _update,
+        "step": _step,
+        "saving": _saving,
+        "numerics": _numerics,
+        "quality": _quality,
+        "distributed": lambda arguments, _: distributed.compare(arguments.seconds),
+    }[arguments.what]
+    record[arguments.what], table = run(arguments, record["environment"])
+    console.print(table)
+>>>>>>> 0717eadc8726a685b141ff41ff42acabf4696ef4
     if arguments.json:
         arguments.json.write_text(json.dumps(bench.record, indent=1) + "\n")
     if arguments.plot:
@@ -206,6 +227,7 @@ _seconds.__name__, _steps.__name__ = "number of seconds", "number of steps"  # a
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+<<<<<<< HEAD
     add = parser.add_argument
     add("what", nargs="?", choices=[*PARTS, "all"], default="update", help="default: update")
     add("--quick", action="store_true", help="less of everything, and the smaller workloads")
@@ -216,6 +238,10 @@ def _parser() -> argparse.ArgumentParser:
         "--model",
         metavar="PATH_OR_ID",
         help="for update and memory: LoRA r=8 and full trees of this one; for step: this",
+=======
+    parser.add_argument(
+        "what", nargs="?", choices=["update", "step", "saving", "numerics", "quality", "distributed"], default="update"
+>>>>>>> 0717eadc8726a685b141ff41ff42acabf4696ef4
     )
     add("--dtype", action="append", choices=list(DTYPES), help="of the parameters; repeatable")
     add(

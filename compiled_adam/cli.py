@@ -21,10 +21,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     130 after Ctrl-C, 143 after SIGTERM.
     """
     parser = _parser()
+<<<<<<< HEAD
     # What follows `lora` is for mlx-lm's parser, whose import takes a second; `schedule` has a parser for each name.
     arguments, rest = parser.parse_known_args(argv)
     arguments.rest = rest
     if rest and arguments.command not in (_lora, _schedule):
+=======
+    # What follows `lora` and `plan` is for mlx-lm's parser, whose import takes a second.
+    arguments, rest = parser.parse_known_args(argv)
+    arguments.rest = rest
+    if rest and arguments.command not in (_lora, _plan):
+>>>>>>> 0717eadc8726a685b141ff41ff42acabf4696ef4
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         code: int | None = arguments.command(arguments)
@@ -70,6 +77,12 @@ def _parser() -> argparse.ArgumentParser:
         "lora", help="fine-tune a model: mlx_lm.lora's flags and files (see lora --help)", add_help=False
     )
     lora.set_defaults(command=_lora)
+    plan = commands.add_parser(
+        "plan",
+        help="memory and communication of a job, from the model's config alone (see plan --help)",
+        add_help=False,
+    )
+    plan.set_defaults(command=_plan)
     report = commands.add_parser("report", help="draw the runs in one or more adapter folders as one HTML file")
     report.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="where `lora` wrote its adapters")
     report.add_argument("--out", type=Path, help="the file to write (default: report.html in the first folder)")
@@ -118,6 +131,14 @@ def _lora(arguments: argparse.Namespace) -> None:
         raise ImportError(f"fine-tuning needs mlx-lm ({error}); pip install 'compiled-adam[lm]'") from error
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     lora_command.main(arguments.rest)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    try:
+        from . import plan  # here, because it imports mlx-lm
+    except ImportError as error:
+        raise ImportError(f"plan needs mlx-lm ({error}); pip install 'compiled-adam[lm]'") from error
+    plan.main(arguments.rest)
 
 
 def _show_warning(message: Warning | str, *_: object) -> None:

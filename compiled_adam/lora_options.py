@@ -40,12 +40,13 @@ KEPT = 2  # checkpoints, unless --keep-checkpoints says otherwise
 YAML_ONLY = {"hf_dataset", "prompt_feature", "completion_feature", "text_feature", "chat_feature"}
 
 
-def settings(argv: Sequence[str]) -> types.SimpleNamespace:
+def settings(argv: Sequence[str], made: argparse.ArgumentParser | None = None) -> types.SimpleNamespace:
     """Command line before YAML before defaults, as in mlx-lm; an unknown YAML key is a ValueError that names it.
 
-    ``given`` has the names of our options that the command line has.
+    ``made`` is a `parser` with more options; default: without. ``given`` has the names of our options that the command
+    line has.
     """
-    found = vars(parser().parse_args(argv))
+    found = vars((made or parser()).parse_args(argv))
     given = sorted(name for name in OURS if found[name] is not None)
     defaults = {**mlx_lm_lora.CONFIG_DEFAULTS, **OURS}
     if found["config"]:

@@ -1,9 +1,10 @@
 """Sums over all workers of a group, packed into few calls: what makes N workers one big batch.
 
 Each worker has sums over its own part of the batch: of weighted gradients, of weights and of losses. Their sums over
-the workers are those of the whole batch. Leaves are packed, in their order, into buffers of at most `LIMIT` bytes; a
-larger leaf goes alone, as it is. In float32 a few scalars ride in the first buffer. Half precision could not hold
-them, nor the weighted sums: then the scalars are summed first, and the buffers carry each worker's part of the mean.
+the workers are those of the whole batch. If all of it is at most sixteen times `LIMIT`, as it is with adapters, it is
+communicated in one call. Otherwise leaves are packed, in their order, into buffers of at most `LIMIT` bytes, and a
+larger leaf goes alone, as it is. In float32 a few scalars ride in the first buffer. Half precision could not hold them,
+nor the weighted sums: then the scalars are summed first, and the buffers carry each worker's part of the mean.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 LIMIT = 32 * 2**20  # bytes; what MLX's own average_gradients packs
+AT_ONCE = 16  # times the limit
 SCALARS = 3  # weight, loss and votes
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "param": None}
 
@@ -39,9 +41,14 @@ class Sums(NamedTuple):
 def buffers(sizes: Sequence[int], dtypes: Sequence[mx.Dtype], limit: int = LIMIT) -> list[Buffer]:
     """The calls of `mean_over_workers` for leaves of so many elements, communicated in these dtypes, in order.
 
-    >>> [(b.leaves, b.nbytes) for b in buffers([10, 20, 100, 5], [mx.float32] * 4, limit=200)]
-    [((0, 1), 132), ((2,), 400), ((3,), 20)]
+    >>> [(b.leaves, b.nbytes) for b in buffers([3, 2, 100, 5], [mx.float32] * 4, limit=26)]
+    [((0,), 24), ((1,), 8), ((2,), 400), ((3,), 20)]
+    >>> [(b.leaves, b.nbytes) for b in buffers([3, 2, 100, 5], [mx.float32] * 4, limit=32)]
+    [((0, 1, 2, 3), 452)]
     """
+    total = 4 * SCALARS + sum(size * dtype.size for size, dtype in zip(sizes, dtypes, strict=True))
+    if total <= AT_ONCE * limit:
+        limit = total
     rides = all(dtype == mx.float32 for dtype in dtypes)
     packed: list[tuple[list[int], int, mx.Dtype]] = [([], SCALARS, mx.float32)]
     for i, (size, dtype) in enumerate(zip(sizes, dtypes, strict=True)):

@@ -26,7 +26,7 @@ JOBS: dict[str, dict] = {
     "plain": {},
     "accumulated": {"accumulate": 3, "batches": 8},  # the last window has two of three
     "poisoned": {"accumulate": 2, "poisoned": 2},
-    "packed": {"limit": 60},
+    "packed": {"limit": 12},
     "half": {"dtype": "bfloat16", "reduce_dtype": "param"},
     "half, exact": {"dtype": "bfloat16"},
 }
@@ -84,7 +84,7 @@ def test_one_pass_over_the_bytes(count: int, steps) -> None:
     assert [printed["plain"]["bytes"] for printed in steps[1][1]] == [[]]
     assert steps[count][1][0]["plain"]["bytes"] == [4 * (sum(SIZES) + reduce.SCALARS)]
     assert steps[count][1][0]["half"]["bytes"] == [4 * reduce.SCALARS, 2 * sum(SIZES)]
-    assert len(steps[count][1][0]["packed"]["bytes"]) == 4
+    assert steps[count][1][0]["packed"]["bytes"] == [12, 128, 32, 32, 4]
 
 
 def test_votes_are_summed(steps) -> None:
@@ -249,7 +249,7 @@ def test_a_signal_at_one_worker_stops_all_at_the_same_step(fine: Fine) -> None:
 
 
 def test_a_silent_worker_is_noticed(fine: Fine) -> None:
-    command = fine.arguments("lora", "silent", "--iters", "2000", "--worker-timeout", "2")
+    command = fine.arguments("lora", "silent", "--iters", "2000", "--worker-timeout", "1")
     with launch.workers(2, fine.folder, *fine.program(command)) as processes:
         until((fine.folder / "silent" / "checkpoints" / f"{5:07d}").exists)
         processes[1].send_signal(signal.SIGSTOP)
@@ -272,3 +272,13 @@ def test_workers_that_were_started_differently(fine: Fine) -> None:
         ended = launch.outputs(processes)
     for code, out in ended:
         assert code == 2 and "rank 1 differs from rank 0" in out and "lora_a" in out, out
+
+
+@pytest.mark.long
+def test_the_bench_counts_what_is_planned() -> None:
+    from bench import distributed
+
+    for count in (1, 2):
+        found = distributed.measure(count, seconds=1.0)["contenders"]["compiled_adam"]
+        expected = distributed.expected_bytes() if count > 1 else []
+        assert (found["calls"], found["bytes"]) == (len(expected), sum(expected))

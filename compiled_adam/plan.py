@@ -1,0 +1,246 @@
+"""``compiled-adam plan``: what a job of ``compiled-adam lora`` needs, computed from the model's config.json alone.
+
+The model is built of mlx-lm's classes, whose arrays are lazy: their shapes are all that is read, so that a model of any
+size is planned in a second and in no memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.utils import _get_classes
+from rich.console import Console
+from rich.table import Table
+
+from . import reduce
+from .lora_command import make_optimizer, make_trainable
+from .lora_options import parser, settings
+from .moments import POLICIES
+
+GB = 1e9
+_DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+
+
+class State(NamedTuple):
+    """What an optimizer keeps, in bytes."""
+
+    moments: int
+    residuals: int
+
+
+class Plan(NamedTuple):
+    """What a job needs, in bytes where nothing else is said. Activations are not in it: they depend on the batch."""
+
+    parameters: int  # how many the model has without adapters; of a quantized one, those it stands for
+    trainable: int  # how many are trained
+    dtype: str  # of weights that are not quantized; bfloat16 if the config does not say
+    weights: int
+    gradients: int
+    window: int  # float32 sums of accumulated gradients
+    exchange: int  # a float32 copy of the gradients, packed; 0 with one worker
+    states: dict[str, State]  # by moments policy, or by the optimizer's name if it has none
+    calls: list[int]  # what each all_sum of an update communicates; none with one worker
+    workers: int
+
+    def total(self, policy: str) -> int:
+        """Everything at once, which is when an update happens."""
+        return self.weights + self.gradients + self.window + self.exchange + sum(self.states[policy])
+
+    def traffic(self) -> float:
+        """Bytes that each worker sends per update, and receives, in a ring: twice its share of all others' parts."""
+        return 2 * (self.workers - 1) / self.workers * sum(self.calls)
+
+    def seconds(self, link: float) -> float:
+        """Communication per update, at ``link`` bytes per second in each direction at once, without latency."""
+        return self.traffic() / link
+
+
+def plan(config: Mapping[str, Any], args: types.SimpleNamespace, workers: int = 1) -> Plan:
+    """The plan of a job with the settings ``args``, as `lora_options.settings` gives them, for a model's ``config``.
+
+    Raises:
+        ValueError: a config that mlx-lm has no model for, or options that contradict each other.
+    """
+    args = types.SimpleNamespace(**vars(args))
+    model, parameters, dtype = _model(config)
+    make_trainable(args, model)
+    trainable = _arrays(model.trainable_parameters())
+    count = sum(p.size for p in trainable.values())
+    many = workers > 1
+    dtypes = [reduce.DTYPES[args.reduce_dtype] or p.dtype for p in trainable.values()]
+    buffers = reduce.buffers([p.size for p in trainable.values()], dtypes) if many else []
+    return Plan(
+        parameters,
+        count,
+        dtype,
+        weights=_bytes(model.parameters()),
+        gradients=_bytes(trainable),
+        window=4 * count if args.grad_accumulation_steps > 1 else 0,
+        exchange=4 * count if many else 0,
+        states=_states(args, model.trainable_parameters()),
+        calls=[buffer.nbytes for buffer in buffers],
+        workers=workers,
+    )
+
+
+def _model(config: Mapping[str, Any]) -> tuple[nn.Module, int, str]:
+    text = config.get("text_config") or {}
+    dtype = str(config.get("torch_dtype") or config.get("dtype") or text.get("torch_dtype") or "bfloat16")
+    if dtype not in _DTYPES:
+        raise ValueError(f"the config's torch_dtype is {dtype!r}; it must be one of {', '.join(_DTYPES)}")
+    try:
+        model_class, args_class = _get_classes(dict(config))
+        model = model_class(args_class.from_dict(dict(config)))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"the config is not one that mlx-lm can build a model of: {error!r}") from error
+    model.set_dtype(_DTYPES[dtype])
+    parameters = sum(p.size for p in _arrays(model.parameters()).values())
+    if quantization := config.get("quantization"):
+        _quantize(model, quantization)
+    return model, parameters, dtype
+
+
+def _quantize(model: nn.Module, quantization: Mapping[str, Any]) -> None:
+    """As mlx-lm's converted models are: all alike, or with exceptions by path."""
+
+    def chosen(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        if not hasattr(module, "to_quantized"):
+            return False
+        own = quantization.get(path, True)
+        return own if isinstance(own, (bool, dict)) else True
+
+    shared = {name: value for name, value in quantization.items() if name in ("group_size", "bits", "mode")}
+    nn.quantize(model, **shared, class_predicate=chosen)
+
+
+def _states(args: types.SimpleNamespace, trainable: dict) -> dict[str, State]:
+    name = args.optimizer.lower()
+    found = {}
+    for policy in POLICIES if name in ("adam", "adamw") else (name,):
+        own = types.SimpleNamespace(**vars(args))
+        if policy in POLICIES:
+            own.moments = policy
+        optimizer = make_optimizer(own)
+        optimizer.init(trainable)
+        arrays = _arrays(optimizer.state)
+        residuals = sum(a.nbytes for path, a in arrays.items() if path.endswith(".residual"))
+        found[policy] = State(sum(a.nbytes for a in arrays.values()) - residuals, residuals)
+    return found
+
+
+def _arrays(tree: Any) -> dict[str, mx.array]:
+    found: Any = tree_flatten(tree)
+    return dict(found)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(array.nbytes for array in _arrays(tree).values())
+
+
+# The command.
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the command line ``argv``; raises ValueError or OSError for what cannot be planned."""
+    args = settings(argv, _parser())
+    for name in ("workers", "link", "memory"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"{name} is {value!r}; it must be above 0")
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120
+    made = plan(read_config(args.planned), args, args.workers)
+    memory, where = (args.memory * GB, "") if args.memory else (_memory_here(), " of this machine")
+    for line in describe(made, args.link):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(table(made, memory, f"{memory / GB:.0f} GB{where}"))
+
+
+def read_config(name: str) -> dict[str, Any]:
+    """The config of a model: a folder that has a config.json, that file, or a name in the cache of Hugging Face."""
+    file = Path(name)
+    if file.is_dir():
+        file = file / "config.json"
+    elif not file.exists():
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(name, "config.json") if name.count("/") == 1 else None
+        if not isinstance(cached, str):
+            raise ValueError(f"{name} is no folder, and not in the cache of Hugging Face; name a config.json")
+        file = Path(cached)
+    try:
+        config = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} is not the config of a model")
+    return config
+
+
+def describe(made: Plan, link: float) -> list[str]:
+    """Lines about everything that is the same for all policies; ``link`` in GB/s."""
+    lines = [
+        f"{_count(made.parameters)} parameters, {made.dtype} where not quantized; {_count(made.trainable)} trained",
+        f"weights {_gb(made.weights)}, gradients {_gb(made.gradients)}"
+        + (f", accumulated {_gb(made.window)}" if made.window else "")
+        + (f", exchanged {_gb(made.exchange)}" if made.exchange else ""),
+    ]
+    if made.calls:
+        calls = f"{len(made.calls)} call{'s' if len(made.calls) > 1 else ''}"
+        lines.append(
+            f"{made.workers} workers: {calls} of together {_gb(sum(made.calls))} per update, of which each sends"
+            f" {_gb(made.traffic())}: {made.seconds(link * GB):.3g} s at {link:g} GB/s"
+        )
+    return [*lines, "activations come on top, and depend on --batch-size, --max-seq-length and --grad-checkpoint"]
+
+
+def table(made: Plan, memory: float, name: str) -> Table:
+    """A row for each policy, with what is left of the ``memory``."""
+    rows = Table()
+    for column in ("moments", "bytes of moments", "of residuals", "total", f"left of {name}"):
+        rows.add_column(column, justify="right" if column != "moments" else "left")
+    for policy, state in made.states.items():
+        left = memory - made.total(policy)
+        fits = _gb(left) if left >= 0 else f"does not fit, {_gb(-left)} too much"
+        rows.add_row(policy, _gb(state.moments), _gb(state.residuals), _gb(made.total(policy)), fits)
+    return rows
+
+
+def _gb(nbytes: float) -> str:
+    return f"{nbytes / GB:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.1f} M"
+
+
+def _memory_here() -> float:
+    known = mx.device_info().get("memory_size")
+    return float(known) if known else float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def _parser() -> argparse.ArgumentParser:
+    made = parser()
+    made.prog = "compiled-adam plan"
+    made.description = "What a job needs, from the model's config.json alone; takes the options of compiled-adam lora."
+    made.epilog = None
+    ours = made.add_argument_group("planning")
+    ours.add_argument(
+        "planned", metavar="MODEL", help="A folder with a config.json, that file, or a cached model's name."
+    )
+    ours.add_argument("--workers", type=int, default=1, metavar="N", help="Processes that share a batch. Default: 1.")
+    ours.add_argument(
+        "--link", type=float, default=5.0, metavar="GB/S", help="Between workers, each way. Default: 5, Thunderbolt 4."
+    )
+    ours.add_argument("--memory", type=float, metavar="GB", help="Of each worker. Default: this machine's.")
+    return made

@@ -1,0 +1,122 @@
+"""The plan of a job has the bytes that the job's arrays have."""
+
+from __future__ import annotations
+
+import json
+import types
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm import load
+
+from bench import scaling
+from compiled_adam import cli, plan
+from compiled_adam.lora_command import make_optimizer, make_trainable
+from compiled_adam.lora_options import settings
+from compiled_adam.moments import POLICIES
+
+
+def nbytes(tree) -> int:
+    return sum(array.nbytes for _, array in tree_flatten(tree))
+
+
+def options(*argv: str) -> types.SimpleNamespace:
+    return settings(["--train", "--optimizer", "adamw", "--num-layers", "2", *argv])
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "full"])
+def test_bytes_are_those_of_the_arrays(kind: str, tiny_model: Path) -> None:
+    args = options("--fine-tune-type", kind)
+    made = plan.plan({**plan.read_config(str(tiny_model)), "torch_dtype": "float32"}, args)
+    model = load(str(tiny_model))[0]
+    assert made.parameters == sum(p.size for _, p in tree_flatten(model.parameters()))
+    make_trainable(args, model)
+    assert made.weights == nbytes(model.parameters())
+    assert made.gradients == nbytes(model.trainable_parameters())
+    assert list(made.states) == list(POLICIES)
+    for policy, state in made.states.items():
+        optimizer = make_optimizer(types.SimpleNamespace(**{**vars(args), "moments": policy}))
+        optimizer.init(model.trainable_parameters())
+        assert sum(state) == nbytes(optimizer.state)
+        assert state.residuals == 0
+    assert made.calls == [] and made.exchange == 0 and made.traffic() == 0
+
+
+def test_half_precision_and_quantized_models(tiny_model: Path) -> None:
+    config = {**plan.read_config(str(tiny_model)), "torch_dtype": "bfloat16"}
+    made = plan.plan(config, options("--fine-tune-type", "full", "--grad-accumulation-steps", "2"), workers=2)
+    assert made.gradients == 2 * made.trainable and made.window == made.exchange == 4 * made.trainable
+    for policy, per_parameter in (("float32", 10), ("bfloat16", 6), ("param", 6)):
+        assert sum(made.states[policy]) == pytest.approx(per_parameter * made.trainable, rel=1e-3)
+        assert made.states[policy].residuals == 2 * made.trainable
+    quantized = plan.plan({**config, "quantization": {"group_size": 32, "bits": 4}}, options())
+    assert quantized.parameters == made.parameters
+    # 4 bits and, for each 32 weights, a scale and a bias of 2 bytes: 5 bits instead of 16. Adapters are float32.
+    adapters = 4 * quantized.trainable
+    assert quantized.weights - adapters == pytest.approx(made.weights * 5 / 16, rel=0.02)
+
+
+def test_communication(tiny_model: Path) -> None:
+    config = {**plan.read_config(str(tiny_model)), "torch_dtype": "bfloat16"}
+    lora = plan.plan(config, options(), workers=4)
+    assert lora.calls == [4 * (lora.trainable + 3)]
+    assert lora.traffic() == 1.5 * sum(lora.calls) and lora.seconds(1e9) == lora.traffic() / 1e9
+    full = plan.plan(config, options("--fine-tune-type", "full", "--reduce-dtype", "param"), workers=2)
+    assert full.calls == [12, 2 * full.trainable]
+    # One call for every size with LoRA; bounded buffers for more.
+    assert all(len(scaling.planned(name, "LoRA", 64).calls) == 1 for name in scaling.MODELS)
+    large = scaling.planned("Llama 3.2 1B", "full", 2)
+    assert sum(large.calls) == 4 * (large.trainable + 3) and max(large.calls) == 4 * 2048 * 8192
+
+
+def test_nothing_is_computed_for_a_large_model() -> None:
+    mx.reset_peak_memory()
+    made = scaling.planned("Llama 3.1 70B", "full", 64)
+    assert mx.get_peak_memory() < 100e6
+    assert made.parameters == 70_553_706_496
+
+
+def test_published_numbers_of_parameters() -> None:
+    published = {"SmolLM2 135M": 0.1345, "Llama 3.2 1B": 1.236, "Llama 3.1 8B": 8.030, "Qwen2.5 32B": 32.76}
+    for name, billions in published.items():
+        assert scaling.planned(name, "LoRA", 1).parameters / 1e9 == pytest.approx(billions, rel=1e-3)
+
+
+def test_the_page_is_what_is_computed() -> None:
+    assert scaling.PAGE.read_text() == scaling.page(), "run python -m bench.scaling"
+
+
+def test_command(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(tiny_model / "config.json")
+    assert (
+        cli.main(["plan", "--batch-size", "2", config, "--workers", "2", "--memory", "0.0001", "--num-layers", "1"])
+        == 0
+    )
+    out = capsys.readouterr().out
+    assert "2 workers: 1 call of together" in out and "at 5 GB/s" in out and "does not fit" in out
+    assert all(policy in out for policy in POLICIES)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "is not the config of a model"),
+        (json.dumps({"model_type": "llama"}), "not one that mlx-lm can build"),
+        (json.dumps({"model_type": "no such"}), "not supported"),
+        (json.dumps({"model_type": "llama", "torch_dtype": "float8"}), "torch_dtype is 'float8'"),
+    ],
+)
+def test_configs_that_cannot_be_used(content: str, message: str, tmp_path: Path, capsys) -> None:
+    (tmp_path / "config.json").write_text(content)
+    assert cli.main(["plan", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_arguments_that_cannot_be_used(tiny_model: Path, capsys) -> None:
+    assert cli.main(["plan", "no/such"]) == 2
+    assert "not in the cache of Hugging Face" in capsys.readouterr().err
+    assert cli.main(["plan", str(tiny_model), "--workers", "0"]) == 2
+    assert "workers is 0" in capsys.readouterr().err
