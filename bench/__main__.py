@@ -14,7 +14,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-<<<<<<< HEAD
 from . import measure, memory, models, numerics, plots, tables, update
 from .contenders import CONTENDERS, DEFAULT, named
 from .environment import SCHEMA, blas_hint, environment
@@ -28,7 +27,7 @@ OPTIONS = {
     "dtype": {"update", "memory", "quality"},
     "contender": {"update", "memory"},
     "model": {"update", "memory", "step"},
-    "seconds": {"update"},
+    "seconds": {"update", "distributed"},
     "scale": {"update"},
     "steps": {"quality"},
     "plot": {"update", "quality"},
@@ -115,6 +114,12 @@ class Bench:
                     print(f"trained {dtype} weights, {policy}, seed {seed}: eval loss {loss:.4f}", file=sys.stderr)
         return rows, [tables.quality(rows, self.environment)]
 
+    def distributed(self) -> Outcome:
+        from . import distributed
+
+        record, table = distributed.compare(self.arguments.seconds or (3.0 if self.quick else 20.0))
+        return record, [table]
+
     def _workloads(self) -> dict[str, Callable[[], Shapes]]:
         names = self.arguments.workload
         of_user = self.arguments.workloads_of_model
@@ -138,12 +143,8 @@ PARTS: dict[str, Callable[[Bench], Outcome]] = {
     "saving": Bench.saving,
     "numerics": Bench.numerics,
     "quality": Bench.quality,
+    "distributed": Bench.distributed,
 }
-=======
-from . import distributed, measure, numerics
-from .contenders import CONTENDERS
-from .workloads import DTYPES, WORKLOADS, arrays, parameter_count
->>>>>>> 0717eadc8726a685b141ff41ff42acabf4696ef4
 
 
 def main() -> int:
@@ -159,26 +160,11 @@ def main() -> int:
         bench.remarks.append(f"the machine was busy when this began: load {bench.environment['load_average']:.1f}")
     console = Console()
     if not console.is_terminal:
-<<<<<<< HEAD
         console.width = 160  # a pipe has no width, and 80 columns would break the rows
     for table in bench.run():
         console.print(table)
     for remark in bench.remarks:
         console.print(remark, markup=False, highlight=False, soft_wrap=True)
-=======
-        console.width = 140  # a pipe has no width, and 80 columns would break the rows
-    record: dict[str, Any] = {"environment": measure.environment()}
-    run: Callable[[argparse.Namespace, dict[str, Any]], tuple[Any, Table]] = {
-        "update": _update,
-        "step": _step,
-        "saving": _saving,
-        "numerics": _numerics,
-        "quality": _quality,
-        "distributed": lambda arguments, _: distributed.compare(arguments.seconds),
-    }[arguments.what]
-    record[arguments.what], table = run(arguments, record["environment"])
-    console.print(table)
->>>>>>> 0717eadc8726a685b141ff41ff42acabf4696ef4
     if arguments.json:
         arguments.json.write_text(json.dumps(bench.record, indent=1) + "\n")
     if arguments.plot:
@@ -227,7 +213,6 @@ _seconds.__name__, _steps.__name__ = "number of seconds", "number of steps"  # a
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-<<<<<<< HEAD
     add = parser.add_argument
     add("what", nargs="?", choices=[*PARTS, "all"], default="update", help="default: update")
     add("--quick", action="store_true", help="less of everything, and the smaller workloads")
@@ -238,10 +223,6 @@ def _parser() -> argparse.ArgumentParser:
         "--model",
         metavar="PATH_OR_ID",
         help="for update and memory: LoRA r=8 and full trees of this one; for step: this",
-=======
-    parser.add_argument(
-        "what", nargs="?", choices=["update", "step", "saving", "numerics", "quality", "distributed"], default="update"
->>>>>>> 0717eadc8726a685b141ff41ff42acabf4696ef4
     )
     add("--dtype", action="append", choices=list(DTYPES), help="of the parameters; repeatable")
     add(

@@ -21,17 +21,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     130 after Ctrl-C, 143 after SIGTERM.
     """
     parser = _parser()
-<<<<<<< HEAD
-    # What follows `lora` is for mlx-lm's parser, whose import takes a second; `schedule` has a parser for each name.
+    # What follows `lora` and `plan` is for mlx-lm's parser, whose import takes a second; `schedule` has a parser for
+    # each name.
     arguments, rest = parser.parse_known_args(argv)
     arguments.rest = rest
-    if rest and arguments.command not in (_lora, _schedule):
-=======
-    # What follows `lora` and `plan` is for mlx-lm's parser, whose import takes a second.
-    arguments, rest = parser.parse_known_args(argv)
-    arguments.rest = rest
-    if rest and arguments.command not in (_lora, _plan):
->>>>>>> 0717eadc8726a685b141ff41ff42acabf4696ef4
+    if rest and arguments.command not in (_lora, _plan, _schedule):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         code: int | None = arguments.command(arguments)

@@ -119,21 +119,7 @@ def _train(
 ) -> None:
     base = fingerprint.of_arrays(dict(tree_flatten(model.parameters()))) if _checkpoints(args) or args.resume else None
     mx.random.seed(args.seed)
-<<<<<<< HEAD
-    model.freeze()
-    if args.num_layers > len(model.layers):
-        raise ValueError(f"num_layers is {args.num_layers}, but the model has {len(model.layers)} layers")
-    if args.fine_tune_type == "full":
-        for layer in model.layers[-max(args.num_layers, 0) :]:
-            layer.unfreeze()
-        args.lora_parameters = None
-    else:
-        dora = args.fine_tune_type == "dora"
-        with _readable(f"lora_parameters {args.lora_parameters}"):
-            linear_to_lora_layers(model, args.num_layers, args.lora_parameters, use_dora=dora)
-=======
     make_trainable(args, model)
->>>>>>> 0717eadc8726a685b141ff41ff42acabf4696ef4
     if args.resume_adapter_file is not None:
         with _readable(f"resume_adapter_file {args.resume_adapter_file}"):
             model.load_weights(args.resume_adapter_file, strict=False)
@@ -201,7 +187,8 @@ def make_trainable(args: types.SimpleNamespace, model: nn.Module) -> None:
         args.lora_parameters = None
     else:
         dora = args.fine_tune_type == "dora"
-        linear_to_lora_layers(model, args.num_layers, args.lora_parameters, use_dora=dora)
+        with _readable(f"lora_parameters {args.lora_parameters}"):
+            linear_to_lora_layers(model, args.num_layers, args.lora_parameters, use_dora=dora)
 
 
 def _checkpoints(args: types.SimpleNamespace) -> int:
