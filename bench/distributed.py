@@ -43,8 +43,8 @@ class Arrays(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.arrays = list(arrays(WORKLOADS[WORKLOAD], mx.float32, 0.02, seed=0).values())
-        self.gradients = list(arrays(WORKLOADS[WORKLOAD], mx.float32, 1e-3, seed=1).values())
+        self.arrays = list(arrays(WORKLOADS[WORKLOAD](), mx.float32, 0.02, seed=0).values())
+        self.gradients = list(arrays(WORKLOADS[WORKLOAD](), mx.float32, 1e-3, seed=1).values())
         self.freeze(recurse=False, keys=["gradients"])
 
 

@@ -257,7 +257,7 @@ def test_all_runs_every_part(bench, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     parts = {name: lambda bench, name=name: (ran.append(name), []) for name in command.PARTS}
     monkeypatch.setattr(command, "PARTS", parts)
     assert bench("all", "--json", str(tmp_path / "record.json"))[0] == 0
-    assert ran == ["update", "step", "traces", "memory", "saving", "numerics", "quality"]
+    assert ran == ["update", "step", "traces", "memory", "saving", "numerics", "quality", "distributed"]
     assert {*ran, "schema", "environment"} <= json.loads((tmp_path / "record.json").read_text()).keys()
 
 
