@@ -10,9 +10,12 @@ nor the weighted sums: then the scalars are summed first, and the buffers carry 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import mlx.core as mx
+
+from . import window
 
 LIMIT = 32 * 2**20  # bytes; what MLX's own average_gradients packs
 AT_ONCE = 16  # times the limit
@@ -64,37 +67,48 @@ def buffers(sizes: Sequence[int], dtypes: Sequence[mx.Dtype], limit: int = LIMIT
 
 
 def mean_over_workers(
-    sums: Sequence[mx.array],
+    gradients: Sequence[mx.array],
     scalars: Sequence[mx.array],
     group: mx.distributed.Group,
     dtypes: Sequence[mx.Dtype],
+    weight: mx.array | None = None,
     limit: int = LIMIT,
 ) -> Sums:
-    """The weighted mean over all workers of what each has summed with `window.add`.
+    """The weighted mean over all workers of what each has for its part of the batch.
 
     Args:
-        sums: float32 sums of weighted gradients over this worker's part of the batch.
-        scalars: 0-d; the sums of its weights and of its weighted losses, and any number, the vote.
+        gradients: sums of weighted gradients, as `window.add` makes them; with ``weight`` gradients to be weighted.
+        scalars: 0-d; the sums of weights and of weighted losses, and any number, the vote.
         group: the workers. All must call this with leaves of the same shapes.
         dtypes: what each leaf is communicated in.
+        weight: 0-d, of the gradients. Default None: they are weighted already.
         limit: bytes of a buffer.
     """
-    first, *others = buffers([s.size for s in sums], dtypes, limit)
-    packed = mx.stack([scalar.astype(mx.float32) for scalar in scalars])
-    means: list[mx.array] = list(sums)
+    first, *others = buffers([g.size for g in gradients], dtypes, limit)
+    head = mx.stack([scalar.astype(mx.float32) for scalar in scalars])
+    means: list[mx.array] = list(gradients)
+
+    def mine(leaves: Sequence[int]) -> mx.array:
+        """Weighted after they were packed: one kernel instead of one for each leaf."""
+        flat = _flat([gradients[i] for i in leaves])
+        return flat if weight is None else window.weighted(flat, weight)
+
+    def unpack(leaves: Sequence[int], flat: mx.array) -> None:
+        for i, mean in zip(leaves, _split(flat, [gradients[i] for i in leaves]), strict=True):
+            means[i] = mean
+
     # Calls are chained: workers must meet in the same call, and a graph alone does not say in which order they come.
-    head, *summed = _all_sum([packed, *(sums[i] for i in first.leaves)], group, None)
+    packed = mx.concatenate([head, mine(first.leaves)]) if first.leaves else head
+    before = mx.distributed.all_sum(packed, group=group)
+    head = before[:SCALARS]
     total = mx.where(head[0] > 0, head[0], 1.0)
-    for i, s in zip(first.leaves, summed, strict=True):
-        means[i] = s / total
+    if first.leaves:
+        unpack(first.leaves, before[SCALARS:] / total)
     rides = all(dtype == mx.float32 for dtype in dtypes)
-    before = head
     for buffer in others:
-        parts = [sums[i] if rides else (sums[i] / total).astype(dtypes[i]) for i in buffer.leaves]
-        summed = _all_sum(parts, group, before)
-        before = summed[0]
-        for i, s in zip(buffer.leaves, summed, strict=True):
-            means[i] = s / total if rides else s
+        flat = mine(buffer.leaves) if rides else (mine(buffer.leaves) / total).astype(dtypes[buffer.leaves[0]])
+        before = mx.distributed.all_sum(mx.depends(flat, before), group=group)
+        unpack(buffer.leaves, before / total if rides else before)
     return Sums(means, head[0], head[1], head[2])
 
 
@@ -102,7 +116,7 @@ def sum_arrays(arrays: Sequence[mx.array], group: mx.distributed.Group, limit: i
     """Each array summed over all workers, packed likewise; of one dtype. Evaluates them, a buffer at a time."""
     summed: list[mx.array] = []
     for some in _packed(arrays, limit):
-        summed += _all_sum(some, group, None)
+        summed += _split(mx.distributed.all_sum(_flat(some), group=group), some)
         mx.eval(summed)
     return summed
 
@@ -118,13 +132,10 @@ def _packed(arrays: Sequence[mx.array], limit: int) -> Iterator[list[mx.array]]:
         yield some
 
 
-def _all_sum(arrays: Sequence[mx.array], group: mx.distributed.Group, after: mx.array | None) -> list[mx.array]:
-    flat = arrays[0].reshape(-1) if len(arrays) == 1 else mx.concatenate([a.reshape(-1) for a in arrays])
-    if after is not None:
-        flat = mx.depends(flat, after)
-    total = mx.distributed.all_sum(flat, group=group)
-    ends = [0]
-    for array in arrays:
-        ends.append(ends[-1] + array.size)
-    pieces = mx.split(total, ends[1:-1]) if len(arrays) > 1 else [total]
-    return [piece.reshape(array.shape) for piece, array in zip(pieces, arrays, strict=True)]
+def _flat(arrays: Sequence[mx.array]) -> mx.array:
+    return arrays[0].reshape(-1) if len(arrays) == 1 else mx.concatenate([a.reshape(-1) for a in arrays])
+
+
+def _split(flat: mx.array, like: Sequence[mx.array]) -> list[mx.array]:
+    ends = list(accumulate(array.size for array in like))
+    return [piece.reshape(array.shape) for piece, array in zip(mx.split(flat, ends[:-1]), like, strict=True)]

@@ -125,8 +125,7 @@ class TrainStep:
         self._reduce_dtype = reduce_dtype
         self.vote = 0.0
         self.traces = {"grad": 0, "accumulate": 0, "update": 0, "evicted": 0}
-        self._window: window.Window | None = None  # None while it is empty
-        self._filled = 0
+        self._window, self._filled = cast("window.Window | None", None), 0  # None while it is empty
         self._assigned: set[str] = set()  # paths of arrays that are no parameters, but that the forward pass assigns
         self._bind()
         if self._group is not None:
@@ -264,8 +263,7 @@ class TrainStep:
     def description(self) -> dict[str, Any]:
         """What the updates depend on beside the state: options by name, as JSON can hold them."""
         own: dict[str, Any] = {"accumulate": self._accumulate, "weighted": self._weighted}
-        if self._reduce_dtype != "float32":
-            own["reduce_dtype"] = self._reduce_dtype
+        own |= {"reduce_dtype": self._reduce_dtype} if self._reduce_dtype != "float32" else {}
         return own | any_optimizer.description(self._optimizer)
 
     def _trace_add(self, *arguments: Any) -> window.Window:
@@ -278,8 +276,8 @@ class TrainStep:
         self, parameters: list[mx.array], gradients: list[mx.array], weight: mx.array, loss: mx.array
     ) -> _Update:
         scalars = [weight] if self._group is None else [weight, loss, mx.array(self.vote)]
-        settings = any_optimizer.constants(self._optimizer)
-        return _Update(*self._update(parameters, gradients, scalars, self._state.read(), settings))
+        constants = any_optimizer.constants(self._optimizer)
+        return _Update(*self._update(parameters, gradients, scalars, self._state.read(), constants))
 
     def _trace_update(
         self,
@@ -293,12 +291,12 @@ class TrainStep:
         self.traces["update"] += 1
         sums: list[mx.array] = []
         if self._group is not None:
+            own = None
             if self._accumulate == 1:
-                weight, loss, vote = scalars
-                gradients = [window.weighted(g, weight) for g in gradients]
-                scalars = [mx.maximum(weight, 0.0), window.weighted(loss, weight), vote]
+                own, loss, vote = scalars
+                scalars = [mx.maximum(own, 0.0), window.weighted(loss, own), vote]
             dtypes = [reduce.DTYPES[self._reduce_dtype] or p.dtype for p in parameters]
-            gradients, *sums = reduce.mean_over_workers(gradients, scalars, self._group, dtypes)
+            gradients, *sums = reduce.mean_over_workers(gradients, scalars, self._group, dtypes, own)
             gradients = [g.astype(p.dtype) for g, p in zip(gradients, parameters, strict=True)]
         elif self._accumulate > 1:
             gradients = window.mean(gradients, scalars[0], parameters)
