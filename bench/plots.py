@@ -47,8 +47,34 @@ def _figures(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         yield f"update-{dtype}", _bars(rows, f"One AdamW update, {dtype} weights, {where}")
     for sweep, rows in _by(_measured(record.get("scale", [])), "sweep").items():
         yield f"scale-{sweep}", _lines(rows, sweep, where)
+    if record.get("numerics"):
+        yield "numerics", _movement(record["numerics"])
     if record.get("quality"):
         yield "quality", _curves(record["quality"], where)
+
+
+def _movement(rows: list[Row]) -> Any:
+    """How far bfloat16 weights move, by learning rate, as a part of what float32 weights do."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 2.6), layout="constrained")
+    axes = figure.subplots()
+    for contender, label in (("mlx", "mlx.optimizers.AdamW"), ("compiled_adam", "compiled_adam.AdamW")):
+        found = sorted(
+            (row["learning_rate"], 100 * row["movement"])
+            for row in rows
+            if row["dtype"] == "bfloat16" and row["contender"] == contender
+        )
+        axes.plot(
+            *zip(*found, strict=True), "o-", color=_FIXED[OURS if contender == "compiled_adam" else EAGER], label=label
+        )
+    axes.set_xscale("log")
+    axes.set_ylim(-4, 108)
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("movement, %")
+    axes.set_title("bfloat16 weights: movement in 2000 updates, of what float32 weights do")
+    axes.legend()
+    return figure
 
 
 def _bars(rows: list[Row], title: str) -> Any:

@@ -1,15 +1,16 @@
-"""``python -m bench.readme``: writes the tables of README.md from the records in ``bench/results``."""
+"""``python -m bench.readme``: writes the tables and the picture of README.md from the records in ``bench/results``."""
 
 from __future__ import annotations
 
 import json
 import re
 import statistics
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import numerics
+from . import numerics, plots
 
 ROOT = Path(__file__).parent.parent
 
@@ -91,6 +92,15 @@ def rendered(readme: str) -> str:
     return readme
 
 
+def picture() -> str:
+    """What docs/numerics.svg must be: the picture of the numerics record."""
+    record = json.loads((Path(__file__).parent / "results" / "numerics-linux-cpu.json").read_text())
+    with tempfile.TemporaryDirectory() as folder:
+        (file,) = plots.write(record, Path(folder))
+        return file.read_text()
+
+
 if __name__ == "__main__":
+    (ROOT / "docs" / "numerics.svg").write_text(picture())
     path = ROOT / "README.md"
     path.write_text(rendered(path.read_text()))
