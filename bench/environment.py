@@ -13,10 +13,11 @@ from typing import Any
 
 import mlx.core as mx
 
+from compiled_adam.blas import REFERENCE_BLAS, blas
+
 SCHEMA = 1  # of the records: goes up when a field changes its meaning or goes away
 ROOT = Path(__file__).parent.parent
 OTHERS = ("mlx-lm", "numpy", "torch", "jax", "optax")
-REFERENCE_BLAS = "reference BLAS"
 
 
 def environment() -> dict[str, Any]:
@@ -41,29 +42,6 @@ def environment() -> dict[str, Any]:
 def memory_bytes() -> int:
     """Of the whole machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def blas() -> str:
-    """Which library multiplies matrices on the CPU of Linux; elsewhere "as MLX was built".
-
-    MLX's wheel for Linux brings the reference BLAS along; a library that was preloaded takes its place. What other
-    packages bring (NumPy's OpenBLAS, say) is loaded too but serves only them.
-    """
-    try:
-        maps = Path("/proc/self/maps").read_text()
-    except OSError:
-        return "as MLX was built"
-    paths = {Path(line.split()[-1]) for line in maps.splitlines() if "/" in line}
-    return blas_of([path for path in paths if "blas" in path.name.lower() or "mkl" in path.name.lower()])
-
-
-def blas_of(loaded: list[Path]) -> str:
-    """`blas`, of the libraries of that kind that a process has loaded."""
-    foreign = [path for path in loaded if "site-packages" not in path.parts]
-    if foreign:
-        return ", ".join(sorted(path.name for path in foreign))
-    own = [path.name for path in loaded if any(part.startswith("mlx") for part in path.parts)]
-    return f"{REFERENCE_BLAS} ({', '.join(sorted(own))})" if own else "as MLX was built"
 
 
 def blas_hint(used: str) -> str | None:

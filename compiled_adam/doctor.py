@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple, cast
 import mlx.core as mx
 import mlx.nn as nn
 
+from . import blas
 from .graph import kernels
 from .optimizers import AdamW
 from .step import make_step
@@ -234,8 +235,8 @@ def _matmul() -> Finding:
         mx.eval(a @ a)
         seconds.append(time.perf_counter() - start)
     speed = 2 * n**3 / min(seconds) / 1e9
-    found = f"{speed:.0f} GFLOP/s in float32 ({_blas()})"
-    if speed >= SLOW_BLAS or platform.system() != "Linux" or "openblas" in _blas():
+    found = f"{speed:.0f} GFLOP/s in float32 ({blas.blas()})"
+    if speed >= SLOW_BLAS or platform.system() != "Linux" or not blas.blas().startswith(blas.REFERENCE_BLAS):
         return Finding("matmul", "ok", found)
     library = next(iter(sorted(Path("/usr/lib").glob("*/libopenblas.so.0"))), None)
     path = library or f"/usr/lib/{platform.machine()}-linux-gnu/libopenblas.so.0"
@@ -243,16 +244,6 @@ def _matmul() -> Finding:
     return Finding(
         "matmul", "advice", found, f"{install}LD_PRELOAD={path} before the command makes it many times faster"
     )
-
-
-def _blas() -> str:
-    try:
-        maps = Path("/proc/self/maps").read_text()
-    except OSError:
-        return "the system's BLAS"
-    libraries = {Path(line.split()[-1]).name for line in maps.splitlines() if "blas" in line.lower()}
-    # A preloaded one stands before MLX's own.
-    return next((name for name in sorted(libraries) if "openblas" in name), None) or ", ".join(sorted(libraries)) or "?"
 
 
 def _processes() -> Finding:

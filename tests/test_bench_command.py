@@ -16,6 +16,7 @@ import pytest
 from bench import __main__ as command
 from bench import environment, memory, plots, readme, tables, traces, update
 from bench.contenders import CONTENDERS, DEFAULT
+from compiled_adam import blas
 
 ENVIRONMENT = {"mlx": "0", "device": "Device(cpu, 0)", "cores": 2, "blas": "?"}
 # The fields of a record: a reader of one may rely on these. If a field goes or changes its meaning, SCHEMA goes up.
@@ -221,10 +222,10 @@ def test_pictures_without_matplotlib(bench, monkeypatch: pytest.MonkeyPatch, tmp
 def test_blas_that_serves_mlx() -> None:
     packages = Path("/venv/lib/python3.11/site-packages")
     mlx, numpy = packages / "mlx_cpu.libs/libblas-1.so.3", packages / "numpy.libs/libscipy_openblas64_-1.so"
-    assert environment.blas_of([mlx, numpy]) == "reference BLAS (libblas-1.so.3)"
+    assert blas.blas_of([mlx, numpy]) == "reference BLAS (libblas-1.so.3)"
     preloaded = Path("/usr/lib/x86_64-linux-gnu/openblas-pthread/libopenblasp-r0.3.21.so")
-    assert environment.blas_of([mlx, numpy, preloaded]) == "libopenblasp-r0.3.21.so"
-    assert environment.blas_of([numpy]) == environment.blas_of([]) == "as MLX was built"
+    assert blas.blas_of([mlx, numpy, preloaded]) == "libopenblasp-r0.3.21.so"
+    assert blas.blas_of([numpy]) == blas.blas_of([]) == "as MLX was built"
 
 
 def test_hint_to_preload_a_blas(monkeypatch: pytest.MonkeyPatch) -> None:

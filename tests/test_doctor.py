@@ -112,11 +112,11 @@ def test_without_a_backend_the_command_is_a_sentence(run, tmp_path: Path) -> Non
 def test_a_slow_blas(slow: float, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "SLOW_BLAS", slow)
     monkeypatch.setattr(doctor.platform, "system", lambda: "Linux")
-    monkeypatch.setattr(doctor, "_blas", lambda: "libblas.so")
+    monkeypatch.setattr(doctor.blas, "blas", lambda: "reference BLAS (libblas.so)")
     found = doctor._matmul()
     assert found.state == state
     assert ("LD_PRELOAD=/usr/lib/" in found.advice) == (state == "advice")
-    monkeypatch.setattr(doctor, "_blas", lambda: "libopenblas.so.0")
+    monkeypatch.setattr(doctor.blas, "blas", lambda: "libopenblas.so.0")
     assert doctor._matmul().state == "ok"  # nothing better to advise
 
 
