@@ -37,12 +37,14 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         self._last = time.monotonic()
+        self._connections = ring.Connections()
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join()
+        self._connections.close()
 
     def beat(self) -> None:
         """Something was finished that needed the other workers."""
@@ -85,7 +87,7 @@ class Watchdog:
                 continue
             if silent > self.limit():
                 self._end(f"no answer from the other workers for {silent:.0f} s")
-            elif silent > GRACE and ring.is_cut():
+            elif silent > GRACE and self._connections.is_cut():
                 self._end("another worker has ended (its connection is closed)")
 
     def _end(self, why: str) -> None:
