@@ -64,7 +64,8 @@ def test_every_flag_of_lora_is_there() -> None:
     assert len(flags) > 40
     rows = [line for line in text.splitlines() if line.startswith("| `-")]
     named = {flag for row in rows for flag in re.findall(r"`(--?[\w-]+)`", row.split("|")[1])}
-    assert named == flags
+    # mlx-lm 0.31, the last for Python 3.10, lacks one that is documented.
+    assert flags <= named <= flags | {"--trust-remote-code"}
     assert all(key in text for key in ("optimizer_config", "lora_parameters", "lr_schedule"))
 
 
