@@ -165,7 +165,7 @@ def _train(
                 **{name: getattr(args, name, None) for name in _OF_THE_RESULT},
             },
             allow=args.allow_change or (),
-            adapter_config=vars(args),
+            adapter_config={name: value for name, value in vars(args).items() if name != "given"},
             reduce_dtype=args.reduce_dtype,
             worker_timeout=args.worker_timeout,
         )
