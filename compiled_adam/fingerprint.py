@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import cast
 
 import mlx.core as mx
-import numpy as np
 
 _WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 
@@ -63,6 +62,8 @@ def of_file(file: Path) -> str:
 
 def of_numpy() -> str:
     """A digest of NumPy's global random state, from which the order of batches is drawn."""
+    import numpy as np  # here, because only mlx-lm brings it along
+
     return hashlib.sha256(repr([np.asarray(part).tolist() for part in np.random.get_state()]).encode()).hexdigest()[:16]
 
 

@@ -7,11 +7,10 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_flatten
 
 from . import fingerprint
@@ -32,16 +31,15 @@ def gather(group: Group, value: Any) -> list[Any]:
         return [value]
     text = json.dumps(value).encode()
     lengths = _all_gather(group, mx.array([len(text)], mx.int32))
-    padded = np.zeros((1, lengths.max()), np.uint8)
-    padded[0, : len(text)] = np.frombuffer(text, np.uint8)
-    texts = _all_gather(group, mx.array(padded))
-    return [json.loads(row[:length].tobytes()) for row, length in zip(texts, lengths, strict=True)]
+    padded = text.ljust(max(lengths))
+    texts = _all_gather(group, mx.array([list(padded)], mx.uint8))
+    return [json.loads(bytes(row[:length])) for row, length in zip(texts, lengths, strict=True)]
 
 
-def _all_gather(group: Group, array: mx.array) -> np.ndarray:
+def _all_gather(group: Group, array: mx.array) -> Any:
     gathered = mx.distributed.all_gather(array, group=group)
-    mx.eval(gathered)  # raises an error of the communication; a conversion to NumPy loses it, and gives anything
-    return np.array(gathered)
+    mx.eval(gathered)  # raises an error of the communication
+    return gathered.tolist()
 
 
 def check_alike(group: Group, what: Mapping[str, Any]) -> None:
@@ -173,7 +171,7 @@ class Workers:
         mine = [[e["loss"] * e["tokens"] if e["tokens"] else 0.0, e["tokens"]] for e in entries]
         summed = mx.distributed.all_sum(mx.array(mine, mx.float32), group=self.group)
         mx.eval(summed)
-        sums = np.array(summed)
+        sums = cast(list[list[float]], summed.tolist())
         return [
             {**entry, "loss": float(loss / tokens) if tokens else float("nan"), "tokens": int(tokens)}
             for entry, (loss, tokens) in zip(entries, sums, strict=True)

@@ -85,3 +85,16 @@ def test_readme_picture_is_of_the_record() -> None:
     drawn = (ROOT / "docs" / "numerics.svg").read_text()
     assert said(drawn) == said(readme.picture()), "run python -m bench.readme"
     assert "compiled_adam.AdamW" in said(drawn)
+
+
+def test_a_step_needs_neither_numpy_nor_mlx_lm_nor_matplotlib(run) -> None:
+    code = (
+        "import sys\n"
+        "for name in ('numpy', 'mlx_lm', 'matplotlib', 'yaml'): sys.modules[name] = None\n"
+        "import mlx.core as mx, mlx.nn as nn, compiled_adam as ca\n"
+        "step = ca.make_step(nn.Linear(4, 1), lambda model, x: mx.square(model(x) - 1).mean(), ca.AdamW(1e-2))\n"
+        "step(mx.ones((8, 4)))\n"
+        "ca.save_checkpoint('0001', step, {'a': 1}); print(ca.load_checkpoint('0001', step))\n"
+    )
+    done = run("-c", code)
+    assert (done.returncode, done.stdout) == (0, "{'a': 1}\n"), done.stderr
