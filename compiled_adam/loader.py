@@ -114,13 +114,12 @@ class Batches:
         return self._batch(members)
 
     def _begin_epoch(self) -> None:
-        self._epoch_start, self._next = np.random.get_state(), 0
+        self._epoch_start, self._next = _as_json(np.random.get_state()), 0  # once an epoch, not at every position
         self._order = np.random.permutation(len(self.members))
 
     def position(self) -> dict[str, Any]:
         """Where this is, as JSON can hold it: `restore` of it gives the batches that come next."""
-        start = None if self._order is None else _as_json(self._epoch_start)
-        return {"epoch_start": start, "next": self._next, "random": _as_json(np.random.get_state())}
+        return {"epoch_start": self._epoch_start, "next": self._next, "random": _as_json(np.random.get_state())}
 
     def restore(self, position: dict[str, Any]) -> None:
         """Goes to a `position`, and puts NumPy's random state to what it was there; no batch is made for that."""
