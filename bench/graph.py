@@ -112,7 +112,7 @@ def traffic(inputs: Sequence[mx.array], build: Callable[[], Sequence[mx.array]])
 def _kernel(node: _Node, graph: _Graph, found: dict[str, tuple[_Array, bool]]) -> Kernel:
     def source(name: str) -> str:
         while (maker := graph.makers.get(name)) and maker.kind in FREE - _PARTS:
-            name = maker.inputs[0]
+            name = maker.inputs[maker.outputs.index(name)]  # Depends has one input for each output, and more
         return name
 
     read, written = {source(name) for name in node.inputs}, set(node.outputs)

@@ -70,6 +70,16 @@ def test_bytes_of_a_fused_kernel_with_several_outputs(x: mx.array) -> None:
     assert moved([x, m, g], lambda: momentum(x, m, g)) == [(10, 6)]
 
 
+def test_bytes_of_broadcasts_and_of_arrays_with_several_readers(x: mx.array) -> None:
+    row, half = mx.ones((128,)), x.astype(mx.bfloat16)
+    mx.eval(row, half)
+    both = mx.compile(lambda x, row: [a := mx.sin(x) * row, (a * 2).astype(mx.bfloat16)])
+    (kernel,) = graph.traffic([x, row], lambda: both(x, row))
+    assert (kernel.read, kernel.written) == (4 * (SIZE + 128 + 1), 6 * SIZE)
+    assert moved([x, half], lambda: [mx.sin(x) + half, mx.cos(x)]) == [(2, 4), (4, 4), (4, 4), (8, 4)]
+    assert moved([x, half], lambda: [mx.sin(a) for a in mx.depends([x, half], [row])]) == [(2, 2), (4, 4)]
+
+
 def test_an_array_between_fused_kernels_is_found_behind_what_separates_them(x: mx.array) -> None:
     # The first kernel writes bfloat16, which shows in no input and no output.
     two = mx.compile(lambda x: mx.sin(mx.contiguous((x * x + 1).astype(mx.bfloat16))) * 2)
