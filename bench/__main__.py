@@ -7,7 +7,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import measure, memory, models, numerics, plots, tables, update
-from .contenders import CONTENDERS, DEFAULT, named
+from .contenders import CONTENDERS, DEFAULT, NOT_MEASURED, named
 from .environment import SCHEMA, blas_hint, environment
 from .models import Shapes
 from .workloads import DTYPES, QUICK, WORKLOADS, of_model
@@ -30,8 +31,9 @@ OPTIONS = {
     "seconds": {"update", "distributed"},
     "scale": {"update"},
     "steps": {"quality"},
-    "plot": {"update", "quality"},
+    "plot": {"update", "numerics", "quality"},
 }
+NEED_MLX_LM = ("step", "traces", "quality")
 
 
 class Bench:
@@ -45,28 +47,54 @@ class Bench:
             "schema": SCHEMA,
             "command": ["python", "-m", "bench", *sys.argv[1:]],
             "environment": self.environment,
+            "complete": False,
         }
         self.remarks: list[str] = []
+        self.interrupted = False
 
-    def run(self) -> list[Table]:
-        parts = PARTS if self.arguments.what == "all" else {self.arguments.what: PARTS[self.arguments.what]}
-        printed = []
-        for name, part in parts.items():
-            self.record[name], its_tables = part(self)
-            printed += its_tables
-        return printed
+    def run(self) -> Iterator[Table]:
+        """The tables of each part when it has been measured, and is in the record."""
+        names = list(PARTS) if self.arguments.what == "all" else [self.arguments.what]
+        printed: list[Table]
+        for name in names:
+            if why := _lacking(name):
+                self.record[name], printed = [{NOT_MEASURED: why}], []
+                self._remark(why)
+            else:
+                self.record[name], printed = PARTS[name](self)
+            self.record["complete"] = name == names[-1] and not self.interrupted
+            self.save()
+            yield from printed
+            if self.interrupted:
+                return
+
+    def save(self) -> None:
+        """Writes what there is of the record to ``--json``."""
+        if self.arguments.json:
+            self.arguments.json.write_text(json.dumps(self.record, indent=1) + "\n")
+
+    def _kept(self, name: str, rows: Iterator[update.Row]) -> list[update.Row]:
+        """The rows, each in the record and on the disk when it is measured: what ends a run early loses none.
+
+        Ctrl-C ends them, and there are tables of those until then.
+        """
+        found = self.record[name] = []
+        try:
+            for row in rows:
+                found.append(row)
+                self.save()
+        except KeyboardInterrupt:
+            self.interrupted = True
+        return found
 
     def update(self) -> Outcome:
         bandwidth = self.record["bandwidth"] = measure.bandwidth()
-        seconds = self.arguments.seconds
-        if seconds is None:
-            seconds = 3.0 if self.quick else 20.0
-        names, dtypes = named(self.arguments.contender), self.arguments.dtype or list(DTYPES)
-        found = update.rows(self._workloads(), dtypes, names, seconds, bandwidth["best"])
+        names, dtypes, seconds = named(self.arguments.contender), self._dtypes(DTYPES), self._seconds()
+        found = self._kept("update", update.rows(self._workloads(), dtypes, names, seconds, bandwidth["best"]))
         printed = update.tables(found, self.environment, bandwidth)
-        if self.arguments.scale:
-            self.record["scale"] = update.scale(dtypes, names, seconds, bandwidth["best"])
-            printed.append(update.scale_table(self.record["scale"], self.environment))
+        if self.arguments.scale and not self.interrupted:
+            grown = self._kept("scale", update.scale(dtypes, names, seconds, bandwidth["best"]))
+            printed.append(update.scale_table(grown, self.environment))
         self._remark(update.warning(found + self.record.get("scale", [])))
         return found, printed
 
@@ -76,6 +104,7 @@ class Bench:
         self._remark(blas_hint(self.environment["blas"]))
         figures = step.measure(self.arguments.model, rounds=2 if self.quick else 7, windows=3 if self.quick else 6)
         rows = [{"contender": name, **row} for name, row in figures.items()]
+        self._remark(update.warning(rows))
         return rows, [tables.step(rows, step.REFERENCE, self.environment)]
 
     def traces(self) -> Outcome:
@@ -87,7 +116,7 @@ class Bench:
     def memory(self) -> Outcome:
         on_mlx = tuple(name for name, entry in CONTENDERS.items() if not entry.needs)
         names = named(self.arguments.contender, DEFAULT if self.quick else on_mlx)
-        found = memory.rows(self._workloads(), self.arguments.dtype or list(DTYPES), names)
+        found = self._kept("memory", memory.rows(self._workloads(), self._dtypes(DTYPES), names))
         return found, [memory.table(found, self.environment)]
 
     def saving(self) -> Outcome:
@@ -97,7 +126,7 @@ class Bench:
         return record, [tables.saving(record, self.environment)]
 
     def numerics(self) -> Outcome:
-        rows = numerics.measure()
+        rows = self._kept("numerics", numerics.measure(numerics.RATES[: 2 if self.quick else None]))
         return rows, [tables.of_numerics(rows, self.environment)]
 
     def quality(self) -> Outcome:
@@ -105,20 +134,31 @@ class Bench:
 
         self._remark(blas_hint(self.environment["blas"]))
         steps = self.arguments.steps or (60 if self.quick else quality.STEPS)
-        rows = []
-        for dtype in self.arguments.dtype or list(quality.DTYPES):
-            for seed in quality.SEEDS[: 1 if self.quick else None]:
-                for policy in quality.POLICIES[dtype]:
-                    rows.append(quality.train(policy, seed, dtype, steps))
-                    loss = rows[-1]["eval_loss"]
-                    print(f"trained {dtype} weights, {policy}, seed {seed}: eval loss {loss:.4f}", file=sys.stderr)
+
+        def runs() -> Iterator[update.Row]:
+            for dtype in self._dtypes(quality.DTYPES):
+                for seed in quality.SEEDS[: 1 if self.quick else None]:
+                    for policy in quality.POLICIES[dtype]:
+                        row = quality.train(policy, seed, dtype, steps)
+                        yield row
+                        loss = row["eval_loss"]
+                        print(f"trained {dtype} weights, {policy}, seed {seed}: eval loss {loss:.4f}", file=sys.stderr)
+
+        rows = self._kept("quality", runs())
         return rows, [tables.quality(rows, self.environment)]
 
     def distributed(self) -> Outcome:
         from . import distributed
 
-        record, table = distributed.compare(self.arguments.seconds or (3.0 if self.quick else 20.0))
+        record, table = distributed.compare(self._seconds())
         return record, [table]
+
+    def _seconds(self) -> float:
+        given: float | None = self.arguments.seconds
+        return given if given is not None else 3.0 if self.quick else 20.0
+
+    def _dtypes(self, default: dict[str, Any]) -> list[str]:
+        return list(dict.fromkeys(self.arguments.dtype or default))
 
     def _workloads(self) -> dict[str, Callable[[], Shapes]]:
         names = self.arguments.workload
@@ -152,32 +192,52 @@ def main() -> int:
     if problem := _problem(arguments):
         print(f"bench: {problem}", file=sys.stderr)
         return 2
-    if arguments.plot:
-        arguments.plot.mkdir(parents=True, exist_ok=True)
     bench = Bench(arguments)
-    busy = bench.environment["load_average"] > 0.5 * (os.cpu_count() or 1)
-    if busy:
+    if bench.environment["load_average"] > 0.5 * bench.environment["cores"]:
         bench.remarks.append(f"the machine was busy when this began: load {bench.environment['load_average']:.1f}")
     console = Console()
     if not console.is_terminal:
         console.width = 160  # a pipe has no width, and 80 columns would break the rows
-    for table in bench.run():
-        console.print(table)
-    for remark in bench.remarks:
-        console.print(remark, markup=False, highlight=False, soft_wrap=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(bench.record, indent=1) + "\n")
-    if arguments.plot:
-        for file in plots.write(bench.record, arguments.plot):
-            console.print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
+
+    def show(what: Table | str) -> None:
+        with console.capture() as text:  # and not to the console: it exits when nobody reads any longer
+            console.print(what, markup=False, highlight=False, soft_wrap=isinstance(what, str))
+        print(text.get(), end="", flush=True)
+
+    try:
+        for table in bench.run():
+            show(table)
+        for remark in bench.remarks:
+            show(remark)
+        if arguments.plot:
+            for file in plots.write(bench.record, arguments.plot):
+                show(f"wrote {file}")
+    except KeyboardInterrupt:
+        bench.interrupted = True
+    except BrokenPipeError:  # the reader (head, less) has left; Python would complain once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    if bench.interrupted:
+        print("bench: interrupted; what had been measured is kept", file=sys.stderr)
+        return 130
     return 0
+
+
+def _lacking(part: str) -> str | None:
+    """Why a part cannot be measured here, or None."""
+    if part in NEED_MLX_LM and find_spec("mlx_lm") is None:
+        return f"{part} needs mlx-lm; install it with pip install 'compiled-adam[lm]'"
+    return None
 
 
 def _problem(arguments: argparse.Namespace) -> str | None:
     """What is wrong with arguments that the parser has accepted, as a sentence; also resolves ``--model``."""
     for option, parts in OPTIONS.items():
-        if getattr(arguments, option) and arguments.what != "all" and arguments.what not in parts:
+        given = getattr(arguments, option)
+        if given is not None and given is not False and arguments.what != "all" and arguments.what not in parts:
             return f"--{option} means nothing to {arguments.what}; it is for {', '.join(sorted(parts))}"
+    if arguments.what != "all" and (sentence := _lacking(arguments.what)):
+        return sentence
     if arguments.json and not arguments.json.parent.is_dir():
         return f"the folder of {arguments.json} does not exist; create it first"
     if arguments.plot and arguments.plot.exists() and not arguments.plot.is_dir():
@@ -188,9 +248,18 @@ def _problem(arguments: argparse.Namespace) -> str | None:
     if arguments.model:
         try:
             config = models.config_of(arguments.model)
+            arguments.workloads_of_model = of_model(Path(arguments.model).resolve().name, config)
+            for shapes in arguments.workloads_of_model.values():
+                shapes()  # now, or a model that mlx-lm does not know would be an error in the middle
         except (ValueError, ImportError) as error:
             return str(error)
-        arguments.workloads_of_model = of_model(Path(arguments.model).name, config)
+    try:  # now, and not when everything is measured; what a file has is kept until then
+        if arguments.json:
+            arguments.json.open("a").close()
+        if arguments.plot:
+            arguments.plot.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return f"{error.filename} cannot be written: {error.strerror}"
     return None
 
 
@@ -217,7 +286,12 @@ def _parser() -> argparse.ArgumentParser:
     add("what", nargs="?", choices=[*PARTS, "all"], default="update", help="default: update")
     add("--quick", action="store_true", help="less of everything, and the smaller workloads")
     add("--json", type=Path, metavar="FILE", help="also write everything measured to this file")
-    add("--plot", type=Path, metavar="FOLDER", help="also draw update, scale and quality as SVG files in this folder")
+    add(
+        "--plot",
+        type=Path,
+        metavar="FOLDER",
+        help="also draw update, scale, numerics and quality as SVG files in this folder",
+    )
     add("--workload", action="append", choices=list(WORKLOADS), help="for update and memory; repeatable")
     add(
         "--model",

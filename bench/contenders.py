@@ -6,6 +6,7 @@ and state are both computed.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -40,16 +41,16 @@ class Contender(Protocol):
         """As they are after the last update."""
 
 
-class OnMLX:
+class OnMLX(ABC):
     """A contender whose update is a graph that can be looked at before it is computed."""
 
     def __init__(self, optimizer: optim.Optimizer, parameters: Tree, gradients: Tree) -> None:
         self.tree, self.optimizer, self.gradients = {"parameters": parameters}, optimizer, gradients
         optimizer.init(parameters)
 
+    @abstractmethod
     def build(self) -> None:
         """One update, not yet computed."""
-        raise NotImplementedError
 
     def changed(self) -> list[mx.array]:
         """Everything an update changes: parameters and state."""
@@ -113,6 +114,11 @@ def _leaves(state: dict) -> list[mx.array]:
 
 
 Make = Callable[[Tree, Tree], Contender]  # of parameters that become the contender's, and gradients
+NOT_MEASURED = "skipped"  # the key, in a row of figures, of why there are none
+
+
+class Unavailable(Exception):
+    """A framework is installed, but cannot make this contender; says why."""
 
 
 class Entry(NamedTuple):
@@ -140,19 +146,19 @@ def _ours(moments: str, compensated: bool) -> Entry:
     return Entry(make, half_only=not compensated)
 
 
-def _torch(fused: bool, one_thread: bool) -> Entry:
+def _foreign(kind: str, *needs: str, **options: bool) -> Entry:
+    """A class of `foreign`, which imports its framework when one is made."""
+
     def make(parameters: Tree, gradients: Tree) -> Contender:
-        from .foreign import Torch  # here, because it may not be installed
+        from . import foreign
 
-        return Torch(parameters, gradients, fused, one_thread)
+        try:
+            return getattr(foreign, kind)(parameters, gradients, **options)
+        except Exception as error:  # a library it needs is not there, its version is too old: anything, and not ours
+            reason = str(error).partition("\n")[0]
+            raise Unavailable(f"{needs[-1]} fails: {type(error).__name__}: {reason}") from error
 
-    return Entry(make, needs=("torch",))
-
-
-def _optax(parameters: Tree, gradients: Tree) -> Contender:
-    from .foreign import Optax
-
-    return Optax(parameters, gradients)
+    return Entry(make, needs)
 
 
 EAGER, COMPILED, OURS = DEFAULT = "mlx eager", "mlx compiled", "compiled_adam"
@@ -164,11 +170,11 @@ CONTENDERS: dict[str, Entry] = {
     **{f"{OURS} {policy}": _ours(policy, True) for policy in POLICIES if policy != "float32"},
     f"{OURS} uncompensated": _ours("float32", False),
     **{f"{OURS} {policy} uncompensated": _ours(policy, False) for policy in POLICIES if policy != "float32"},
-    "torch fused": _torch(fused=True, one_thread=False),
-    "torch fused 1 thread": _torch(fused=True, one_thread=True),
-    "torch foreach": _torch(fused=False, one_thread=False),
-    "torch foreach 1 thread": _torch(fused=False, one_thread=True),
-    "optax": Entry(_optax, needs=("jax", "optax")),
+    "torch fused": _foreign("Torch", "torch", fused=True, one_thread=False),
+    "torch fused 1 thread": _foreign("Torch", "torch", fused=True, one_thread=True),
+    "torch foreach": _foreign("Torch", "torch", fused=False, one_thread=False),
+    "torch foreach 1 thread": _foreign("Torch", "torch", fused=False, one_thread=True),
+    "optax": _foreign("Optax", "jax", "optax"),
 }
 
 

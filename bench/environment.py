@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -27,7 +28,7 @@ def environment() -> dict[str, Any]:
         "device": str(mx.default_device()),
         "device_info": {key: str(value) for key, value in mx.device_info().items()},
         "system": f"{platform.system()} {platform.machine()}",
-        "cores": os.cpu_count(),
+        "cores": cores(),
         "memory_bytes": memory_bytes(),
         "load_average": os.getloadavg()[0],
         "python": platform.python_version(),
@@ -37,6 +38,11 @@ def environment() -> dict[str, Any]:
         "blas": blas(),
         "commit": _commit(),
     }
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def memory_bytes() -> int:
@@ -51,7 +57,8 @@ def blas_hint(used: str) -> str | None:
     return (
         "MLX multiplies matrices with the reference BLAS here, which hides what an optimizer costs; preload OpenBLAS,"
         " about 50 times as fast: apt-get install libopenblas0-pthread;"
-        f" LD_PRELOAD=/usr/lib/{platform.machine()}-linux-gnu/libopenblas.so.0 python -m bench {' '.join(sys.argv[1:])}"
+        f" LD_PRELOAD=/usr/lib/{platform.machine()}-linux-gnu/libopenblas.so.0"
+        f" python -m bench {shlex.join(sys.argv[1:])}"
     )
 
 

@@ -5,7 +5,6 @@ They are imported by name when one is made, because neither need be installed.
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -14,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from .contenders import BETAS, EPS, LEARNING_RATE, WEIGHT_DECAY, Tree
+from .environment import cores
 
 _NAMES = {mx.float32: "float32", mx.bfloat16: "bfloat16", mx.float16: "float16"}
 
@@ -29,7 +29,7 @@ class Torch:
 
     def __init__(self, parameters: Tree, gradients: Tree, fused: bool, one_thread: bool) -> None:
         self._torch = torch = import_module("torch")
-        self._threads = 1 if one_thread else os.cpu_count() or 1
+        self._threads = 1 if one_thread else cores()
         self._parameters = {}
         for name, array in parameters.items():
             dtype = getattr(torch, _NAMES[array.dtype])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import random
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,7 +12,7 @@ import mlx.core as mx
 
 from compiled_adam.graph import kernels
 
-from .contenders import COMPILED, EAGER, Contender, Make, OnMLX, Tree
+from .contenders import COMPILED, EAGER, NOT_MEASURED, Contender, Make, OnMLX, Tree, Unavailable
 from .graph import Kernel, traffic
 from .spread import noisy, ratios, spread
 
@@ -28,9 +29,10 @@ def compare(
 ) -> dict[str, dict[str, Any]]:
     """Measures one update of each contender: for each, a dictionary of figures by name.
 
-    The contenders take turns, in an order that shifts by one each round, until ``seconds`` have passed and at least
-    five rounds: whatever slows the machine meets all of them. The first three updates of each (tracing, compiling,
-    warming up, memory) do not count. Figures: those of `resources`; ``median_ms``, ``p10_ms``, ``p90_ms``,
+    The contenders take turns until ``seconds`` have passed and at least five rounds, in a new order each round:
+    whatever slows the machine meets all of them, and so does what another one left behind. The first three updates of
+    each (tracing, compiling, warming up, memory) do not count. Of one that cannot be made the only figure is why
+    (`NOT_MEASURED`); of the others: those of `resources`; ``median_ms``, ``p10_ms``, ``p90_ms``,
     ``rounds``; ``ratio``, ``ratio_p10``, ``ratio_p90`` and ``ratio_noisy`` of the ratios within a round to stock MLX
     called eagerly (or the first contender, if that is not among them), and ``compiled_ratio`` and so on to it under
     ``mx.compile``; ``traces`` after all.
@@ -38,16 +40,22 @@ def compare(
     running: dict[str, Contender] = {}
     figures: dict[str, dict[str, Any]] = {}
     for name, make in contenders.items():
-        running[name], figures[name] = resources(make, parameters(), gradients, clock)
+        try:
+            running[name], figures[name] = resources(make, parameters(), gradients, clock)
+        except Unavailable as error:
+            figures[name] = {NOT_MEASURED: str(error)}
     times: dict[str, list[float]] = {name: [] for name in running}
     names = list(running)
+    shuffle = random.Random(0).shuffle
     start = clock()
     while clock() - start < seconds or len(times[names[0]]) < 5:
-        names = names[1:] + names[:1]
+        shuffle(names)
         for name in names:
             begin = clock()
             running[name].update()
             times[name].append(clock() - begin)
+            if not isinstance(running[name], OnMLX):
+                settle()
     references = {"ratio": times.get(EAGER, times[next(iter(running))])}
     if COMPILED in times:
         references["compiled_ratio"] = times[COMPILED]
@@ -62,6 +70,19 @@ def compare(
     return figures
 
 
+def settle() -> None:
+    """Waits until this process computes nothing: for half a second at most.
+
+    The threads of another framework's pool go on spinning when they have nothing to do, and take a core from whoever
+    is next: stock MLX needs up to half as long again right after PyTorch with two threads on two cores.
+    """
+    for _ in range(50):
+        before = time.process_time()
+        time.sleep(0.01)
+        if time.process_time() - before < 0.002:
+            return
+
+
 def resources(
     make: Make, parameters: Tree, gradients: Tree, clock: Clock = time.perf_counter
 ) -> tuple[Contender, dict[str, Any]]:
@@ -72,7 +93,6 @@ def resources(
     during an update beyond what exists before it (None of others), ``state_bytes`` of the optimizer, and
     ``traces`` so far.
     """
-    begin = clock()
     contender = make(parameters, gradients)
     del parameters  # the contender's alone, or they could not be updated in place
     on_mlx = isinstance(contender, OnMLX)
@@ -151,11 +171,12 @@ def hollow(tree: Tree) -> Tree:
     return made
 
 
-def bandwidth(size: int = 1 << 25, rounds: int = 7) -> dict[str, float]:
+def bandwidth(size: int = 1 << 25, rounds: int = 3, chain: int = 4) -> dict[str, float]:
     """Bytes per second that kernels of MLX move between memory and themselves, on arrays of ``size`` float32.
 
     "scale" is ``a = -a`` (one read, one write) and "triad" ``a = a + b / 2`` (two and one), both in place, so that no
-    new memory is asked for; the best of the rounds, and "best" of the two.
+    new memory is asked for; the best of the rounds, and "best" of the two. ``chain`` of them are evaluated together:
+    a GPU needs about as long for one as its launch takes, and a bandwidth that is too low makes all look good.
     """
     a, b = mx.ones((size,)), mx.ones((size,))
     mx.eval(a, b)
@@ -163,12 +184,14 @@ def bandwidth(size: int = 1 << 25, rounds: int = 7) -> dict[str, float]:
     found = {"scale": 0.0, "triad": 0.0}
     for _ in range(rounds + 1):
         begin = time.perf_counter()
-        a = -a
+        for _ in range(chain):
+            a = -a
         mx.eval(a)
         middle = time.perf_counter()
-        a = triad(a, b)
+        for _ in range(chain):
+            a = triad(a, b)
         mx.eval(a)
         end = time.perf_counter()
-        found["scale"] = max(found["scale"], 2 * a.nbytes / (middle - begin))
-        found["triad"] = max(found["triad"], 3 * a.nbytes / (end - middle))
+        found["scale"] = max(found["scale"], chain * 2 * a.nbytes / (middle - begin))
+        found["triad"] = max(found["triad"], chain * 3 * a.nbytes / (end - middle))
     return {**found, "best": max(found.values())}

@@ -2,42 +2,31 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import mlx.core as mx
 from rich.table import Table
 
-from .contenders import selected
+from .contenders import NOT_MEASURED, Unavailable, selected
 from .environment import memory_bytes
 from .measure import resources
 from .models import Shapes
-from .update import NOT_MEASURED, Row, columns, filled, needed, number
+from .update import Row, columns, filled, needed, number, of_each
 from .workloads import DTYPES, arrays, parameter_count
 
 
-def rows(workloads: Mapping[str, Callable[[], Shapes]], dtypes: list[str], names: list[str]) -> list[Row]:
+def rows(workloads: Mapping[str, Callable[[], Shapes]], dtypes: list[str], names: list[str]) -> Iterator[Row]:
     """A row for each workload, dtype and contender, one contender at a time."""
-    found: list[Row] = []
-    for workload, make_shapes in workloads.items():
-        try:
-            shapes = make_shapes()
-        except ImportError as error:
-            found.append({"workload": workload, "dtype": "", "contender": "", NOT_MEASURED: f"{error.name} missing"})
-            continue
-        for dtype in dtypes:
-            found += [{"workload": workload, "dtype": dtype, **row} for row in _rows(shapes, DTYPES[dtype], names)]
-            print(f"measured {workload}, {dtype}", file=sys.stderr)
-    return found
+    return of_each(workloads, dtypes, lambda shapes, dtype: _rows(shapes, dtype, names))
 
 
-def _rows(shapes: Shapes, dtype: mx.Dtype, names: list[str]) -> list[Row]:
+def _rows(shapes: Shapes, dtype_name: str, names: list[str]) -> list[Row]:
+    dtype = DTYPES[dtype_name]
     chosen, left_out = selected(names, dtype)
     size = {"tensors": len(shapes), "parameters": parameter_count(shapes)}
     result: list[Row] = []
     for name in names:
-        row: Row = {"contender": name, **size}
+        row: Row = {"dtype": dtype_name, "contender": name, **size}
         result.append(row)
         if name not in chosen:
             row[NOT_MEASURED] = left_out[name]
@@ -45,7 +34,11 @@ def _rows(shapes: Shapes, dtype: mx.Dtype, names: list[str]) -> list[Row]:
             row[NOT_MEASURED] = f"{size['parameters']:,} parameters are too many here"
         else:
             gradients = arrays(shapes, dtype, 1e-3, seed=1)
-            _, figures = resources(chosen[name], arrays(shapes, dtype, 0.02, seed=0), gradients)
+            try:
+                _, figures = resources(chosen[name], arrays(shapes, dtype, 0.02, seed=0), gradients)
+            except Unavailable as error:
+                row[NOT_MEASURED] = str(error)
+                continue
             row |= {key: figures[key] for key in ("peak_extra_bytes", "state_bytes")}
             row["state_bytes_per_parameter"] = figures["state_bytes"] / size["parameters"]
             row["weight_bytes"] = sum(g.nbytes for g in gradients.values())

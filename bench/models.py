@@ -89,7 +89,7 @@ def config_of(path_or_id: str) -> dict[str, Any]:
     """
     if Path(path_or_id).is_dir():
         file = Path(path_or_id) / "config.json"
-        if not file.exists():
+        if not file.is_file():
             raise ValueError(f"{path_or_id} is not a folder with a model; it has no config.json")
     else:
         from huggingface_hub import hf_hub_download
@@ -115,7 +115,10 @@ def _model(config: dict[str, Any]) -> Any:
 
     with tempfile.TemporaryDirectory() as folder, _random_state_kept():
         (Path(folder) / "config.json").write_text(json.dumps(config))
-        return load_model(Path(folder), lazy=True, strict=False)[0]
+        try:
+            return load_model(Path(folder), lazy=True, strict=False)[0]
+        except Exception as error:  # whatever a model class makes of a field that is missing or wrong
+            raise ValueError(f"mlx-lm makes no model of this config.json: {error}") from error
 
 
 def _shapes(tree: Any) -> Shapes:

@@ -16,6 +16,8 @@ import mlx.nn as nn
 
 import compiled_adam as ca
 
+from .spread import noisy, ratios
+
 
 class Matrices(nn.Module):
     """``count`` trainable matrices of a million parameters each."""
@@ -58,12 +60,13 @@ def measure(millions: int, rounds: int) -> dict[str, Any]:
                 contenders[name](folder, step)
                 times[name].append(time.perf_counter() - start)
                 shutil.rmtree(folder)
-    ratios = [a / b for a, b in zip(times["save_checkpoint"], times["mx.save_safetensors"], strict=True)]
+    within = ratios(times["save_checkpoint"], times["mx.save_safetensors"])
     return {
         "parameters": 1_000_000 * millions,
         "bytes": sum(a.nbytes for part in ("model", "optimizer") for a in step.state_dict()[part].values()),
         "seconds": {name: statistics.median(values) for name, values in times.items()},
-        "ratio": statistics.median(ratios),
-        "ratios": sorted(ratios),
+        "ratio": statistics.median(within),
+        "ratio_noisy": noisy(within),
+        "ratios": sorted(within),
         "rounds": times,
     }

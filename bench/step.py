@@ -22,6 +22,8 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 import compiled_adam as ca
 from compiled_adam import demo
 
+from .spread import noisy, ratios
+
 NEVER = 1 << 62  # bytes of cache that no machine has
 RATE = 1e-5
 
@@ -103,9 +105,9 @@ def compare(folder: str | Path, rounds: int, windows: int) -> dict[str, dict[str
     """Every contender in turn, ``rounds`` times; for each a dictionary of figures by name.
 
     ``tokens_per_second`` (median over windows of ten steps of one shape, without the first twenty), ``ratio`` of it
-    to the reference (median of the ratios within a round) with ``ratio_low`` and ``ratio_high`` (least and greatest),
-    ``first_step_ms``, ``new_shape_ms`` (the first step of a shape less the second), ``traces`` over six shapes,
-    ``peak_bytes`` and the last ``loss``, which shows that all do the same.
+    to the reference (median of the ratios within a round) with ``ratio_low`` and ``ratio_high`` (least and greatest)
+    and ``ratio_noisy``, ``rounds``, ``first_step_ms``, ``new_shape_ms`` (the first step of a shape less the second),
+    ``traces`` over six shapes, ``peak_bytes`` and the last ``loss``, which shows that all do the same.
     """
     vocabulary = load(str(folder))[0].args.vocab_size
     steady = [batch(65, vocabulary, seed) for seed in range(WARM_UP + WINDOW * windows)]
@@ -132,9 +134,10 @@ def compare(folder: str | Path, rounds: int, windows: int) -> dict[str, dict[str
                 found[name].setdefault(key, []).append(value)
     result = {}
     for name, lists in found.items():
-        ratios = [a / b for a, b in zip(lists["tokens_per_second"], found[REFERENCE]["tokens_per_second"], strict=True)]
+        within = ratios(lists["tokens_per_second"], found[REFERENCE]["tokens_per_second"])
         result[name] = {key: statistics.median(values) for key, values in lists.items()}
-        result[name] |= {"ratio": statistics.median(ratios), "ratio_low": min(ratios), "ratio_high": max(ratios)}
+        result[name] |= {"ratio": statistics.median(within), "ratio_low": min(within), "ratio_high": max(within)}
+        result[name] |= {"ratio_noisy": noisy(within), "rounds": rounds}
     return result
 
 

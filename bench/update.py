@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import mlx.core as mx
 from rich.table import Table
 
 from . import measure
-from .contenders import COMPILED, EAGER, REFERENCES, SAME, Make, selected
+from .contenders import COMPILED, EAGER, NOT_MEASURED, REFERENCES, SAME, Make, selected
 from .environment import memory_bytes
 from .models import Shapes
 from .spread import NOISY
 from .workloads import DTYPES, arrays, over_parameters, over_tensors, parameter_count
 
 Row = dict[str, Any]
-NOT_MEASURED = "skipped"  # the key, in a row, of why there are no figures
 
 
 def rows(
@@ -26,32 +25,37 @@ def rows(
     names: list[str],
     seconds: float,
     bandwidth: float,
-) -> list[Row]:
+) -> Iterator[Row]:
     """A row for each workload, dtype and contender; of what cannot be measured here, a row that says why."""
-    found = []
+    return of_each(workloads, dtypes, lambda shapes, dtype: _rows(shapes, dtype, names, seconds, bandwidth))
+
+
+def of_each(
+    workloads: Mapping[str, Callable[[], Shapes]], dtypes: list[str], measured: Callable[[Shapes, str], list[Row]]
+) -> Iterator[Row]:
+    """The rows that ``measured`` has for each workload and dtype, as soon as it has them."""
     for workload, make_shapes in workloads.items():
         try:
             shapes = make_shapes()
         except ImportError as error:
-            found.append({"workload": workload, "dtype": "", "contender": "", NOT_MEASURED: f"{error.name} missing"})
+            why = f"{error.name or error} missing"
+            yield {"workload": workload, "dtype": "", "contender": "", NOT_MEASURED: why}
             continue
         for dtype in dtypes:
-            found += [{"workload": workload, **row} for row in _rows(shapes, dtype, names, seconds, bandwidth)]
+            for row in measured(shapes, dtype):
+                yield {"workload": workload, **row}
             print(f"measured {workload}, {dtype}", file=sys.stderr)
-    return found
 
 
-def scale(dtypes: list[str], names: list[str], seconds: float, bandwidth: float) -> list[Row]:
+def scale(dtypes: list[str], names: list[str], seconds: float, bandwidth: float) -> Iterator[Row]:
     """The same rows over parameters (100 tensors) and over tensors (64 elements each), without graphs."""
-    found = []
     sweeps = {"parameters": over_parameters(), "tensors": over_tensors()}
     for sweep, trees in sweeps.items():
         for size, shapes in trees.items():
             for dtype in dtypes:
-                part = _rows(shapes, dtype, names, seconds, bandwidth, graphs=False)
-                found += [{"sweep": sweep, **row} for row in part]
+                for row in _rows(shapes, dtype, names, seconds, bandwidth, graphs=False):
+                    yield {"sweep": sweep, **row}
                 print(f"measured {size:,} {sweep}, {dtype}", file=sys.stderr)
-    return found
 
 
 def _rows(
@@ -63,7 +67,7 @@ def _rows(
     for group in _groups(chosen, size["parameters"], DTYPES[dtype]):
         if not group:
             need = f"{needed(size['parameters'], DTYPES[dtype], len(REFERENCES) + 1) / 1e9:.0f} GB"
-            why = f"needs {need}, too much here"
+            why = f"{size['parameters']:,} parameters in {dtype} need {need}, too much here"
             left_out = dict.fromkeys(chosen, why) | left_out
             break
         gradients = arrays(shapes, DTYPES[dtype], 1e-3, seed=1)
@@ -71,6 +75,9 @@ def _rows(
         for name, row in part.items():
             if name in figures:
                 continue  # the references are in each group, and reported once
+            if NOT_MEASURED in row:
+                figures[name] = row
+                continue
             figures[name] = derived(row, size, gradients, bandwidth)
             if graphs and row["trace_ms"] is not None:
                 figures[name] |= measure.graph_of(group[name], hollow(shapes, dtype), hollow(shapes, dtype))
@@ -170,10 +177,11 @@ def scale_table(found: list[Row], environment: dict[str, Any]) -> Table:
 
 def warning(found: list[Row]) -> str | None:
     """One line when ratios of this run mean nothing; they are marked where they stand."""
-    count = sum(bool(row.get("ratio_noisy") or row.get("compiled_ratio_noisy")) for row in found)
+    measured = [row for row in found if NOT_MEASURED not in row]
+    count = sum(bool(row.get("ratio_noisy") or row.get("compiled_ratio_noisy")) for row in measured)
     if not count:
         return None
-    return f"warning: {count} of {len(found)} rows are noisy; their ratios mean nothing. Measure on a quiet machine."
+    return f"warning: {count} of {len(measured)} rows are noisy; their ratios mean nothing. Measure on a quiet machine."
 
 
 def columns(table: Table, *names: str) -> None:

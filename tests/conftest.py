@@ -75,3 +75,30 @@ def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """The command in this process, which is quicker: its exit code, output and errors."""
+
+    from bench import __main__ as command
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["bench", *arguments])
+        try:
+            code = command.main()
+        except SystemExit as stopped:
+            code = int(stopped.code or 0)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A workload that takes no time, in place of those that do."""
+    from bench import __main__ as command
+
+    monkeypatch.setattr(command, "WORKLOADS", {"small": lambda: {"a": (8, 8), "b": (3,)}})
+    monkeypatch.setattr(command, "QUICK", ("small",))
+    monkeypatch.setattr(command.measure, "bandwidth", lambda: {"scale": 1e9, "triad": 2e9, "best": 2e9})

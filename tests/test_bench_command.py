@@ -6,7 +6,6 @@ import io
 import json
 import sys
 import types
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,29 +31,6 @@ FIELDS = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """The command in this process, which is quicker: its exit code, output and errors."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["bench", *arguments])
-        try:
-            code = command.main()
-        except SystemExit as stopped:
-            code = int(stopped.code or 0)
-        return code, *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A workload that takes no time, in place of those that do."""
-    monkeypatch.setattr(command, "WORKLOADS", {"small": lambda: {"a": (8, 8), "b": (3,)}})
-    monkeypatch.setattr(command, "QUICK", ("small",))
-    monkeypatch.setattr(command.measure, "bandwidth", lambda: {"scale": 1e9, "triad": 2e9, "best": 2e9})
-
-
 def test_command_writes_a_table_and_a_record(run, tmp_path: Path) -> None:
     done = run(
         "-m", "bench", "--workload", "224 x (8x1024)", "--dtype", "float32", "--seconds", "0", "--json", "record.json"
@@ -75,7 +51,8 @@ def test_schema_of_a_record(bench, small, tmp_path: Path) -> None:
     assert code == 0
     record = json.loads((tmp_path / "record.json").read_text())
     assert record["schema"] == environment.SCHEMA == 1
-    assert record.keys() == {"schema", "command", "environment", "bandwidth", "update"}
+    assert record.keys() == {"schema", "command", "environment", "complete", "bandwidth", "update"}
+    assert record["complete"] is True
     assert record["environment"].keys() >= {
         "date", "device", "device_info", "system", "cores", "memory_bytes", "load_average", "python", "mlx",
         "compiled_adam", "versions", "blas", "commit",
@@ -129,7 +106,7 @@ def test_without_mlx_lm_its_workloads_are_one_line() -> None:
 
     (row,) = update.rows({"Qwen": absent}, ["float32", "bfloat16"], list(DEFAULT), 0.0, 1e9)
     assert row[update.NOT_MEASURED] == "mlx_lm missing"
-    assert memory.rows({"Qwen": absent}, ["float32"], list(DEFAULT)) == [row]
+    assert list(memory.rows({"Qwen": absent}, ["float32"], list(DEFAULT))) == [row]
 
 
 def row_with(**values: Any) -> dict[str, Any]:
@@ -142,7 +119,8 @@ def test_noisy_is_said_where_it_is_and_in_a_line() -> None:
     quiet, loud = row_with(), row_with(ratio_noisy=True)
     assert "noisy" in update.ratio_cell(loud, "ratio") and "noisy" not in update.ratio_cell(loud, "compiled_ratio")
     assert update.warning([quiet]) is None
-    assert (update.warning([quiet, loud]) or "").startswith("warning: 1 of 2 rows are noisy")
+    absent = {"workload": "w", "dtype": "float32", "contender": "c", update.NOT_MEASURED: "not installed"}
+    assert (update.warning([quiet, loud, absent]) or "").startswith("warning: 1 of 2 rows are noisy")
 
 
 def test_sweeps(bench, small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -241,13 +219,14 @@ def test_step_and_quality_give_the_hint(bench, monkeypatch: pytest.MonkeyPatch) 
     figures = dict.fromkeys(
         ("tokens_per_second", "ratio", "ratio_low", "ratio_high", "first_step_ms", "new_shape_ms", "traces",
          "peak_bytes", "loss"), 1.0,
-    )  # fmt: skip
+    ) | {"ratio_noisy": True}  # fmt: skip
     monkeypatch.setattr(command, "blas_hint", lambda used: "Preload a better one.")
     fake = types.SimpleNamespace(measure=lambda model, rounds, windows: {"ours": figures}, REFERENCE="ours")
     monkeypatch.setitem(sys.modules, "bench.step", fake)
     monkeypatch.setattr("bench.step", fake, raising=False)
     code, out, _ = bench("step", "--quick")
     assert code == 0 and out.count("Preload a better one.") == 1
+    assert "1.00 (1.00-1.00) noisy" in out and "1 of 1 rows are noisy" in out
     monkeypatch.setattr("bench.quality.train", lambda policy, seed, dtype, steps: a_quality_record()[0])
     code, out, _ = bench("quality", "--quick", "--dtype", "float32")
     assert code == 0 and out.count("Preload a better one.") == 1
@@ -283,6 +262,9 @@ def test_wrong_arguments_in_a_process_of_its_own(run) -> None:
         ["saving", "--contender", "all"],
         ["update", "--steps", "5"],
         ["traces", "--scale"],
+        ["traces", "--seconds", "0"],
+        ["--json", "."],
+        ["--plot", f"{__file__}/folder"],
         ["faster"],
     ],
 )

@@ -83,4 +83,4 @@ def test_what_does_not_fit_into_memory_is_measured_in_parts_or_not_at_all(monkey
         monkeypatch.setattr(update, "memory_bytes", lambda memory=memory: memory)
         assert [list(group) for group in update._groups(chosen, 1000, mx.float32)] == expected
     rows = update._rows({"a": (4,)}, "float32", ["mlx eager", "mlx compiled"], 0.0, 1e9)
-    assert {row[update.NOT_MEASURED] for row in rows} == {"needs 0 GB, too much here"}
+    assert {row[update.NOT_MEASURED] for row in rows} == {"4 parameters in float32 need 0 GB, too much here"}
