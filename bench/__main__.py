@@ -253,6 +253,14 @@ def _problem(arguments: argparse.Namespace) -> str | None:
                 shapes()  # now, or a model that mlx-lm does not know would be an error in the middle
         except (ValueError, ImportError) as error:
             return str(error)
+    folder = Path(arguments.model or "")
+    if (
+        arguments.model
+        and arguments.what in ("step", "all")
+        and folder.is_dir()
+        and not [*folder.glob("*.safetensors")]
+    ):
+        return f"{folder} has no weights (*.safetensors), which step needs"
     try:  # now, and not when everything is measured; what a file has is kept until then
         if arguments.json:
             arguments.json.open("a").close()

@@ -148,6 +148,8 @@ def test_bandwidth_is_that_of_some_memory() -> None:
     found = measure.bandwidth(size=1 << 20, rounds=2)
     assert found["best"] == max(found["scale"], found["triad"])
     assert 1e8 < found["best"] < 1e14
+    several = measure.bandwidth(size=1 << 22, chain=8)["best"]
+    assert several == pytest.approx(measure.bandwidth(size=1 << 22, chain=1)["best"], rel=0.6)  # not 8 times
 
 
 def test_numerics_measures_movement_and_decay() -> None:

@@ -13,7 +13,7 @@ import mlx.core as mx
 import pytest
 
 from bench import __main__ as command
-from bench import environment, memory, plots, readme, tables, traces, update
+from bench import environment, memory, models, plots, readme, tables, traces, update
 from bench.contenders import CONTENDERS, DEFAULT
 from compiled_adam import blas
 
@@ -239,6 +239,37 @@ def test_all_runs_every_part(bench, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert bench("all", "--json", str(tmp_path / "record.json"))[0] == 0
     assert ran == ["update", "step", "traces", "memory", "saving", "numerics", "quality", "distributed"]
     assert {*ran, "schema", "environment"} <= json.loads((tmp_path / "record.json").read_text()).keys()
+
+
+def test_a_model_that_cannot_be_measured(bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    for wrong in ({"model_type": "nonsense"}, {"model_type": "llama", "hidden_size": 64}):
+        config.write_text(json.dumps(wrong))
+        code, out, errors = bench("--model", str(tmp_path))
+        assert code == 2 and not out and "mlx-lm makes no model of this config.json" in errors
+    config.write_text(json.dumps(models.CONFIGS["SmolLM2-135M"]))
+    code, _, errors = bench("step", "--model", str(tmp_path))
+    assert code == 2 and "has no weights" in errors
+    # From inside its folder a model has the folder's name.
+    monkeypatch.chdir(tmp_path)
+    arguments = command._parser().parse_args(["--model", "."])
+    assert command._problem(arguments) is None
+    assert list(arguments.workloads_of_model) == [f"{tmp_path.name} LoRA r=8", tmp_path.name]
+
+
+def test_options_given_twice_or_as_zero_mean_what_they_say(bench, small, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, _, errors = bench("--seconds", "0", "--dtype", "float32", "--dtype", "float32")
+    assert code == 0 and errors.count("measured small, float32") == 1
+    asked = []
+    monkeypatch.setattr("bench.distributed.compare", lambda seconds: (asked.append(seconds), update.Table()))
+    for arguments in (["--seconds", "0"], ["--quick"], []):
+        assert bench("distributed", *arguments)[0] == 0
+    assert asked == [0.0, 3.0, 20.0]
+    rates = []
+    monkeypatch.setattr("bench.numerics.measure", lambda given: iter(rates.append(len(given)) or []))
+    for arguments in (["--quick"], []):
+        assert bench("numerics", *arguments)[0] == 0
+    assert rates == [2, 4]
 
 
 def test_wrong_arguments_in_a_process_of_its_own(run) -> None:
