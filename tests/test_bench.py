@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.optimizers as optim
 import pytest
 
-from bench import contenders, measure, numerics, quality, spread
+from bench import contenders, measure, numerics, quality, spread, update
 from bench.contenders import CONTENDERS, DEFAULT
 from bench.workloads import arrays
 
@@ -148,8 +149,45 @@ def test_bandwidth_is_that_of_some_memory() -> None:
     found = measure.bandwidth(size=1 << 20, rounds=2)
     assert found["best"] == max(found["scale"], found["triad"])
     assert 1e8 < found["best"] < 1e14
-    several = measure.bandwidth(size=1 << 22, chain=8)["best"]
-    assert several == pytest.approx(measure.bandwidth(size=1 << 22, chain=1)["best"], rel=0.6)  # not 8 times
+    several, one = (measure.bandwidth(size=1 << 22, chain=chain) for chain in (8, 1))
+    for kernel in ("scale", "triad"):
+        assert several[kernel] == pytest.approx(one[kernel], rel=0.7)  # not 8 times, nor an eighth
+
+
+def test_what_follows_from_the_time_of_an_update() -> None:
+    gradients = {"a": mx.zeros((100,), mx.bfloat16), "b": mx.zeros((900,), mx.bfloat16)}
+    row = {"median_ms": 2.0, "state_bytes": 8000}
+    found = update.derived(row, {"tensors": 2, "parameters": 1000}, gradients, bandwidth=1e8)
+    assert found["ns_per_parameter"] == 2e6 / 1000 and found["us_per_tensor"] == 2e3 / 2
+    assert found["state_bytes_per_parameter"] == 8
+    # Gradients are read; parameters and state are read and written.
+    assert found["required_bytes"] == 2000 + 2 * (2000 + 8000)
+    assert found["bandwidth_percent"] == pytest.approx(100 * (22_000 / 2e-3) / 1e8)
+
+
+def test_gradients_have_the_dtype_of_the_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    def compare(contenders: dict, parameters: Callable, gradients: dict, seconds: float) -> dict:
+        given.append({array.dtype for tree in (parameters(), gradients) for array in tree.values()})
+        return {}
+
+    monkeypatch.setattr(measure, "compare", compare)
+    for dtype in ("float32", "bfloat16"):
+        with pytest.raises(KeyError):  # nothing was measured
+            update._rows({"a": (4,)}, dtype, list(DEFAULT), 0.0, 1e9)
+    assert given == [{mx.float32}, {mx.bfloat16}]
+
+
+def test_at_least_five_rounds_and_the_last_count_of_traces() -> None:
+    class Retraces(Fake):
+        @property
+        def traces(self) -> int:  # type: ignore[override]
+            return self.updates
+
+    figures = measure.compare({"slow": lambda p, g: Retraces(10.0)}, dict, {}, 0.1, clock=lambda: Fake.now)
+    assert figures["slow"]["rounds"] == 5
+    assert figures["slow"]["traces"] == 3 + 5  # three before, which do not count
 
 
 def test_numerics_measures_movement_and_decay() -> None:
