@@ -42,6 +42,7 @@ def test_command_writes_a_table_and_a_record(run, tmp_path: Path) -> None:
     record = json.loads((tmp_path / "record.json").read_text())
     assert [row["contender"] for row in record["update"]] == list(DEFAULT)
     assert all(row["median_ms"] > 0 and row["rounds"] >= 5 for row in record["update"])
+    assert 1e8 < record["bandwidth"]["best"] < 1e14
     kernels = {row["contender"]: row["kernels"] / row["tensors"] for row in record["update"]}
     assert kernels["mlx compiled"] == pytest.approx(1, abs=0.05) and kernels["mlx eager"] > 20
 
@@ -70,7 +71,12 @@ def test_readme_tables_from_records_of_this_schema(bench, small, tmp_path: Path)
     bench("--seconds", "0", "--json", str(tmp_path / "record.json"), "--contender", "compiled_adam")
     record = json.loads((tmp_path / "record.json").read_text())
     record["update"].append({"workload": "small", "dtype": "float32", "contender": "optax", "skipped": "not installed"})
+    absent = {"workload": "Qwen", "dtype": "", "contender": "", "skipped": "mlx_lm missing"}
+    record["update"].append(absent)
+    ours = record["update"][2]
+    ours |= {"ratio": 0.25, "ratio_noisy": False, "compiled_ratio": 7.5, "compiled_ratio_noisy": True}
     lines = readme.update_table(record).splitlines()
+    assert lines[2].endswith("| 0.25 | 7.50 (noisy) |")
     assert len(lines) == 2 + 2 and lines[2].startswith("| small | float32 |")
     runs = [
         {"policy": "8bit", "dtype": "bfloat16", "seed": seed, "eval_loss": 1.5, "state_bytes_per_parameter": 4.06}

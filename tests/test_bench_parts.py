@@ -70,7 +70,9 @@ def test_step(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_traces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(traces, "LAYERS", 1)
-    record = traces.measure(3)
+    record = traces.measure(2)
+    whole, ours = record["rows"]  # of the second shape alone
+    assert ours["ratio"] == pytest.approx(ours["new_shape_ms"] / whole["new_shape_ms"]) and whole["ratio"] == 1
     assert kinds(record) == {"tensors": int, "shapes": int, "rows": list}
     assert [kinds(row) for row in record["rows"]] == [TRACES] * 2
 
