@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from . import moments, residual, rule
+from . import lowering, moments, residual, rule
 from .groups import Group
 from .moments import Stored
 from .residual import Keep
@@ -64,6 +64,7 @@ class Constants(NamedTuple):
     weight_decay: float
     max_grad_norm: float | None
     skip_nonfinite: bool
+    lowering: str
 
     def coefficients(
         self, step: mx.array, learning_rate: mx.array, group: Group, clip: mx.array | None = None
@@ -109,10 +110,14 @@ def update(
 
     # Selected, not multiplied by zero: 0 * inf is not a number.
     keep: Keep = residual.new_value if finite is None else partial(mx.where, finite)
-    updated = [
-        update_leaf(g, p, state, form, coefficients[group], constants.betas, its_bits, keep)
-        for g, p, state, form, group, its_bits in zip(gradients, parameters, states, forms, groups, bits, strict=True)
-    ]
+    updated = []
+    leaves = zip(gradients, parameters, states, forms, groups, bits, strict=True)
+    lowerings = lowering.of_leaves(constants.lowering, [p.size for p in parameters])
+    for (g, p, state, form, group, its_bits), how in zip(leaves, lowerings, strict=True):
+        with mx.stream(how.stream):
+            updated.append(
+                update_leaf(g, p, state, form, coefficients[group], constants.betas, its_bits, keep, how.inplace)
+            )
     if finite is not None:
         new["skipped"] = scalars["skipped"] + mx.logical_not(finite)
     for name in ("step", "rounding_key"):
@@ -130,8 +135,11 @@ def update_leaf(
     betas: tuple[float, float],
     bits: mx.array | None = None,
     keep: Keep = residual.new_value,
+    inplace: bool = False,
 ) -> tuple[mx.array, Stored]:
     """Decode, update, encode: a new parameter and its new state, or the old ones where ``keep`` says so.
+
+    ``inplace``: each array in a kernel of its own, where the moments are float32.
 
     MLX fuses a value into a kernel only if all that uses it is in that kernel or is an output. So what is selected is
     selected first, and everything after it uses the selected value.
@@ -140,6 +148,11 @@ def update_leaf(
     m, v = rule.next_moments(gradient, old_m, old_v, c, betas)
     if form.moments == "float32":
         m, v = keep(m, old_m), keep(v, old_v)
+        if inplace:
+            # From another node of the graph: of the same one MLX would cast and clip the gradient once, in a kernel of
+            # its own, and write it out for both to read.
+            _, v = rule.next_moments(rule.unfused(gradient), old_m, old_v, c, betas)
+            m, v = rule.unfused(m), rule.unfused(keep(v, old_v))
         new = {"m": m, "v": v}
     else:
         stored = moments.encode(form.moments, m, v, bits if form.stochastic else None)
@@ -148,9 +161,10 @@ def update_leaf(
         coarse = parameter.dtype != mx.float32
         value = rule.next_weight(parameter.astype(mx.float32), m, v, c, coarse)
         return keep(value.astype(parameter.dtype), parameter), new
-    # Two kernels: in one, MLX would cut where its eleven levels happen to end.
-    value = rule.unfused(rule.next_weight(residual.join(parameter, state["residual"]), m, v, c))
-    weight, new["residual"] = residual.split(value, parameter, state["residual"], keep)
+    # Kernels of their own: in one, MLX would cut where its eleven levels happen to end.
+    join = residual.join if inplace else residual.fusable_join
+    value = rule.unfused(rule.next_weight(join(parameter, state["residual"]), m, v, c))
+    weight, new["residual"] = residual.split(value, parameter, state["residual"], keep, inplace)
     return weight, new
 
 

@@ -280,6 +280,8 @@ def test_without_compilation(uncompiled: None) -> None:
         ({"betas": (0.9, -0.1)}, "beta2"),
         ({"eps": -1.0}, "epsilon"),
         ({"moments": "int4"}, "moments is 'int4'"),
+        ({"lowering": "fast"}, "lowering is 'fast'"),
+        ({"lowering": "inplace", "moments": "8bit"}, "with moments='8bit' use 'auto'"),
     ],
 )
 @pytest.mark.parametrize("name", ["Adam", "AdamW"])
@@ -288,7 +290,7 @@ def test_bad_arguments(name: str, arguments: dict, message: str) -> None:
         getattr(ca, name)(1e-3, **arguments)
 
 
-@pytest.mark.parametrize("option", ["lowering", "max_gradnorm", "decay_filters"])
+@pytest.mark.parametrize("option", ["lower", "max_gradnorm", "decay_filters"])
 def test_options_that_do_not_exist_are_refused(option: str) -> None:
     with pytest.raises(TypeError, match=option):
         ca.AdamW(1e-3, **{option: True})
