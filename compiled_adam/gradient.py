@@ -19,8 +19,9 @@ from .loss import checked
 class GradientGraphs:
     """The gradient of ``loss_fn`` for a model whose arrays stand at ``arrays``, the trainable ones first.
 
-    ``traces`` counts under "grad" and "evicted"; ``assigned`` gets the paths of the other arrays that the forward
-    pass assigns.
+    A call returns loss, aux, the arrays that the forward pass has assigned (by their index among ``arrays``), the
+    gradients, and the weight. ``traces`` counts under "grad" and "evicted"; ``assigned`` gets the paths of the arrays
+    that are no parameters, but assigned.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class GradientGraphs:
         self._model, self._loss_fn, self._weighted, self._max_traces = model, loss_fn, weighted, max_traces
         self._structure, self._arrays, self._trainable = structure, arrays, trainable
         self._traces, self._assigned = traces, assigned
-        self._compiled: OrderedDict[Hashable, Callable[..., Any]] = OrderedDict()
+        self._compiled: OrderedDict[Hashable, tuple[Callable[..., Any], list[int]]] = OrderedDict()
 
     def __call__(self, signature: Hashable, batch: list[mx.array]) -> Any:
         # Layers read `training` while they are traced, so a trace holds for one setting of it only.
@@ -49,11 +50,14 @@ class GradientGraphs:
                 self._compiled.popitem(last=False)
                 self._traces["evicted"] += 1
             gradient = self._compile(signature)
-        result = gradient(self._arrays.read(), batch)
+        function, changed = gradient
+        loss, aux, arrays, gradients, weight = function(self._arrays.read(), batch)
         self._compiled[key] = gradient  # the most recently used comes last
-        return result
+        return loss, aux, dict(zip(changed, arrays, strict=True)), gradients, weight
 
-    def _compile(self, signature: Hashable) -> Callable[..., Any]:
+    def _compile(self, signature: Hashable) -> tuple[Callable[..., Any], list[int]]:
+        changed: list[int] = []  # by tracing: only these leave the graph, most models have none
+
         def gradient(arrays: list[mx.array], batch: list[mx.array]) -> Any:
             self._traces["grad"] += 1
             args, kwargs = batches.rebuild(signature, iter(batch))
@@ -62,12 +66,18 @@ class GradientGraphs:
             rest: list[Any] = []
 
             def forward(parameters: list[mx.array]) -> mx.array:
-                self._arrays.write([*parameters, *arrays[self._trainable :]])
+                before = [*parameters, *arrays[self._trainable :]]
+                operations = [_operations(array) for array in before]
+                self._arrays.write(before)
                 loss, aux, weight = checked(self._loss_fn(self._model, *args, **kwargs), self._weighted)
                 self._refuse_new_arrays()
                 after = self._arrays.read()
-                self._note_assigned(arrays, after)
-                rest.extend((aux, after, weight))  # what was not assigned passes through
+                changed[:] = [
+                    i
+                    for i, (a, b) in enumerate(zip(before, after, strict=True))
+                    if a is not b or _operations(a) != operations[i]
+                ]
+                rest.extend((aux, [after[i] for i in changed], weight))
                 return loss
 
             before = self._structure.snapshot()
@@ -77,15 +87,11 @@ class GradientGraphs:
                 self._structure.restore(before, attributes=True)
                 raise
             self._structure.restore(before)
-            aux, arrays, weight = rest
-            return loss, aux, arrays, gradients, weight
+            self._assigned |= {self._arrays.paths[i] for i in changed if i >= self._trainable}
+            aux, after, weight = rest
+            return loss, aux, after, gradients, weight
 
-        return random_state.compiled(gradient)
-
-    def _note_assigned(self, before: list[mx.array], after: list[mx.array]) -> None:
-        others = list(zip(self._arrays.paths, before, after, strict=True))[self._trainable :]
-        in_place = _computed(after[self._trainable :])  # asked once for all, because it is rare
-        self._assigned |= {path for path, a, b in others if a is not b or (in_place and _computed([b]))}
+        return random_state.compiled(gradient), changed
 
     def _refuse_new_arrays(self) -> None:
         if not self._structure.intact():
@@ -96,12 +102,11 @@ class GradientGraphs:
             )
 
 
-def _computed(arrays: list[mx.array]) -> bool:
-    """Whether any of the arrays is the result of an operation; while tracing, an input that was left alone is not.
+def _operations(array: mx.array) -> int:
+    """How many operations an array is the result of; while tracing, none for an input.
 
-    Assigning in place, as ``self.count += 1`` does, changes the array object itself, so ``is`` cannot tell.
+    Assigning in place, as ``self.count += 1`` does, changes the array object itself, so that only this tells.
     """
     graph = io.StringIO()
-    if arrays:
-        mx.export_to_dot(graph, *arrays)
-    return "shape=rectangle" in graph.getvalue()
+    mx.export_to_dot(graph, array)
+    return graph.getvalue().count("shape=rectangle")

@@ -6,7 +6,7 @@ A tree is what MLX means by it: arrays nested in dicts and lists; an ``nn.Module
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -18,16 +18,24 @@ class Places:
 
     def __init__(self, places: Sequence[tuple[str, Any, Any]]) -> None:
         self.paths = tuple(path for path, _, _ in places)
-        self._places = [(container, key) for _, container, key in places]
+        self.places = [(container, key) for _, container, key in places]
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self.places)
 
     def read(self) -> list[mx.array]:
-        return [container[key] for container, key in self._places]
+        return [container[key] for container, key in self.places]
+
+    def exchange(self, arrays: Mapping[int, mx.array]) -> dict[int, mx.array]:
+        """Assigns some by their index, and returns what was there."""
+        before = {}
+        for index, array in arrays.items():
+            container, key = self.places[index]
+            before[index], container[key] = container[key], array
+        return before
 
     def write(self, arrays: Sequence[mx.array]) -> None:
-        for (container, key), array in zip(self._places, arrays, strict=True):
+        for (container, key), array in zip(self.places, arrays, strict=True):
             container[key] = array
 
 

@@ -1,7 +1,7 @@
-"""How the update of a leaf becomes kernels: all in one, or one for each array, which then overwrites what it replaces.
+"""How the update of a leaf becomes kernels: all in one, or each array in one that overwrites it.
 
-"fused"     One kernel with three outputs: each array is read and written once, 28 bytes per float32 parameter. MLX gives
-            each output of such a kernel new memory, as much as all parameters and moments together.
+"fused"     One kernel with three outputs: each array is read and written once, 28 bytes per float32 parameter. MLX
+            gives each output of such a kernel new memory, as much as all parameters and moments together.
 "inplace"   A kernel for each of ``m``, ``v`` and the weight: 40 bytes per float32 parameter, and no memory at all, as
             MLX lets a kernel with a single output write to an input that nobody else needs.
 

@@ -105,7 +105,7 @@ class Adam(optim.Adam):
         self._groups: dict[str, Group] = {}
         self._compiled: dict[tuple[str, ...], Callable[..., Any]] = {}
         self.state.update(self._scalars())
-        self._scalar_names = ("step", "learning_rate", *self._scalars())
+        self.scalar_names = ("step", "learning_rate", *self._scalars())
 
     @property
     def learning_rate(self) -> mx.array:
@@ -237,12 +237,12 @@ class Adam(optim.Adam):
                 f"the optimizer has no state for {', '.join(leaves.without_state)}: it was initialised without;"
                 " call optimizer.init(parameters) with all parameters (moments that exist are kept)"
             )
-        # Outside the compiled update, because a schedule may be any Python function of the step's value.
-        scheduled = {name: mx.array(f(self.step), mx.float32) for name, f in self._schedulers.items()}
         compiled = self._compiled.get(leaves.paths)
         if compiled is None:
             compiled = self._compiled[leaves.paths] = mx.compile(partial(self._trace, leaves.paths))
-        scalars = {name: self.state[name] for name in self._scalar_names if name not in scheduled} | scheduled
+        # Outside of what is compiled, because a schedule may be any Python function of the step's value.
+        scheduled = self._scheduled(self.step)
+        scalars = {name: self.state[name] for name in self.scalar_names if name not in scheduled} | scheduled
         new_parameters, states, scalars = compiled(
             leaves.gradients, leaves.parameters, leaves.states, scalars, self._constants()
         )
@@ -268,6 +268,36 @@ class Adam(optim.Adam):
             check_leaf(*leaf)
         groups = [self._group(path, p) for path, p in zip(paths, parameters, strict=True)]
         return update(gradients, parameters, states, scalars, groups, forms, Constants(*constants))
+
+    def update_packed(
+        self,
+        gradients: list[mx.array],
+        parameters: list[mx.array],
+        states: list[Stored],
+        scalars: Stored,
+        groups: list[Group],
+        forms: list[Form],
+    ) -> tuple[list[mx.array], list[Stored], Stored]:
+        """`update` of leaves that may each stand for several, as part of a graph that is being traced.
+
+        ``scalars`` are the arrays of `scalar_names`, ``groups`` and ``forms`` of `group_and_form`.
+        """
+        self._traces += 1
+        scalars = scalars | self._scheduled(scalars["step"])
+        return update(gradients, parameters, states, scalars, groups, forms, self._constants())
+
+    def group_and_form(self, path: str, parameter: mx.array) -> tuple[Group, Form]:
+        """What decides how a parameter is updated, beside its dtype."""
+        return self._group(path, parameter), self._form(parameter)
+
+    @property
+    def has_own_update(self) -> bool:
+        """Whether the update is a subclass's own, of one parameter at a time or of the tree."""
+        cls = type(self)
+        return cls.apply_single is not Adam.apply_single or cls.apply_gradients is not Adam.apply_gradients
+
+    def _scheduled(self, step: mx.array) -> Stored:
+        return {name: mx.array(f(step), mx.float32) for name, f in self._schedulers.items()}
 
     def _constants(self) -> Constants:
         # Arguments of the compiled update rather than attributes it reads, so that changing one takes effect.

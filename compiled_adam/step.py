@@ -20,6 +20,8 @@ from .compare import Row, differences, table
 from .gradient import GradientGraphs
 from .layout import Places, Structure, along, indexed
 from .optimizers import Adam
+from .packing import PackedTrees
+from .trees import Trees
 
 
 class StepResult(NamedTuple):
@@ -38,7 +40,7 @@ class _Update(NamedTuple):
     """What an update makes."""
 
     parameters: list[mx.array]
-    state: list[mx.array]
+    state: Any
     grad_norm: mx.array
     sums: list[mx.array]  # with other workers: of weights, of weighted losses, of votes
 
@@ -145,18 +147,21 @@ class TrainStep:
             self._rebind_if_changed()
             batch, signature = batches.flatten(args, kwargs)
             # First everything is built, lazily; then everything is assigned; nothing raises in between.
-            loss, aux, arrays, gradients, weight = self._gradients(signature, batch)
+            loss, aux, assigned, gradients, weight = self._gradients(signature, batch)
             sums, filled, update, total_loss = None, 0, None, loss
-            if self._accumulate > 1:
-                sums = self._add(self._window or window.empty(self._parameters.read()), gradients, weight, loss)
-                filled = self._filled + 1
-                gradients, weight, total_loss = sums
-            if filled in (0, self._accumulate):
-                update = self._apply(arrays[: len(self._parameters)], gradients, weight, total_loss)
-                sums, filled = None, 0
-            del gradients  # the graph alone must hold them, or their memory cannot be reused
-            self._arrays.write(arrays)
-            del arrays
+            before = self._arrays.exchange(assigned)
+            try:
+                if self._accumulate > 1:
+                    sums = self._add(self._window or window.empty(self._parameters.read()), gradients, weight, loss)
+                    filled = self._filled + 1
+                    gradients, weight, total_loss = sums
+                if filled in (0, self._accumulate):
+                    update = self._apply(gradients, weight, total_loss)
+                    sums, filled = None, 0
+            except BaseException:
+                self._arrays.exchange(before)
+                raise
+            del gradients, before, assigned  # the graph alone must hold them, or their memory cannot be reused
             self._window, self._filled = sums, filled
             return self._finish(loss, aux, update)
 
@@ -167,7 +172,7 @@ class TrainStep:
         with random_state.kept_on_error():
             self._rebind_if_changed()
             gradients, weight, loss = self._window
-            update = self._apply(self._parameters.read(), gradients, weight, loss)
+            update = self._apply(gradients, weight, loss)
             del gradients
             self._window, self._filled = None, 0
             weight, loss, *_ = update.sums or (weight, loss)
@@ -176,8 +181,7 @@ class TrainStep:
     def _finish(self, loss: mx.array, aux: Any, update: _Update | None) -> StepResult:
         """Assigns what an update has made, and starts the evaluation of everything that changed, all at once."""
         if update is not None:
-            self._parameters.write(update.parameters)
-            self._state.write(update.state)
+            self._trees.write(update.parameters, update.state)
         grad_norm = None if update is None else update.grad_norm
         skipped = sum((state["skipped"] for state in self._state_roots if "skipped" in state), mx.array(0))
         state = self._arrays.read(), self._state.read(), self._window, random_state.get()
@@ -232,7 +236,9 @@ class TrainStep:
                 f" make the step with accumulate={filled + 1} or more"
             )
         if convert:
-            any_optimizer.convert_state(self._optimizer, state["optimizer"], self._tree(self._parameters.read()))
+            parameters = self._parameters.read()
+            tree = tree_map(lambda index: parameters[index], self._template)
+            any_optimizer.convert_state(self._optimizer, state["optimizer"], tree)
             self._rebind_if_changed()
         else:
             Places(leaves := Structure(self._optimizer.state).leaves).write([state["optimizer"][p] for p, *_ in leaves])
@@ -272,21 +278,20 @@ class TrainStep:
 
     # The update, one compiled function.
 
-    def _apply(
-        self, parameters: list[mx.array], gradients: list[mx.array], weight: mx.array, loss: mx.array
-    ) -> _Update:
+    def _apply(self, gradients: list[mx.array], weight: mx.array, loss: mx.array) -> _Update:
         scalars = [weight] if self._group is None else [weight, loss, mx.array(self.vote)]
+        parameters, state = self._trees.read()
         constants = any_optimizer.constants(self._optimizer)
-        return _Update(*self._update(parameters, gradients, scalars, self._state.read(), constants))
+        return _Update(*self._update(parameters, gradients, scalars, state, constants))
 
     def _trace_update(
         self,
         parameters: list[mx.array],
         gradients: list[mx.array],
         scalars: list[mx.array],
-        state: list[mx.array],
+        state: Any,
         settings: list[Any],
-    ) -> tuple[list[mx.array], list[mx.array], mx.array, list[mx.array]]:
+    ) -> tuple[list[mx.array], Any, mx.array, list[mx.array]]:
         # `settings` are not read, the optimizer reads its own: they make a trace hold for these values only.
         self.traces["update"] += 1
         sums: list[mx.array] = []
@@ -295,29 +300,14 @@ class TrainStep:
             if self._accumulate == 1:
                 own, loss, vote = scalars
                 scalars = [mx.maximum(own, 0.0), window.weighted(loss, own), vote]
-            dtypes = [reduce.DTYPES[self._reduce_dtype] or p.dtype for p in parameters]
+            dtypes = [reduce.DTYPES[self._reduce_dtype] or dtype for dtype in self._dtypes]
             gradients, *sums = reduce.mean_over_workers(gradients, scalars, self._group, dtypes, own)
-            gradients = [g.astype(p.dtype) for g, p in zip(gradients, parameters, strict=True)]
+            gradients = [g.astype(dtype) for g, dtype in zip(gradients, self._dtypes, strict=True)]
         elif self._accumulate > 1:
-            gradients = window.mean(gradients, scalars[0], parameters)
-        before = self._state_structure.snapshot()
-        try:
-            self._state.write(state)
-            updated = self._optimizer.apply_gradients(self._tree(gradients), self._tree(parameters))
-            if not self._state_structure.intact():
-                raise ValueError("the optimizer changed the structure of its state; create all of it in init_single")
-            state = self._state.read()
-            norm = self._optimizer.state.get("grad_norm")
-        finally:
-            self._state_structure.restore(before)
-        leaves = {path: container[key] for path, container, key in along(self._template, updated)}
+            gradients = window.mean(gradients, scalars[0], self._dtypes)
+        parameters, state, norm = self._trees.update(gradients, parameters, state)
         # Ours computes the norm itself if it clips or skips.
-        norm = rule.global_norm(gradients) if norm is None else norm
-        return [leaves[path] for path in self._parameters.paths], state, norm, sums
-
-    def _tree(self, arrays: list[mx.array]) -> Any:
-        """The flat ``arrays`` as a tree of parameters."""
-        return tree_map(lambda index: arrays[index], self._template)
+        return parameters, state, rule.global_norm(gradients) if norm is None else norm, sums
 
     # What the graphs are bound to.
 
@@ -348,9 +338,15 @@ class TrainStep:
         self._arrays = Places([*places, *others])  # the parameters come first
         self._paths = {path for path, _, _ in along(trainable, trainable)}
         self._template = template
+        self._dtypes = [array.dtype for array in self._parameters.read()]
         self._state_roots = any_optimizer.states(self._optimizer)
         self._state_structure = Structure(self._state_roots)
         self._state = Places(self._state_structure.leaves)
+        self._trees: Trees | PackedTrees
+        if isinstance(self._optimizer, Adam) and not self._optimizer.has_own_update:
+            self._trees = PackedTrees(self._optimizer, self._parameters)
+        else:
+            self._trees = Trees(self._optimizer, self._parameters, template)
         self._gradients = GradientGraphs(
             self._model,
             self._loss_fn,

@@ -27,10 +27,10 @@ def add(window: Window, gradients: Sequence[mx.array], weight: mx.array, loss: m
     return totals, total_weight + mx.maximum(weight, 0.0), total_loss + weighted(loss, weight)
 
 
-def mean(sums: Sequence[mx.array], weight: mx.array, parameters: Sequence[mx.array]) -> list[mx.array]:
+def mean(sums: Sequence[mx.array], weight: mx.array, dtypes: Sequence[mx.Dtype]) -> list[mx.array]:
     """The mean gradients, rounded once, to the dtype that the gradient of one big batch would have."""
     weight = mx.where(weight > 0, weight, 1.0)  # zero over zero is zero here
-    return [(g / weight).astype(p.dtype) for g, p in zip(sums, parameters, strict=True)]
+    return [(g / weight).astype(dtype) for g, dtype in zip(sums, dtypes, strict=True)]
 
 
 def to_dict(window: Window, paths: Sequence[str], batches: int) -> dict[str, mx.array]:
