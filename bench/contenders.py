@@ -16,7 +16,11 @@ import mlx.core as mx
 import mlx.optimizers as optim
 
 import compiled_adam as ca
+from compiled_adam.layout import Places
 from compiled_adam.moments import POLICIES
+from compiled_adam.packing import PackedTrees
+
+from .workloads import hollow
 
 Tree = dict[str, mx.array]
 LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY = 1e-4, (0.9, 0.999), 1e-8, 0.01
@@ -63,6 +67,24 @@ class OnMLX(ABC):
     def named_parameters(self) -> Tree:
         return self.tree["parameters"]
 
+    def graph(self) -> tuple[list[mx.array], Callable[[], list[mx.array]]]:
+        """What an update is computed from, and a function that builds it from that, as often as it is called.
+
+        For `hollow` parameters and gradients: nothing needs memory, the optimizer's state is made hollow too.
+        """
+        trees = [self.tree["parameters"], self.optimizer.state]
+        trees += [state for state in self.optimizer.state.values() if isinstance(state, dict)]
+        before = [{key: a for key, a in hollow(tree).items() if isinstance(a, mx.array)} for tree in trees]
+
+        def build() -> list[mx.array]:
+            self.tree["parameters"] = trees[0]
+            for tree, arrays in zip(trees, before, strict=True):
+                tree.update(arrays)
+            self.build()
+            return self.changed()
+
+        return [*self.gradients.values(), *(array for tree in before for array in tree.values())], build
+
     @property
     def traces(self) -> int | None:
         return None
@@ -105,6 +127,44 @@ class Compiled(OnMLX):
         return self._traced
 
 
+class InStep(OnMLX):
+    """The update as a train step of ours does it, with small parameters packed; without the norm it reports."""
+
+    optimizer: ca.Adam
+
+    def __init__(self, optimizer: ca.Adam, parameters: Tree, gradients: Tree) -> None:
+        super().__init__(optimizer, parameters, gradients)
+        self._trees = PackedTrees(optimizer, Places([(name, parameters, name) for name in parameters]))
+        self._update = mx.compile(self._traced)
+
+    def _traced(self, gradients: list[mx.array], parameters: list[mx.array], state: Any) -> Any:
+        return self._trees.update(gradients, parameters, state)[:2]
+
+    def build(self) -> None:
+        parameters, state = self._trees.read()
+        self._trees.write(*self._update(list(self.gradients.values()), parameters, state))
+
+    def changed(self) -> list[mx.array]:
+        states, scalars = self._trees.state()
+        return [*self.tree["parameters"].values(), *(a for state in (*states, scalars) for a in state.values())]
+
+    def graph(self) -> tuple[list[mx.array], Callable[[], list[mx.array]]]:
+        parameters, (states, scalars) = self._trees.read()
+        parameters = [*hollow(dict(enumerate(parameters))).values()]
+        states, scalars = [hollow(state) for state in states], hollow(scalars)
+        gradients = list(self.gradients.values())
+
+        def build() -> list[mx.array]:
+            self._trees.write(*self._update(gradients, parameters, (states, scalars)))
+            return self.changed()
+
+        return [*gradients, *parameters, *(a for state in (*states, scalars) for a in state.values())], build
+
+    @property
+    def traces(self) -> int:
+        return self.optimizer.traces
+
+
 def _of_parameter(state: Any) -> list[mx.array]:
     return list(state.values()) if isinstance(state, dict) else []
 
@@ -136,12 +196,12 @@ def _stock() -> optim.Optimizer:
     return optim.AdamW(LEARNING_RATE, list(BETAS), EPS, WEIGHT_DECAY, bias_correction=True)
 
 
-def _ours(moments: str, compensated: bool) -> Entry:
+def _ours(moments: str = "float32", compensated: bool = True, kind: type[OnMLX] = Eager) -> Entry:
     def make(parameters: Tree, gradients: Tree) -> Contender:
         optimizer = ca.AdamW(
             LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY, bias_correction=True, moments=moments, compensated=compensated
         )
-        return Eager(optimizer, parameters, gradients)
+        return kind(optimizer, parameters, gradients)
 
     return Entry(make, half_only=not compensated)
 
@@ -161,12 +221,13 @@ def _foreign(kind: str, *needs: str, **options: bool) -> Entry:
     return Entry(make, needs)
 
 
-EAGER, COMPILED, OURS = DEFAULT = "mlx eager", "mlx compiled", "compiled_adam"
+EAGER, COMPILED, OURS, STEP = DEFAULT = "mlx eager", "mlx compiled", "compiled_adam", "compiled_adam step"
 REFERENCES = (EAGER, COMPILED)  # what ratios are to; always measured
 CONTENDERS: dict[str, Entry] = {
     EAGER: Entry(lambda parameters, gradients: Eager(_stock(), parameters, gradients)),
     COMPILED: Entry(lambda parameters, gradients: Compiled(_stock(), parameters, gradients)),
-    OURS: _ours("float32", True),
+    OURS: _ours(),
+    STEP: _ours(kind=InStep),
     **{f"{OURS} {policy}": _ours(policy, True) for policy in POLICIES if policy != "float32"},
     f"{OURS} uncompensated": _ours("float32", False),
     **{f"{OURS} {policy} uncompensated": _ours(policy, False) for policy in POLICIES if policy != "float32"},

@@ -15,6 +15,7 @@ from compiled_adam.graph import kernels
 from .contenders import COMPILED, EAGER, NOT_MEASURED, Contender, Make, OnMLX, Tree, Unavailable
 from .graph import Kernel, traffic
 from .spread import noisy, ratios, spread
+from .workloads import hollow
 
 Clock = Callable[[], float]
 __all__ = ["bandwidth", "compare", "graph_of", "kernels", "resources"]
@@ -133,18 +134,7 @@ def graph_of(make: Make, parameters: Tree, gradients: Tree) -> dict[str, Any]:
     contender = make(hollow(parameters), hollow(gradients))
     if not isinstance(contender, OnMLX):
         raise TypeError(f"{type(contender).__name__} builds no graph of MLX's")
-    trees = [contender.tree["parameters"], contender.optimizer.state]
-    trees += [state for state in contender.optimizer.state.values() if isinstance(state, dict)]
-    before = [{key: a for key, a in hollow(tree).items() if isinstance(a, mx.array)} for tree in trees]
-    inputs = [*contender.gradients.values(), *(array for tree in before for array in tree.values())]
-
-    def build() -> list[mx.array]:
-        contender.tree["parameters"] = trees[0]
-        for tree, arrays in zip(trees, before, strict=True):
-            tree.update(arrays)
-        contender.build()
-        return contender.changed()
-
+    inputs, build = contender.graph()
     found = traffic(inputs, build)
     groups: dict[str, list[Kernel]] = collections.defaultdict(list)
     for kernel in found:
@@ -159,16 +149,6 @@ def graph_of(make: Make, parameters: Tree, gradients: Tree) -> dict[str, Any]:
         "estimated_kernels": sum(kernel.estimated for kernel in found),
         "by_kernel": sorted(rows, key=lambda row: -(row["read"] + row["written"])),
     }
-
-
-def hollow(tree: Tree) -> Tree:
-    """Arrays of the same shapes and dtypes that are one number in memory; what is no array stays."""
-    made = {
-        key: mx.broadcast_to(mx.zeros((), array.dtype), array.shape) if isinstance(array, mx.array) else array
-        for key, array in tree.items()
-    }
-    mx.eval([array for array in made.values() if isinstance(array, mx.array)])
-    return made
 
 
 def bandwidth(size: int = 1 << 25, rounds: int = 3, chain: int = 4) -> dict[str, float]:

@@ -14,7 +14,7 @@ from .contenders import COMPILED, EAGER, NOT_MEASURED, REFERENCES, SAME, Make, s
 from .environment import memory_bytes
 from .models import Shapes
 from .spread import NOISY
-from .workloads import DTYPES, arrays, over_parameters, over_tensors, parameter_count
+from .workloads import DTYPES, arrays, hollow, over_parameters, over_tensors, parameter_count
 
 Row = dict[str, Any]
 
@@ -80,7 +80,9 @@ def _rows(
                 continue
             figures[name] = derived(row, size, gradients, bandwidth)
             if graphs and row["trace_ms"] is not None:
-                figures[name] |= measure.graph_of(group[name], hollow(shapes, dtype), hollow(shapes, dtype))
+                figures[name] |= measure.graph_of(
+                    group[name], hollow_parameters(shapes, dtype), hollow_parameters(shapes, dtype)
+                )
     result: list[Row] = []
     for name in names:
         told = figures[name] if name in figures else {NOT_MEASURED: left_out[name]}
@@ -104,9 +106,9 @@ def derived(row: Row, size: dict[str, int], gradients: dict[str, mx.array], band
     }
 
 
-def hollow(shapes: Shapes, dtype: str) -> dict[str, mx.array]:
+def hollow_parameters(shapes: Shapes, dtype: str) -> dict[str, mx.array]:
     """Parameters that take no memory, for looking at graphs."""
-    return measure.hollow({name: mx.broadcast_to(mx.zeros((), DTYPES[dtype]), s) for name, s in shapes.items()})
+    return hollow({name: mx.broadcast_to(mx.zeros((), DTYPES[dtype]), s) for name, s in shapes.items()})
 
 
 def needed(parameters: int, dtype: mx.Dtype, contenders: int) -> int:

@@ -84,5 +84,15 @@ def arrays(shapes: Shapes, dtype: mx.Dtype, scale: float, seed: int) -> dict[str
     return result
 
 
+def hollow(tree: dict[Any, Any]) -> dict[Any, Any]:
+    """Arrays of the same shapes and dtypes that are one number in memory; what is no array stays."""
+    made = {
+        key: mx.broadcast_to(mx.zeros((), array.dtype), array.shape) if isinstance(array, mx.array) else array
+        for key, array in tree.items()
+    }
+    mx.eval([array for array in made.values() if isinstance(array, mx.array)])
+    return made
+
+
 def parameter_count(shapes: Shapes) -> int:
     return sum(math.prod(shape) for shape in shapes.values())

@@ -28,7 +28,7 @@ def parts(optimizer: optim.Optimizer) -> list[optim.Optimizer]:
 
 def learning_rate(optimizer: optim.Optimizer) -> mx.array | None:
     """The 0-d learning rate of the (first) optimizer; None if it has none."""
-    return parts(optimizer)[0].state.get("learning_rate")
+    return parts(optimizer)[0]._state.get("learning_rate")  # `state` of ours would show the moments for it
 
 
 def constants(optimizer: optim.Optimizer) -> list[float]:

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -15,12 +15,19 @@ from mlx.utils import tree_map
 
 from .groups import ALL_ALIKE, DecayFilter, Group, check_patterns, group
 from .layout import Aligned, along
-from .lowering import LOWERINGS
+from .lowering import LOWERINGS, of_leaves
 from .moments import POLICIES, STOCHASTIC, Stored
 from .update import FLOATS, Constants, Form, check_leaf, update, update_leaf
 
 _SCALARS = ("rounding_key", "grad_norm", "skipped")  # what the state may have beside step and learning_rate
 LearningRate = float | mx.array | Callable[[mx.array], mx.array]
+
+
+class Keeper(Protocol):
+    """Keeps a part of an optimizer's state elsewhere."""
+
+    def show(self) -> None:
+        """Puts it into the state's tree."""
 
 
 class Adam(optim.Adam):
@@ -90,6 +97,7 @@ class Adam(optim.Adam):
     ) -> None:
         if len(betas) != 2:
             raise ValueError(f"betas is {betas!r}; it must be two numbers")
+        self._keeper: Keeper | None = None
         super().__init__(learning_rate, betas, eps, bias_correction)  # type: ignore[arg-type]  # MLX says list
         self.learning_rate = self.state["learning_rate"]  # float32, whatever a schedule returns
         _check_options(moments, compensated, max_grad_norm, skip_nonfinite, learning_rate_multipliers, lowering)
@@ -105,16 +113,35 @@ class Adam(optim.Adam):
         self._groups: dict[str, Group] = {}
         self._compiled: dict[tuple[str, ...], Callable[..., Any]] = {}
         self.state.update(self._scalars())
-        self.scalar_names = ("step", "learning_rate", *self._scalars())
+        self._scalar_names = ("step", "learning_rate", *self._scalars())
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The step, the learning rate, counters, and a dictionary of arrays for each parameter, as a tree.
+
+        A train step keeps the moments of small parameters elsewhere; asking for the state is what puts them here.
+        """
+        if self._keeper is not None:
+            keeper, self._keeper = self._keeper, None
+            keeper.show()
+        return self._state
+
+    @state.setter
+    def state(self, state: dict[str, Any]) -> None:
+        self._keeper, self._initialized, self._state = None, False, state
+
+    @property
+    def step(self) -> mx.array:
+        return self._state["step"]
 
     @property
     def learning_rate(self) -> mx.array:
-        return self.state["learning_rate"]
+        return self._state["learning_rate"]
 
     @learning_rate.setter
     def learning_rate(self, learning_rate: float | mx.array) -> None:
         # Always float32: an int or a float64 would change the dtype of an input, and so trace anew.
-        self.state["learning_rate"] = mx.array(learning_rate, mx.float32)
+        self._state["learning_rate"] = mx.array(learning_rate, mx.float32)
 
     @property
     def traces(self) -> int:
@@ -136,11 +163,11 @@ class Adam(optim.Adam):
 
     @property
     def grad_norm(self) -> mx.array | None:
-        return self.state["grad_norm"] if self._needs_norm() else None
+        return self._state["grad_norm"] if self._needs_norm() else None
 
     @property
     def skipped(self) -> mx.array | None:
-        return self.state["skipped"] if self._needs_norm() else None
+        return self._state["skipped"] if self._needs_norm() else None
 
     # State: one dictionary for each parameter, beside a few scalars.
 
@@ -242,7 +269,7 @@ class Adam(optim.Adam):
             compiled = self._compiled[leaves.paths] = mx.compile(partial(self._trace, leaves.paths))
         # Outside of what is compiled, because a schedule may be any Python function of the step's value.
         scheduled = self._scheduled(self.step)
-        scalars = {name: self.state[name] for name in self.scalar_names if name not in scheduled} | scheduled
+        scalars = {name: self.state[name] for name in self._scalar_names if name not in scheduled} | scheduled
         new_parameters, states, scalars = compiled(
             leaves.gradients, leaves.parameters, leaves.states, scalars, self._constants()
         )
@@ -269,22 +296,33 @@ class Adam(optim.Adam):
         groups = [self._group(path, p) for path, p in zip(paths, parameters, strict=True)]
         return update(gradients, parameters, states, scalars, groups, forms, Constants(*constants))
 
-    def update_packed(
+    def update_leaves(
         self,
+        paths: tuple[str, ...],
         gradients: list[mx.array],
         parameters: list[mx.array],
         states: list[Stored],
         scalars: Stored,
-        groups: list[Group],
-        forms: list[Form],
     ) -> tuple[list[mx.array], list[Stored], Stored]:
-        """`update` of leaves that may each stand for several, as part of a graph that is being traced.
+        """The new parameters, states and ``scalars``, which is the rest of the state; for a graph that is traced.
 
-        ``scalars`` are the arrays of `scalar_names`, ``groups`` and ``forms`` of `group_and_form`.
+        A leaf may stand for several that are updated alike: its path is that of any of them.
         """
-        self._traces += 1
         scalars = scalars | self._scheduled(scalars["step"])
-        return update(gradients, parameters, states, scalars, groups, forms, self._constants())
+        return self._trace(paths, gradients, parameters, states, scalars, self._constants())
+
+    def streams(self, parameters: list[mx.array]) -> list[mx.Stream]:
+        """Where `update_leaves` will update each."""
+        return [how.stream for how in of_leaves(self._lowering, [p.size for p in parameters])]
+
+    @property
+    def keeper(self) -> Keeper | None:
+        """Who has a part of the state at present, so that `state` must ask for it."""
+        return self._keeper
+
+    @keeper.setter
+    def keeper(self, keeper: Keeper) -> None:
+        self._keeper = keeper
 
     def group_and_form(self, path: str, parameter: mx.array) -> tuple[Group, Form]:
         """What decides how a parameter is updated, beside its dtype."""
@@ -319,7 +357,7 @@ class Adam(optim.Adam):
 
     def __getstate__(self) -> dict[str, Any]:
         # Compiled functions can be neither copied nor pickled; a copy traces its own.
-        return {**self.__dict__, "_compiled": {}}
+        return {**self.__dict__, "_compiled": {}, "_state": self.state, "_keeper": None}
 
 
 class AdamW(Adam):

@@ -5,8 +5,8 @@ anew with every update. What somebody else assigns is another object than that v
 array is put together again from what stands in the tree. Nothing of this is in a checkpoint.
 
 Packed are leaves of up to `SMALL` elements, whose kernels would cost more than their loops, with others of the same
-dtype, group and form, in flat arrays of up to `FULL` elements: what fits into a core's cache with its moments. Moments
-that are rounded stochastically stay where they are, since their random bits belong to leaves.
+dtype, group and form, in flat arrays of up to `FULL` elements, which fit into a core's cache with their moments, and of
+up to `MANY` leaves. Leaves whose moments are rounded stochastically stay alone: their random bits belong to them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from . import rule
 from .groups import Group
 from .layout import Places, Structure
 from .moments import Stored
@@ -27,6 +28,7 @@ from .update import Form
 
 SMALL = 1 << 16
 FULL = 1 << 18
+MANY = 256
 
 
 class Leaf(NamedTuple):
@@ -52,7 +54,7 @@ def packs(leaves: Sequence[Leaf], small: int = SMALL, full: int = FULL) -> list[
             continue
         kind = leaf.dtype, leaf.group, leaf.form
         pack, filled = last.get(kind, ([], full))
-        if filled + leaf.size > full:
+        if filled + leaf.size > full or len(pack) == MANY:
             pack, filled = [], 0
             found.append(pack)
         pack.append(i)
@@ -61,43 +63,77 @@ def packs(leaves: Sequence[Leaf], small: int = SMALL, full: int = FULL) -> list[
 
 
 class Slot:
-    """An array in a tree; or several, as views of one flat array."""
+    """An array in a tree; or several, as views of one flat array, which are in the tree while they are `show`n."""
 
-    def __init__(self, places: Sequence[tuple[Any, Any]]) -> None:
-        self._places = places
-        arrays = [container[key] for container, key in places]
+    def __init__(self, places: Sequence[tuple[str, Any, Any]]) -> None:
+        self._paths = [path for path, _, _ in places]
+        self._places = [(container, key) for _, container, key in places]
+        arrays = [container[key] for container, key in self._places]
+        self._kinds = [(array.shape, array.dtype) for array in arrays]
         starts = accumulate((array.size for array in arrays[:-1]), initial=0)
         self._layout = [(a.shape, _strides(a.shape), start) for a, start in zip(arrays, starts, strict=True)]
         self._flat: mx.array | None = None
-        self._views: list[mx.array] = []  # those in the tree, and what they were then
-        self._handed_out: list[mx.array] = []
+        self._shown = True
+        self._views: list[mx.array] = []  # those in the tree, and the same again
+        self._same: list[mx.array] = []
 
     def read(self) -> mx.array:
+        """Raises ValueError if a packed array was replaced by one of another shape or dtype."""
+        if not self._shown and self._flat is not None:
+            return self._flat
         arrays = [container[key] for container, key in self._places]
         if len(arrays) == 1:
             return arrays[0]
         if self._flat is None or not all(a is b for a, b in zip(arrays, self._views, strict=True)) or self._edited():
-            return mx.concatenate([array.reshape(-1) for array in arrays])
+            self._check(arrays)
+            return _flat(arrays)
         return self._flat
 
-    def write(self, array: mx.array) -> None:
+    def _check(self, arrays: Sequence[mx.array]) -> None:
+        for path, array, (shape, dtype) in zip(self._paths, arrays, self._kinds, strict=True):
+            if (array.shape, array.dtype) != (shape, dtype):
+                raise ValueError(
+                    f"{path!r} has become {array.dtype} of shape {array.shape}; it was {dtype} of shape {shape}:"
+                    " call make_step again, with the same optimizer to keep its moments"
+                )
+
+    def write(self, array: mx.array, show: bool) -> None:
+        """Without ``show`` the tree has no arrays at these places until `show` is called."""
         if len(self._places) == 1:
             container, key = self._places[0]
             container[key] = array
             return
         self._flat = array
-        self._views = [mx.as_strided(array, shape, strides, start) for shape, strides, start in self._layout]
-        self._handed_out = [view[...] for view in self._views]
+        if show or not self._shown:
+            self._shown = False
+        else:
+            self._hide()
+        if show:
+            self.show()
+
+    def show(self) -> None:
+        if self._shown or self._flat is None:
+            return
+        self._views = [mx.as_strided(self._flat, shape, strides, start) for shape, strides, start in self._layout]
+        self._same = [view[...] for view in self._views]
         for (container, key), view in zip(self._places, self._views, strict=True):
             container[key] = view
+        self._shown = True
+
+    def _hide(self) -> None:
+        """Takes the views out of the tree, where they would be out of date and keep memory."""
+        for container, key in self._places:
+            del container[key]
+        self._views, self._same, self._shown = [], [], False
 
     def _edited(self) -> bool:
         """Whether something like ``weight += 1`` or ``weight[0] = 1`` has made an array object another array.
 
-        Python cannot see that, but MLX gives an array one name in a graph: computed ones that are the same count once.
+        Python cannot see that, but MLX gives an array one name in a graph: evaluated ones that are the same count once.
+        Views that nobody has evaluated pass for edited.
         """
         graph = io.StringIO()
-        mx.export_to_dot(graph, *self._handed_out, *self._views)
+        mx.export_to_dot(graph, *self._same, *self._views)
         text = graph.getvalue()
         return text.count("rank=source") != len(self._views) or "shape=rectangle" in text
 
@@ -106,10 +142,13 @@ State = tuple[list[Stored], Stored]  # of the leaves, and the scalars
 
 
 class PackedTrees:
-    """What `trees.Trees` does, for an `Adam` and with small leaves packed."""
+    """What `trees.Trees` does, for an `Adam` and with small leaves packed.
+
+    The moments in ``optimizer.state`` are made when somebody asks for the state, which is less often than once a step.
+    """
 
     def __init__(self, optimizer: Adam, parameters: Places, small: int = SMALL) -> None:
-        self._optimizer, self._scalars = optimizer, optimizer.scalar_names
+        self._optimizer = optimizer
         leaves = [
             Leaf(p.size, p.dtype, *optimizer.group_and_form(path, p))
             for path, p in zip(parameters.paths, parameters.read(), strict=True)
@@ -117,45 +156,69 @@ class PackedTrees:
         packed = packs(leaves, small)
         alone = set(range(len(leaves))) - {i for pack in packed for i in pack}
         self._rows = [*packed, *((i,) for i in sorted(alone))]
-        self._groups = [leaves[row[0]].group for row in self._rows]
-        self._forms = [leaves[row[0]].form for row in self._rows]
-        self._parameters = [Slot([parameters.places[i] for i in row]) for row in self._rows]
-        states = {path: container for path, container, _ in Structure(optimizer.state).leaves}
+        self._paths = tuple(parameters.paths[row[0]] for row in self._rows)  # the first stands for all of its pack
+        places = [(path, *place) for path, place in zip(parameters.paths, parameters.places, strict=True)]
+        self._parameters = [Slot([places[i] for i in row]) for row in self._rows]
+        self._root = optimizer.state
+        self._structure = Structure(self._root)
+        self._scalars = [name for name, value in self._root.items() if isinstance(value, mx.array)]
+        containers = {path: container for path, container, _ in self._structure.leaves}
         self._states = []
         for row in self._rows:
-            containers = [states[f"{parameters.paths[i]}.m"] for i in row]
-            self._states.append({name: Slot([(c, name) for c in containers]) for name in containers[0]})
+            own = [(f"{path}.", containers[f"{path}.m"]) for path in (parameters.paths[i] for i in row)]
+            self._states.append({name: Slot([(path + name, c, name) for path, c in own]) for name in own[0][1]})
+
+    def intact(self) -> bool:
+        """Whether the state is still in the containers that it was in."""
+        if self._optimizer.keeper is self:
+            return True  # nobody has asked for the state since the last update
+        return self._optimizer.state is self._root and self._structure.intact()
 
     def read(self) -> tuple[list[mx.array], State]:
         """The parameters and the state, each flat array as one leaf."""
+        return [slot.read() for slot in self._parameters], self.state()
+
+    def state(self) -> State:
+        """The state as `read` returns it."""
         states = [{name: slot.read() for name, slot in slots.items()} for slots in self._states]
-        scalars = {name: self._optimizer.state[name] for name in self._scalars}
-        return [slot.read() for slot in self._parameters], (states, scalars)
+        return states, {name: self._root[name] for name in self._scalars}
 
     def write(self, parameters: list[mx.array], state: State) -> None:
         """Assigns what `update` has returned."""
         states, scalars = state
         for slot, array in zip(self._parameters, parameters, strict=True):
-            slot.write(array)
+            slot.write(array, show=True)
         for slots, arrays in zip(self._states, states, strict=True):
             for name, slot in slots.items():
-                slot.write(arrays[name])
-        self._optimizer.state.update(scalars)
+                slot.write(arrays[name], show=False)
+        self._root.update(scalars)
+        self._optimizer.keeper = self
+
+    def show(self) -> None:
+        """Puts views of the state into the optimizer's tree."""
+        for slots in self._states:
+            for slot in slots.values():
+                slot.show()
 
     def update(
         self, gradients: list[mx.array], parameters: list[mx.array], state: State
-    ) -> tuple[list[mx.array], State, mx.array | None]:
-        """What `read` returned after one update, and the gradients' norm if the optimizer knows it; for a trace.
+    ) -> tuple[list[mx.array], State, mx.array]:
+        """What `read` returned after one update, and the gradients' norm; for a trace.
 
         ``gradients`` has one for each parameter.
         """
-        packed = [
-            gradients[row[0]] if len(row) == 1 else mx.concatenate([gradients[i].reshape(-1) for i in row])
-            for row in self._rows
-        ]
+        packed = []
+        for row, stream in zip(self._rows, self._optimizer.streams(parameters), strict=True):
+            with mx.stream(stream):  # that of its update, so that neither waits for the other stream
+                packed.append(_flat([gradients[i] for i in row]))
         states, scalars = state
-        new = self._optimizer.update_packed(packed, parameters, states, scalars, self._groups, self._forms)
-        return new[0], new[1:], new[2].get("grad_norm")
+        new = self._optimizer.update_leaves(self._paths, packed, parameters, states, scalars)
+        norm = new[2].get("grad_norm")  # it knows it if it clips or skips
+        return new[0], new[1:], rule.global_norm(packed) if norm is None else norm
+
+
+def _flat(arrays: Sequence[mx.array]) -> mx.array:
+    return arrays[0] if len(arrays) == 1 else mx.concatenate([array.reshape(-1) for array in arrays])
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:

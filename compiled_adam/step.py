@@ -14,7 +14,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_map
 
-from . import any_optimizer, random_state, reduce, rule, window, workers
+from . import any_optimizer, random_state, reduce, window, workers
 from . import batch as batches
 from .compare import Row, differences, table
 from .gradient import GradientGraphs
@@ -184,7 +184,7 @@ class TrainStep:
             self._trees.write(update.parameters, update.state)
         grad_norm = None if update is None else update.grad_norm
         skipped = sum((state["skipped"] for state in self._state_roots if "skipped" in state), mx.array(0))
-        state = self._arrays.read(), self._state.read(), self._window, random_state.get()
+        state = self._arrays.read(), self._trees.state(), self._window, random_state.get()
         votes = update.sums[2] if update is not None and update.sums else None
         mx.async_eval(loss, aux, grad_norm, skipped, votes, state)
         rate = any_optimizer.learning_rate(self._optimizer)
@@ -305,9 +305,7 @@ class TrainStep:
             gradients = [g.astype(dtype) for g, dtype in zip(gradients, self._dtypes, strict=True)]
         elif self._accumulate > 1:
             gradients = window.mean(gradients, scalars[0], self._dtypes)
-        parameters, state, norm = self._trees.update(gradients, parameters, state)
-        # Ours computes the norm itself if it clips or skips.
-        return parameters, state, rule.global_norm(gradients) if norm is None else norm, sums
+        return *self._trees.update(gradients, parameters, state), sums
 
     # What the graphs are bound to.
 
@@ -340,8 +338,6 @@ class TrainStep:
         self._template = template
         self._dtypes = [array.dtype for array in self._parameters.read()]
         self._state_roots = any_optimizer.states(self._optimizer)
-        self._state_structure = Structure(self._state_roots)
-        self._state = Places(self._state_structure.leaves)
         self._trees: Trees | PackedTrees
         if isinstance(self._optimizer, Adam) and not self._optimizer.has_own_update:
             self._trees = PackedTrees(self._optimizer, self._parameters)
@@ -363,13 +359,7 @@ class TrainStep:
 
     def _rebind_if_changed(self) -> None:
         """Follows a model or an optimizer state whose containers were replaced; refuses other parameters."""
-        states = any_optimizer.states(self._optimizer)
-        if (
-            self._structure.intact()
-            and self._state_structure.intact()
-            and len(states) == len(self._state_roots)
-            and all(a is b for a, b in zip(states, self._state_roots, strict=True))
-        ):
+        if self._structure.intact() and self._trees.intact():
             return
         trainable = self._model.trainable_parameters()
         before = self._paths

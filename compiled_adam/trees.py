@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_map
 
-from . import any_optimizer
+from . import any_optimizer, rule
 from .layout import Places, Structure, along
 
 
@@ -17,12 +17,23 @@ class Trees:
 
     def __init__(self, optimizer: optim.Optimizer, parameters: Places, template: Any) -> None:
         self._optimizer, self._parameters, self._template = optimizer, parameters, template
-        self._structure = Structure(any_optimizer.states(optimizer))
+        self._roots = any_optimizer.states(optimizer)
+        self._structure = Structure(self._roots)
         self._state = Places(self._structure.leaves)
+
+    def intact(self) -> bool:
+        """Whether the state is still in the containers that it was in."""
+        roots = any_optimizer.states(self._optimizer)
+        same = len(roots) == len(self._roots) and all(a is b for a, b in zip(roots, self._roots, strict=True))
+        return same and self._structure.intact()
 
     def read(self) -> tuple[list[mx.array], list[mx.array]]:
         """The parameters, and all arrays of the state."""
-        return self._parameters.read(), self._state.read()
+        return self._parameters.read(), self.state()
+
+    def state(self) -> list[mx.array]:
+        """All arrays of the state."""
+        return self._state.read()
 
     def write(self, parameters: list[mx.array], state: list[mx.array]) -> None:
         """Assigns what `update` has returned."""
@@ -31,8 +42,8 @@ class Trees:
 
     def update(
         self, gradients: list[mx.array], parameters: list[mx.array], state: list[mx.array]
-    ) -> tuple[list[mx.array], list[mx.array], mx.array | None]:
-        """What `read` returned after one update, and the gradients' norm if the optimizer knows it; for a trace."""
+    ) -> tuple[list[mx.array], list[mx.array], mx.array]:
+        """What `read` returned after one update, and the gradients' norm; for a trace."""
         before = self._structure.snapshot()
         try:
             self._state.write(state)
@@ -40,10 +51,11 @@ class Trees:
             if not self._structure.intact():
                 raise ValueError("the optimizer changed the structure of its state; create all of it in init_single")
             state = self._state.read()
-            norm = self._optimizer.state.get("grad_norm")
+            norm = self._optimizer.state.get("grad_norm")  # ours computes it itself if it clips or skips
         finally:
             self._structure.restore(before)
         leaves = {path: container[key] for path, container, key in along(self._template, updated)}
+        norm = rule.global_norm(gradients) if norm is None else norm
         return [leaves[path] for path in self._parameters.paths], state, norm
 
     def _tree(self, arrays: list[mx.array]) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import pytest
 
-from bench import graph, measure
+from bench import graph, measure, workloads
 from bench.contenders import CONTENDERS, DEFAULT
 
 SIZE = 64 * 128
@@ -141,7 +141,7 @@ def test_bytes_of_updates(name: str, dtype: mx.Dtype, kernels: int, bytes_per_pa
 
 
 def test_looking_at_a_graph_allocates_nothing_and_leaves_mlx_as_it_was() -> None:
-    big = measure.hollow({"a": mx.broadcast_to(mx.zeros(()), (1 << 15, 1 << 15))})  # 4 GB, were it real
+    big = workloads.hollow({"a": mx.broadcast_to(mx.zeros(()), (1 << 15, 1 << 15))})  # 4 GB, were it real
     mx.synchronize()
     mx.reset_peak_memory()
     contiguous = mx.contiguous
