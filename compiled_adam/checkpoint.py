@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -62,7 +62,7 @@ def save_checkpoint(
         ValueError: the folder has something else, or weights are infinite or not a number.
         TypeError: ``extra`` or ``settings`` cannot be stored as JSON.
     """
-    state = step.state_dict()  # something that all workers take part in
+    state = step.state_dict(everywhere=False)  # something that all workers take part in
     if step.group is not None:
         gather(step.group, None)
     if step.group is None or step.group.rank() == 0:
@@ -143,6 +143,38 @@ def load_checkpoint(
     Raises:
         ValueError: the checkpoint is damaged, or does not fit, with a table of what differs; nothing is changed then.
     """
+    contents = read_checkpoint(folder, step, settings=settings, allow=allow, warn=warn)
+    contents.into(step)
+    return contents.extra
+
+
+class Contents(NamedTuple):
+    """A checkpoint that was read, and fits."""
+
+    state: dict[str, dict[str, mx.array]]
+    extra: dict[str, Any]
+    convert: bool  # whether the optimizer's state is of other options
+    own_rate: bool  # whether the learning rate stays that of the step
+
+    def into(self, step: TrainStep) -> None:
+        """Continues ``step`` from it."""
+        optimizers = any_optimizer.parts(step.optimizer)
+        rates = [optimizer.state.get("learning_rate") for optimizer in optimizers]
+        step.load_state_dict(self.state, convert=self.convert)
+        for optimizer, rate in zip(optimizers, rates, strict=True):
+            if rate is not None and self.own_rate:
+                optimizer.state["learning_rate"] = rate
+
+
+def read_checkpoint(
+    folder: str | Path,
+    step: TrainStep,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    allow: Collection[str] = (),
+    warn: Callable[[str], None] = _warn,
+) -> Contents:
+    """What `load_checkpoint` continues ``step`` from; it is not changed."""
     folder = Path(folder)
     meta = check_checkpoint(folder)
     folder = present(folder)
@@ -165,13 +197,8 @@ def load_checkpoint(
     if others := differences(_packages(), meta["packages"]):
         names = ", ".join(f"{name} {there}" for name, _, there in others)
         warn(f"{folder} was written with {names}: results may differ in the last bits")
-    optimizers = any_optimizer.parts(step.optimizer)
-    rates = [optimizer.state.get("learning_rate") for optimizer in optimizers]
-    step.load_state_dict(state, convert=convert)
-    for optimizer, rate in zip(optimizers, rates, strict=True):
-        if rate is not None and any(name.endswith("learning_rate") for name in changed):
-            optimizer.state["learning_rate"] = rate
-    return meta["extra"]
+    own_rate = any(name.endswith("learning_rate") for name in changed)
+    return Contents(state, meta["extra"], convert, own_rate)
 
 
 def check_checkpoint(folder: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.trainer import TrainingArgs, evaluate
 
-from .checkpoint import check_finite, latest_checkpoint, load_checkpoint, numbered, prune, write_checkpoint
+from .checkpoint import Contents, check_finite, latest_checkpoint, numbered, prune, read_checkpoint, write_checkpoint
 from .durable import replace_arrays, replacing, save_arrays
 from .loader import Batches
 from .progress import TrainingProgress
@@ -311,7 +312,7 @@ class TrainingLoop:
             "failures": self.failures,
             "adapters": self.adapter_files,
         }
-        state = self.workers.together(self.step.state_dict)
+        state = self.workers.together(partial(self.step.state_dict, everywhere=False))
 
         def write() -> None:
             folder = checkpoints / f"{self.iteration:07d}"
@@ -347,13 +348,15 @@ class TrainingLoop:
         def load() -> dict[str, Any]:
             auto = checkpoint == "auto"
             path = latest_checkpoint(self.folder / CHECKPOINTS, warn=self.warn) if auto else Path(checkpoint)
-            extra = load_checkpoint(path, self.step, settings=self.options.settings, allow=allow, warn=self.warn)
-            return {"path": str(path), "extra": extra}
+            read = read_checkpoint(path, self.step, settings=self.options.settings, allow=allow, warn=self.warn)
+            state.update(read.state)
+            return {"path": str(path), **read._replace(state={})._asdict()}
 
         # The other workers get it from the first one, and need not have its files.
+        state: dict[str, dict[str, mx.array]] = {}
         loaded = self.workers.first_does(load)
-        self.workers.share_state(self.step)
-        path, extra = loaded["path"], loaded["extra"]
+        path, extra, loaded["state"] = loaded.pop("path"), loaded["extra"], self.workers.share(state, self.step.keeps)
+        Contents(**loaded).into(self.step)
         try:
             self.batches.restore(extra["data"])
             self.iteration, self.best, self.failures = extra["iteration"], extra["best"], extra["failures"]

@@ -167,6 +167,7 @@ def _train(
             allow=args.allow_change or (),
             adapter_config={name: value for name, value in vars(args).items() if name != "given"},
             reduce_dtype=args.reduce_dtype,
+            shard_state=bool(args.shard_state),
             worker_timeout=args.worker_timeout,
         )
     finally:

@@ -33,6 +33,7 @@ OURS: dict[str, Any] = {
     "allow_change": None,
     "report": None,
     "reduce_dtype": "float32",
+    "shard_state": None,
     "worker_timeout": 60.0,
 }
 KEPT = 2  # checkpoints, unless --keep-checkpoints says otherwise
@@ -217,6 +218,12 @@ def parser() -> argparse.ArgumentParser:
         choices=DTYPES,
         help="What gradients are communicated in: param, the parameters', halves it for half-precision weights."
         " Default: float32.",
+    )
+    workers.add_argument(
+        "--shard-state",
+        **switch,
+        help="Spread the optimizer's state over the workers: each keeps that of its part of the parameters. Same results"
+        " in less memory; new weights are communicated, too. Default: off.",
     )
     workers.add_argument(
         "--worker-timeout",
