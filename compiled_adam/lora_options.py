@@ -222,8 +222,8 @@ def parser() -> argparse.ArgumentParser:
     workers.add_argument(
         "--shard-state",
         **switch,
-        help="Spread the optimizer's state over the workers: each keeps that of its part of the parameters. Same results"
-        " in less memory; new weights are communicated, too. Default: off.",
+        help="Spread the optimizer's state over the workers: each keeps that of its part of the parameters. The same"
+        " results in less memory; new weights are communicated, too. Default: off.",
     )
     workers.add_argument(
         "--worker-timeout",

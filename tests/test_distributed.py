@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -214,6 +215,20 @@ def test_fine_tuning_by_workers_is_that_of_one(count: int, fine: Fine) -> None:
     for rank, text in enumerate(printed):
         assert text.count("all_sum in the update: [1]") == 2  # LoRA, and a full model of less than 32 MiB
         assert ("validation loss" in text) == (rank == 0)
+
+
+def test_sharded_state_in_fine_tuning_and_resuming(fine: Fine) -> None:
+    """From 2 workers that share the state to one that has all of it, and the other way."""
+    sharded = [fine.arguments(kind, f"{kind}-sharded", "--shard-state") for kind in KINDS]
+    shutil.copytree(fine.folder / "full-1", fine.folder / "from-1")
+    half = fine.folder / "from-1" / "checkpoints" / f"{5:07d}"
+    resumed = fine.arguments("full", "from-1", "--shard-state", "--resume", str(half))
+    launch.run(2, fine.folder, *fine.program(*sharded, resumed))
+    shutil.copytree(fine.folder / "full-sharded", fine.folder / "to-1")
+    half = fine.folder / "to-1" / "checkpoints" / f"{5:07d}"
+    launch.run(1, fine.folder, *fine.program(fine.arguments("full", "to-1", "--resume", str(half))))
+    for one, other in (("lora-1", "lora-sharded"), *(("full-1", out) for out in ("full-sharded", "from-1", "to-1"))):
+        fine.assert_same(one, other)
 
 
 def until(condition, seconds: float = 60) -> None:
