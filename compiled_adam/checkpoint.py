@@ -12,17 +12,17 @@ import shutil
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from . import any_optimizer
+from . import any_optimizer, workers
 from .compare import differences, table
 from .durable import flush, present, record, recorded, replacing, save_arrays
 from .fingerprint import packages
 from .step import TrainStep
-from .workers import gather
 
 FORMAT = 1
 META = "meta.json"
@@ -48,7 +48,7 @@ def save_checkpoint(
 ) -> None:
     """Writes everything that an exact continuation of ``step`` needs to ``folder``, which appears whole or not at all.
 
-    If the step has a ``group``, all workers call this, and the first one writes.
+    If the step has a ``group``, all workers call this, and the first one writes; what it raises, all raise.
 
     Args:
         folder: the checkpoint; an older one of this name is replaced, other folders are refused.
@@ -63,10 +63,11 @@ def save_checkpoint(
         TypeError: ``extra`` or ``settings`` cannot be stored as JSON.
     """
     state = step.state_dict(everywhere=False)  # something that all workers take part in
-    if step.group is not None:
-        gather(step.group, None)
-    if step.group is None or step.group.rank() == 0:
-        write_checkpoint(folder, step, state, extra, settings=settings)
+    write = partial(write_checkpoint, folder, step, state, extra, settings=settings)
+    if step.group is None:
+        write()
+    else:
+        workers.first_does(step.group, write)
 
 
 def write_checkpoint(
@@ -132,6 +133,8 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Continues ``step`` from a checkpoint; returns the ``extra`` it was saved with.
 
+    If the step has a ``group``, all workers call this, and all read; if one cannot, none continues.
+
     Args:
         folder: the checkpoint.
         step: a fresh step of the same model, loss and optimizer.
@@ -143,7 +146,8 @@ def load_checkpoint(
     Raises:
         ValueError: the checkpoint is damaged, or does not fit, with a table of what differs; nothing is changed then.
     """
-    contents = read_checkpoint(folder, step, settings=settings, allow=allow, warn=warn)
+    read = partial(read_checkpoint, folder, step, settings=settings, allow=allow, warn=warn)
+    contents = read() if step.group is None else workers.all_do(step.group, read)
     contents.into(step)
     return contents.extra
 

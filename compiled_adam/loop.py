@@ -6,7 +6,6 @@ import itertools
 import math
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable, Collection
 from functools import partial
@@ -17,10 +16,11 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.callbacks import TrainingCallback
-from mlx_lm.tuner.trainer import TrainingArgs, evaluate
+from mlx_lm.tuner.trainer import TrainingArgs
 
 from .checkpoint import Contents, check_finite, latest_checkpoint, numbered, prune, read_checkpoint, write_checkpoint
 from .durable import replace_arrays, replacing, save_arrays
+from .evaluation import mean_loss
 from .loader import Batches
 from .progress import TrainingProgress
 from .run_log import LOG, RunLog, is_log
@@ -201,22 +201,21 @@ class TrainingLoop:
         args, start = self.args, time.perf_counter()
         random = np.random.get_state()
 
-        def interruptible(*batch: Any) -> Any:
+        def before_batch() -> None:
             if self.asked.signal is not None and not self.workers.many:
                 raise _Interrupted
             self.workers.beat()
-            return loss(*batch)
 
-        val_loss = evaluate(
-            model=self.step.model,
-            dataset=dataset,
-            loss=interruptible,
+        val_loss = mean_loss(
+            self.step.model,
+            dataset,
+            loss,
+            before_batch,
+            args.clear_cache_threshold,
             batch_size=args.batch_size,
             num_batches=args.val_batches,
             max_seq_length=args.max_seq_length,
             iterate_batches=iterate_batches,
-            # evaluate's default clears the cache after each batch; this never does, or beyond the threshold.
-            clear_cache_threshold=args.clear_cache_threshold or sys.maxsize,
         )
         self.step.model.train()
         if iteration != 1 and iteration % args.steps_per_eval:
@@ -356,7 +355,7 @@ class TrainingLoop:
         state: dict[str, dict[str, mx.array]] = {}
         loaded = self.workers.first_does(load)
         path, extra, loaded["state"] = loaded.pop("path"), loaded["extra"], self.workers.share(state, self.step.keeps)
-        Contents(**loaded).into(self.step)
+        self.workers.all_do(lambda: Contents(**loaded).into(self.step))
         try:
             self.batches.restore(extra["data"])
             self.iteration, self.best, self.failures = extra["iteration"], extra["best"], extra["failures"]

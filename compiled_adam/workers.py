@@ -7,7 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any, cast
 
 import mlx.core as mx
@@ -105,6 +105,49 @@ def _form(array: mx.array) -> tuple[tuple[int, ...], str]:
     return array.shape, str(array.dtype).removeprefix("mlx.core.")
 
 
+def first_does(group: Group, function: Callable[[], Any], alone: Callable[[], Any] = nullcontext) -> Any:
+    """What ``function`` returns at the first worker, as JSON can hold it, at all of them, which wait for it.
+
+    It is called if all workers are there, in a context of ``alone``. What it raises is raised at all of them.
+    """
+    gather(group, None)
+    value, error = None, None
+    if group.rank() == 0:
+        try:
+            with alone():
+                value = function()
+        except _TOLD as caught:
+            error = caught
+    return _agreed(group, value, error)[0]
+
+
+def all_do(group: Group, function: Callable[[], Any]) -> Any:
+    """What ``function`` returns here; what it raises at any worker is raised at all of them."""
+    value, error = None, None
+    try:
+        value = function()
+    except _TOLD as caught:
+        error = caught
+    _agreed(group, None, error)
+    return value
+
+
+# What is wrong with input, options or files. Other errors end the worker that has them, and so the others.
+_TOLD = (ValueError, TypeError, OSError)
+
+
+def _agreed(group: Group, value: Any, error: Exception | None) -> list[Any]:
+    """The ``value`` of every worker; raises its own error, or else that of the first worker that has one."""
+    found = gather(group, [value, error and [isinstance(error, OSError), str(error)]])
+    if error is not None:
+        raise error
+    for rank, (_, told) in enumerate(found):
+        if told is not None:
+            is_os, text = told
+            raise (OSError if is_os else ValueError)(text if rank == 0 else f"rank {rank}: {text}")
+    return [each for each, _ in found]
+
+
 def is_lost(error: BaseException) -> bool:
     """Whether an error of MLX, whose backends all raise RuntimeError, means that other workers cannot be reached."""
     return isinstance(error, RuntimeError) and bool(re.search(r"\[(ring|jaccl|nccl|mpi)\]|nccl", str(error), re.I))
@@ -151,28 +194,14 @@ class Workers:
             check_alike(self.group, what)
 
     def first_does(self, function: Callable[[], Any]) -> Any:
-        """What ``function`` returns at the first worker, as JSON can hold it, at all of them, which wait for it.
-
-        It is called if all workers are there. A ValueError or OSError that it raises is raised at all of them.
-        """
+        """As `first_does`; the others may wait long."""
         if not self.many:
             return function()
-        value, error = None, None
-        with self._watchdog.patient():
-            gather(self.group, None)
-            if self.first:
-                try:
-                    with self._watchdog.busy():
-                        value = function()
-                except (ValueError, OSError) as caught:
-                    error = caught
-            told = [isinstance(error, OSError), str(error)] if error is not None else None
-            value, told = gather(self.group, [value, told])[0]
-        if error is not None:
-            raise error
-        if told is not None:
-            raise (OSError if told[0] else ValueError)(told[1])
-        return value
+        return self.together(lambda: first_does(self.group, function, self._watchdog.busy))
+
+    def all_do(self, function: Callable[[], Any]) -> Any:
+        """As `all_do`."""
+        return self.together(lambda: all_do(self.group, function)) if self.many else function()
 
     def share(self, state: State, keep: Callable[[str, str], bool]) -> State:
         """`share` of what the workers have, in which they may wait long for each other; alone it is ``state``."""
