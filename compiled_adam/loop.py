@@ -27,7 +27,7 @@ from .run_log import LOG, RunLog, is_log
 from .run_report import Report, StepReader, failures
 from .step import TrainStep
 from .stopping import Asked, TrainingStopped, elected, is_out_of_memory, vote
-from .workers import Workers
+from .workers import Workers, is_lost
 
 CHECKPOINTS, BEST, PREVIOUS, CONFIG = "checkpoints", "best", "previous", "adapter_config.json"
 
@@ -108,9 +108,10 @@ class TrainingLoop:
                     f"out of memory in iteration {self.iteration + 1}: {error}; {self.saved}."
                     " Use a smaller --batch-size or --max-seq-length, or --grad-checkpoint"
                 ) from error
-            if self.workers.many:
-                raise  # the others are somewhere else, and cannot take part in saving
-            problems = self._save_all()
+            if self.workers.many and is_lost(error):
+                raise
+            # Other workers are somewhere else, and cannot take part in saving.
+            problems = [] if self.workers.many else self._save_all()
             raise TrainingStopped(
                 f"iteration {self.iteration + 1}: {error}; {self._what_is_saved(problems)}"
             ) from error

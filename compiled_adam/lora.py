@@ -77,8 +77,8 @@ def train(
         val_dataset: the same for validation at the first, the last and every ``steps_per_eval``-th iteration.
         args: ``mlx_lm.tuner.trainer.TrainingArgs``; None means its defaults.
         loss: ``loss(model, *batch)`` returns the mean loss over tokens and the number of tokens.
-        iterate_batches: makes the batches, called as mlx-lm calls it; as many for each worker. Default: `Batches`, which
-            has mlx-lm's order.
+        iterate_batches: makes the batches, called as mlx-lm calls it; for each worker as many. Default:
+            `Batches`, which has mlx-lm's order.
         training_callback: gets ``on_train_loss_report(info)`` and ``on_val_loss_report(info)``.
 
         max_traces: how many batch shapes stay compiled, as in `make_step`. Default 64.

@@ -282,6 +282,25 @@ def test_a_killed_worker_stops_the_others_and_they_resume(fine: Fine) -> None:
         fine.assert_same("lora-1", out)
 
 
+def test_a_callback_that_fails_at_one_worker(fine: Fine) -> None:
+    program = """
+import os, sys
+from mlx_lm.tuner.callbacks import TrainingCallback
+from compiled_adam import cli, lora_command
+class Failing(TrainingCallback):
+    def on_train_loss_report(self, info):
+        if info["iteration"] == 8:
+            raise LookupError("no such project")
+lora_command.get_reporting_callbacks = lambda *_, **__: Failing() if os.environ["MLX_RANK"] == "0" else None
+sys.exit(cli.main(sys.argv[1:]))
+"""
+    with launch.workers(2, fine.folder, "-c", program, *fine.arguments("lora", "callback")) as processes:
+        (code, out), (other_code, other) = launch.outputs(processes, timeout=60)
+    assert code == other_code == 1, out + other
+    assert "iteration 9: no such project; there is a checkpoint" in out and "from iteration 5" in out, out
+    assert "another worker has ended" in other, other
+
+
 def test_a_killed_worker_under_mlx_launch(fine: Fine) -> None:
     """The launcher ends the others, which say what there is, and shows that."""
     out = fine.folder / "launched"

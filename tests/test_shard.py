@@ -29,6 +29,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "mixed": {"depth": 3, "dtype": "mixed", "limit": 10},
     "8bit": {**WIDE, "optimizer": {"moments": "8bit"}},
     "bfloat16 moments": {**WIDE, "optimizer": {"moments": "bfloat16"}},
+    "groups": {"depth": 3, "optimizer": {"learning_rate_multipliers": {"layers.0": 0.1, "layers.[24]": 3.0}}},
     "stock": {"depth": 3, "stock": "AdamW"},
     "muon": {"depth": 3, "stock": "Muon"},
 }
@@ -127,6 +128,7 @@ def test_resuming_with_another_number_of_workers_is_exact(source: int, ran, tmp_
 def test_an_optimizer_that_was_sharded_can_be_used_again(tmp_path: Path) -> None:
     program = """
 import mlx.core as mx, compiled_adam as ca
+from mlx.utils import tree_unflatten
 from compiled_adam import any_optimizer
 from tests.nets import linear_net, squared_error, batch
 group, net, optimizer = mx.distributed.init(), linear_net(), ca.Adam(0.1)
@@ -140,6 +142,10 @@ for sharded in (True, False, True):
     now = step.state_dict()["optimizer"]
     assert now.keys() == before.keys() and all(mx.array_equal(now[path], before[path]) for path in now), sharded
     assert (len(any_optimizer.flat_state(optimizer)) < len(before)) == sharded
+optimizer.state = tree_unflatten(list(before.items()))
+now = step.state_dict()["optimizer"]
+assert len(any_optimizer.flat_state(optimizer)) < len(before) == len(now)
+step(*batch())
 """
     launch.run(2, tmp_path, "-c", program)
 
