@@ -94,13 +94,20 @@ def mean_over_workers(
         flat = _flat([gradients[i] for i in leaves])
         return flat if weight is None else window.weighted(flat, weight)
 
+    def headed(leaves: Sequence[int]) -> mx.array:
+        """The same after the scalars, for which room is left at once, so that nothing is copied twice."""
+        if weight is None:
+            return _flat([head, *(gradients[i] for i in leaves)])
+        room = mx.zeros(SCALARS, gradients[leaves[0]].dtype)
+        flat = window.weighted(_flat([room, *(gradients[i] for i in leaves)]), weight)
+        return mx.slice_update(flat, head, mx.array([0]), axes=(0,))
+
     def unpack(leaves: Sequence[int], flat: mx.array) -> None:
         for i, mean in zip(leaves, _split(flat, [gradients[i] for i in leaves]), strict=True):
             means[i] = mean
 
     # Calls are chained: workers must meet in the same call, and a graph alone does not say in which order they come.
-    packed = mx.concatenate([head, mine(first.leaves)]) if first.leaves else head
-    before = mx.distributed.all_sum(packed, group=group)
+    before = mx.distributed.all_sum(headed(first.leaves) if first.leaves else head, group=group)
     head = before[:SCALARS]
     total = mx.where(head[0] > 0, head[0], 1.0)
     if first.leaves:

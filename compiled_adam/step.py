@@ -323,6 +323,7 @@ class TrainStep:
                 own, loss, vote = scalars
                 scalars = [mx.maximum(own, 0.0), window.weighted(loss, own), vote]
             dtypes = [reduce.DTYPES[self._reduce_dtype] or p.dtype for p in parameters]
+            own = own if self._weighted else None  # all are 1
             gradients, *sums, last = reduce.mean_over_workers(gradients, scalars, self._group, dtypes, own)
             gradients = [g.astype(p.dtype) for g, p in zip(gradients, parameters, strict=True)]
         elif self._accumulate > 1:
