@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 import compiled_adam as ca
-from compiled_adam import shard
+from compiled_adam import any_optimizer, rule, shard
 from compiled_adam.reduce import LIMIT
+from compiled_adam.update import Part
 from tests import launch
 from tests.nets import linear_net, squared_error
 
@@ -148,6 +149,50 @@ assert len(any_optimizer.flat_state(optimizer)) < len(before) == len(now)
 step(*batch())
 """
     launch.run(2, tmp_path, "-c", program)
+
+
+def test_memory_is_what_the_other_does_not_have(tmp_path: Path) -> None:
+    program = """
+import json, sys
+import mlx.core as mx, mlx.nn as nn, compiled_adam as ca
+from tests.nets import Leaves
+net = Leaves(16, 2**18)
+step = ca.make_step(net, lambda net: sum(mx.square(a).sum() for a in net.leaves), ca.AdamW(1e-3, max_grad_norm=1.0),
+                    group=mx.distributed.init(), shard_state=sys.argv[1] == "sharded")
+for _ in range(3):
+    mx.eval(step().loss, net.parameters(), step.optimizer.state)
+mx.clear_cache()
+active = mx.get_active_memory()
+mx.reset_peak_memory()
+for _ in range(3):
+    mx.eval(step().loss, net.parameters(), step.optimizer.state)
+print(json.dumps([active, mx.get_peak_memory()]))
+"""
+    whole, sharded = (
+        json.loads(launch.run(2, tmp_path, "-c", program, kind)[0].splitlines()[0]) for kind in ("whole", "sharded")
+    )
+    weights = 16 * 4 * 2**18
+    assert whole[0] == pytest.approx(3 * weights, rel=0.01)  # with two moments
+    assert sharded[0] == pytest.approx(2 * weights, rel=0.01)
+    assert sharded[1] < whole[1]
+
+
+def test_a_part_of_an_update_is_that_part_of_the_whole() -> None:
+    """What the optimizer must be told of all gradients is `Part`; called eagerly here."""
+    options: dict[str, Any] = {"moments": "8bit", "max_grad_norm": 0.5, "skip_nonfinite": True}
+    parameters = {name: mx.random.normal((80, 64), key=mx.random.key(i)) for i, name in enumerate("abc")}
+    whole, part = ca.Adam(0.1, **options), ca.Adam(0.1, **options)
+    part.init_part({"b": parameters["b"]}, parameters)
+    mine = {"b": parameters["b"]}
+    for i in range(3):
+        gradients = {name: mx.random.normal(p.shape, key=mx.random.key(9 + i)) for name, p in parameters.items()}
+        parameters = whole.apply_gradients(gradients, parameters)
+        common = Part(rule.global_norm(list(gradients.values())), (1,), 3)
+        mine = part.apply_gradients({"b": gradients["b"]}, mine, common)
+        assert mx.array_equal(mine["b"], parameters["b"])
+        for name, array in any_optimizer.flat_state(part).items():
+            assert mx.array_equal(array, any_optimizer.flat_state(whole)[name]), name
+    assert "a" not in part.state and part.options == whole.options
 
 
 def test_leaves_are_dealt_out_evenly() -> None:
