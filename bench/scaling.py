@@ -59,6 +59,13 @@ def planned(name: str, job: str, workers: int) -> Plan:
 
 
 @cache
+def sharded(name: str, workers: int) -> Plan:
+    """The plan of "full" with `--shard-state`."""
+    argv = ["--train", "--optimizer", "adamw", "--fine-tune-type", "full", "--num-layers", str(MODELS[name][2])]
+    return plan(config(name), settings([*argv, "--shard-state"]), workers)
+
+
+@cache
 def _planned(name: str, job: str, many: bool) -> Plan:
     layers = MODELS[name][2]
     argv = [str(layers) if word == "-1" else word for word in JOBS[job]]
@@ -75,12 +82,22 @@ def page() -> str:
             fits = " / ".join(_smallest(made.total(policy)) for policy in ("float32", "8bit"))
             row = [f"{made.parameters / 1e9:.2f} B", job, _gb(made.weights), _gb(made.gradients), *states, fits]
             memory.append([name, *row])
+    shards = [["model", "moments", *(f"{n} workers" if n > 1 else "1 worker" for n in WORKERS)]]
+    for name in MODELS:
+        for policy in ("float32", "8bit"):
+            shards.append([name, policy, *(_gb(sum(sharded(name, n).states[policy])) for n in WORKERS)])
     traffic = [["model", "job", "calls", "one pass", *(f"{n} workers" for n in WORKERS[1:])]]
     for name in MODELS:
         for job in JOBS:
             plans = [planned(name, job, n) for n in WORKERS[1:]]
             sizes = [_gb(each.traffic()) for each in plans]
             traffic.append([name, job, str(len(plans[0].calls)), _gb(sum(plans[0].calls)), *sizes])
+    for name in MODELS:
+        plans = [sharded(name, n) for n in WORKERS[1:]]
+        sizes = [_gb(each.traffic()) for each in plans]
+        calls = f"{len(plans[0].calls)} and {len(plans[0].gathers)}"
+        one_pass = _gb(sum(plans[0].calls) + sum(plans[0].gathers))
+        traffic.append([name, "full, `--shard-state`", calls, one_pass, *sizes])
     times = [["model", "job", "workers", *(f"{link}, {speed:g} GB/s" for link, speed in LINKS.items())]]
     for name in MODELS:
         for job in JOBS:
@@ -89,6 +106,7 @@ def page() -> str:
                 times.append([name, job, str(n), *(_seconds(made.seconds(speed * GB)) for speed in LINKS.values())])
     return TEXT.format(
         memory=_markdown(memory),
+        shards=_markdown(shards),
         traffic=_markdown(traffic),
         times=_markdown(times),
         memories=", ".join(map(str, MEMORIES)),
@@ -111,18 +129,26 @@ without embeddings and head.
 
 State is moments and residuals together, by `--moments`. Activations come on top of everything; they depend on batch and
 length, and `--grad-checkpoint` lowers them. *Fits in* is the smallest of {memories} GB that holds
-weights, gradients and state with float32 / 8bit moments, and nothing else. Every worker has all of it: it is data
-parallelism, and state is not sharded. Several workers add one float32 copy of the gradients, the buffers of the
-reduction: 4 bytes for each trained parameter.
+weights, gradients and state with float32 / 8bit moments, and nothing else. Every worker has all of it, without
+`--shard-state`. Several workers add one float32 copy of the gradients, the buffers of the reduction: 4 bytes for each
+trained parameter.
 
 {memory}
+
+## State of one worker with `--shard-state`
+
+Of the worker that has the most, for "full". Weights and gradients stay whole at every worker. Parameters are dealt out
+whole, so that it is a little more than one N-th where there are few large ones for each worker.
+
+{shards}
 
 ## Bytes of one update
 
 *One pass* is what the calls of all_sum have together: the trained parameters, in float32 or with `--reduce-dtype param`
 in their own dtype, and three numbers. Up to 512 MiB it is one call; beyond, buffers of 32 MiB, or of one leaf if that
 is larger. In a ring of N workers each sends, and receives, 2 (N - 1) / N of that, which hardly grows with N. With
-accumulation it is once for a whole window.
+accumulation it is once for a whole window. With `--shard-state` come calls of all_gather for the new weights, of which
+each sends (N - 1) / N; *one pass* has them too, for two workers.
 
 {traffic}
 

@@ -10,6 +10,8 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_unflatten
 
+from .layout import Structure
+
 # A schedule is a function, which cannot be compared; its values at these steps can.
 _SAMPLED = (0, 1, 2, 5, *(factor * 10**power for power in range(1, 6) for factor in (1, 2, 5)))
 
@@ -24,6 +26,11 @@ def parts(optimizer: optim.Optimizer) -> list[optim.Optimizer]:
     if isinstance(optimizer, optim.MultiOptimizer):
         return [part for child in optimizer.optimizers for part in parts(child)]
     return [optimizer]
+
+
+def flat_state(optimizer: optim.Optimizer) -> dict[str, mx.array]:
+    """The arrays of the state by their paths."""
+    return {path: container[key] for path, container, key in Structure(optimizer.state).leaves}
 
 
 def learning_rate(optimizer: optim.Optimizer) -> mx.array | None:
@@ -66,18 +73,19 @@ def convertible(state: dict[str, mx.array]) -> dict[str, Any]:
     }
 
 
-def convert_state(optimizer: optim.Optimizer, state: dict[str, mx.array], parameters: Any) -> None:
+def convert_state(optimizer: optim.Optimizer, state: dict[str, mx.array], init: Callable[[], None]) -> None:
     """Gives the optimizer a flat ``state`` that may be of other options, in its own form; what that lacks begins anew.
 
-    What it must have is `convertible`. If anything raises, the optimizer keeps its own.
+    What it must have is `convertible`; ``init`` converts what is there and creates what is not. If anything raises, the
+    optimizer keeps its own.
     """
     before = optimizer.state
     try:
         optimizer.state = tree_unflatten(list(state.items()))
-        optimizer.init(parameters)
+        init()
     except BaseException:
         optimizer.state = before
-        optimizer.init(parameters)
+        init()
         raise
 
 

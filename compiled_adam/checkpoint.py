@@ -12,17 +12,17 @@ import shutil
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from . import any_optimizer
+from . import any_optimizer, workers
 from .compare import differences, table
 from .durable import flush, present, record, recorded, replacing, save_arrays
 from .fingerprint import packages
 from .step import TrainStep
-from .workers import gather
 
 FORMAT = 1
 META = "meta.json"
@@ -48,7 +48,7 @@ def save_checkpoint(
 ) -> None:
     """Writes everything that an exact continuation of ``step`` needs to ``folder``, which appears whole or not at all.
 
-    If the step has a ``group``, all workers call this, and the first one writes.
+    If the step has a ``group``, all workers call this, and the first one writes; what it raises, all raise.
 
     Args:
         folder: the checkpoint; an older one of this name is replaced, other folders are refused.
@@ -62,11 +62,12 @@ def save_checkpoint(
         ValueError: the folder has something else, or weights are infinite or not a number.
         TypeError: ``extra`` or ``settings`` cannot be stored as JSON.
     """
-    state = step.state_dict()  # something that all workers take part in
-    if step.group is not None:
-        gather(step.group, None)
-    if step.group is None or step.group.rank() == 0:
-        write_checkpoint(folder, step, state, extra, settings=settings)
+    state = step.state_dict(everywhere=False)  # something that all workers take part in
+    write = partial(write_checkpoint, folder, step, state, extra, settings=settings)
+    if step.group is None:
+        write()
+    else:
+        workers.first_does(step.group, write)
 
 
 def write_checkpoint(
@@ -132,6 +133,8 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Continues ``step`` from a checkpoint; returns the ``extra`` it was saved with.
 
+    If the step has a ``group``, all workers call this, and all read; if one cannot, none continues.
+
     Args:
         folder: the checkpoint.
         step: a fresh step of the same model, loss and optimizer.
@@ -143,6 +146,39 @@ def load_checkpoint(
     Raises:
         ValueError: the checkpoint is damaged, or does not fit, with a table of what differs; nothing is changed then.
     """
+    read = partial(read_checkpoint, folder, step, settings=settings, allow=allow, warn=warn)
+    contents = read() if step.group is None else workers.all_do(step.group, read)
+    contents.into(step)
+    return contents.extra
+
+
+class Contents(NamedTuple):
+    """A checkpoint that was read, and fits."""
+
+    state: dict[str, dict[str, mx.array]]
+    extra: dict[str, Any]
+    convert: bool  # whether the optimizer's state is of other options
+    own_rate: bool  # whether the learning rate stays that of the step
+
+    def into(self, step: TrainStep) -> None:
+        """Continues ``step`` from it."""
+        optimizers = any_optimizer.parts(step.optimizer)
+        rates = [optimizer.state.get("learning_rate") for optimizer in optimizers]
+        step.load_state_dict(self.state, convert=self.convert)
+        for optimizer, rate in zip(optimizers, rates, strict=True):
+            if rate is not None and self.own_rate:
+                optimizer.state["learning_rate"] = rate
+
+
+def read_checkpoint(
+    folder: str | Path,
+    step: TrainStep,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    allow: Collection[str] = (),
+    warn: Callable[[str], None] = _warn,
+) -> Contents:
+    """What `load_checkpoint` continues ``step`` from; it is not changed."""
     folder = Path(folder)
     meta = check_checkpoint(folder)
     folder = present(folder)
@@ -165,13 +201,8 @@ def load_checkpoint(
     if others := differences(_packages(), meta["packages"]):
         names = ", ".join(f"{name} {there}" for name, _, there in others)
         warn(f"{folder} was written with {names}: results may differ in the last bits")
-    optimizers = any_optimizer.parts(step.optimizer)
-    rates = [optimizer.state.get("learning_rate") for optimizer in optimizers]
-    step.load_state_dict(state, convert=convert)
-    for optimizer, rate in zip(optimizers, rates, strict=True):
-        if rate is not None and any(name.endswith("learning_rate") for name in changed):
-            optimizer.state["learning_rate"] = rate
-    return meta["extra"]
+    own_rate = any(name.endswith("learning_rate") for name in changed)
+    return Contents(state, meta["extra"], convert, own_rate)
 
 
 def check_checkpoint(folder: Path) -> dict[str, Any]:

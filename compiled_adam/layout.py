@@ -142,6 +142,28 @@ def indexed(tree: Any, indices: dict[str, int], prefix: str = "") -> Any:
     return indices.get(prefix[1:])
 
 
+def trainable_places(model: nn.Module) -> tuple[list[tuple[str, Any, Any]], Any]:
+    """The places (path, container, key) of a model's trainable parameters, and their tree, with indices for arrays.
+
+    Raises TypeError for one that has no gradient, ValueError if there is none.
+    """
+    trainable = model.trainable_parameters()
+    seen: dict[tuple[int, Any], int] = {}
+    places: list[tuple[str, Any, Any]] = []
+    for path, container, key in along(trainable, model):
+        if not mx.issubdtype(container[key].dtype, mx.floating):
+            raise TypeError(
+                f"the trainable parameter {path!r} is {container[key].dtype}, which has no gradient;"
+                " freeze it, for example with model.freeze(recurse=False, keys=[...]) of its module"
+            )
+        if (id(container), key) not in seen:  # else: tied, the same container under another path
+            seen[id(container), key] = len(places)
+            places.append((path, container, key))
+    if not places:
+        raise ValueError("the model has no trainable parameters; unfreeze some with model.unfreeze()")
+    return places, indexed(trainable, {path: i for i, (path, _, _) in enumerate(places)})
+
+
 class Aligned:
     """Gradients with the parameter and the optimizer state of each, as flat lists in the gradients' order.
 

@@ -6,9 +6,9 @@ import itertools
 import math
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,17 +16,18 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.callbacks import TrainingCallback
-from mlx_lm.tuner.trainer import TrainingArgs, evaluate
+from mlx_lm.tuner.trainer import TrainingArgs
 
-from .checkpoint import check_finite, latest_checkpoint, load_checkpoint, numbered, prune, write_checkpoint
+from .checkpoint import Contents, check_finite, latest_checkpoint, numbered, prune, read_checkpoint, write_checkpoint
 from .durable import replace_arrays, replacing, save_arrays
+from .evaluation import mean_loss
 from .loader import Batches
 from .progress import TrainingProgress
 from .run_log import LOG, RunLog, is_log
 from .run_report import Report, StepReader, failures
 from .step import TrainStep
 from .stopping import Asked, TrainingStopped, elected, is_out_of_memory, vote
-from .workers import Workers
+from .workers import Workers, is_lost
 
 CHECKPOINTS, BEST, PREVIOUS, CONFIG = "checkpoints", "best", "previous", "adapter_config.json"
 
@@ -107,9 +108,10 @@ class TrainingLoop:
                     f"out of memory in iteration {self.iteration + 1}: {error}; {self.saved}."
                     " Use a smaller --batch-size or --max-seq-length, or --grad-checkpoint"
                 ) from error
-            if self.workers.many:
-                raise  # the others are somewhere else, and cannot take part in saving
-            problems = self._save_all()
+            if self.workers.many and is_lost(error):
+                raise
+            # Other workers are somewhere else, and cannot take part in saving.
+            problems = [] if self.workers.many else self._save_all()
             raise TrainingStopped(
                 f"iteration {self.iteration + 1}: {error}; {self._what_is_saved(problems)}"
             ) from error
@@ -200,22 +202,21 @@ class TrainingLoop:
         args, start = self.args, time.perf_counter()
         random = np.random.get_state()
 
-        def interruptible(*batch: Any) -> Any:
+        def before_batch() -> None:
             if self.asked.signal is not None and not self.workers.many:
                 raise _Interrupted
             self.workers.beat()
-            return loss(*batch)
 
-        val_loss = evaluate(
-            model=self.step.model,
-            dataset=dataset,
-            loss=interruptible,
+        val_loss = mean_loss(
+            self.step.model,
+            dataset,
+            loss,
+            before_batch,
+            args.clear_cache_threshold,
             batch_size=args.batch_size,
             num_batches=args.val_batches,
             max_seq_length=args.max_seq_length,
             iterate_batches=iterate_batches,
-            # evaluate's default clears the cache after each batch; this never does, or beyond the threshold.
-            clear_cache_threshold=args.clear_cache_threshold or sys.maxsize,
         )
         self.step.model.train()
         if iteration != 1 and iteration % args.steps_per_eval:
@@ -311,7 +312,7 @@ class TrainingLoop:
             "failures": self.failures,
             "adapters": self.adapter_files,
         }
-        state = self.workers.together(self.step.state_dict)
+        state = self.workers.together(partial(self.step.state_dict, everywhere=False))
 
         def write() -> None:
             folder = checkpoints / f"{self.iteration:07d}"
@@ -347,13 +348,15 @@ class TrainingLoop:
         def load() -> dict[str, Any]:
             auto = checkpoint == "auto"
             path = latest_checkpoint(self.folder / CHECKPOINTS, warn=self.warn) if auto else Path(checkpoint)
-            extra = load_checkpoint(path, self.step, settings=self.options.settings, allow=allow, warn=self.warn)
-            return {"path": str(path), "extra": extra}
+            read = read_checkpoint(path, self.step, settings=self.options.settings, allow=allow, warn=self.warn)
+            state.update(read.state)
+            return {"path": str(path), **read._replace(state={})._asdict()}
 
         # The other workers get it from the first one, and need not have its files.
+        state: dict[str, dict[str, mx.array]] = {}
         loaded = self.workers.first_does(load)
-        self.workers.share_state(self.step)
-        path, extra = loaded["path"], loaded["extra"]
+        path, extra, loaded["state"] = loaded.pop("path"), loaded["extra"], self.workers.share(state, self.step.keeps)
+        self.workers.all_do(lambda: Contents(**loaded).into(self.step))
         try:
             self.batches.restore(extra["data"])
             self.iteration, self.best, self.failures = extra["iteration"], extra["best"], extra["failures"]

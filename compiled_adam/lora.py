@@ -54,6 +54,7 @@ def train(
     allow: Collection[str] = (),
     adapter_config: Mapping[str, Any] | None = None,
     reduce_dtype: str = "float32",
+    shard_state: bool = False,
     worker_timeout: float = 60.0,
 ) -> None:
     """Fine-tunes ``model`` in place: the call, the defaults and the adapter files of ``mlx_lm.tuner.trainer.train``.
@@ -76,7 +77,8 @@ def train(
         val_dataset: the same for validation at the first, the last and every ``steps_per_eval``-th iteration.
         args: ``mlx_lm.tuner.trainer.TrainingArgs``; None means its defaults.
         loss: ``loss(model, *batch)`` returns the mean loss over tokens and the number of tokens.
-        iterate_batches: makes the batches, called as mlx-lm calls it. Default: `Batches`, which has mlx-lm's order.
+        iterate_batches: makes the batches, called as mlx-lm calls it; for each worker as many. Default:
+            `Batches`, which has mlx-lm's order.
         training_callback: gets ``on_train_loss_report(info)`` and ``on_val_loss_report(info)``.
 
         max_traces: how many batch shapes stay compiled, as in `make_step`. Default 64.
@@ -93,6 +95,7 @@ def train(
         adapter_config: what mlx-lm needs to load the adapters, for ``adapter_config.json`` beside them; written when
             nothing stands in the way of the training any more. Default None: not written.
         reduce_dtype: what gradients are communicated in between workers, as in `make_step`. Default "float32".
+        shard_state: whether the optimizer's state is spread over the workers, as in `make_step`. Default False.
         worker_timeout: seconds without an answer after which a worker that waits for the others ends its process, with
             a message and exit code 1; more if steps are long, see `Watchdog`. (One that died is noticed at once.)
 
@@ -145,6 +148,7 @@ def train(
             max_traces=max_traces,
             group=world,
             reduce_dtype=reduce_dtype,
+            shard_state=shard_state,
         )
         batches = iter(
             iterate_batches(

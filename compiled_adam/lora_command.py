@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import types
 from collections.abc import Iterator, Sequence
@@ -17,19 +18,21 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten
-from mlx_lm import lora as mlx_lm_lora
 from mlx_lm.tuner.callbacks import TrainingCallback, get_reporting_callbacks
 from mlx_lm.tuner.datasets import CacheDataset, load_dataset
-from mlx_lm.tuner.trainer import TrainingArgs
+from mlx_lm.tuner.trainer import TrainingArgs, default_loss, iterate_batches
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters, print_trainable_parameters
 from mlx_lm.utils import load
 
 from . import fingerprint, loader, schedulers
+from .evaluation import mean_loss
 from .groups import decay_matrices
 from .lora import train
 from .lora_options import KEPT, YAML_ONLY, check_together, settings
 from .optimizers import Adam, AdamW
+from .progress import TrainingProgress
 from .run_log import LOG
+from .workers import Workers
 
 # Options that decide which numbers a run computes, beside the optimizer's and those that `train` knows.
 _OF_THE_RESULT = (
@@ -75,7 +78,7 @@ def run(args: types.SimpleNamespace) -> None:
         with _readable(f"the adapters in {args.adapter_path}"):
             load_adapters(model, args.adapter_path)
     if args.test:
-        mlx_lm_lora.evaluate_model(args, model, test_set)
+        _test(args, model, test_set)
 
 
 def _load(args: types.SimpleNamespace) -> tuple[nn.Module, Any]:
@@ -167,6 +170,7 @@ def _train(
             allow=args.allow_change or (),
             adapter_config={name: value for name, value in vars(args).items() if name != "given"},
             reduce_dtype=args.reduce_dtype,
+            shard_state=bool(args.shard_state),
             worker_timeout=args.worker_timeout,
         )
     finally:
@@ -174,6 +178,32 @@ def _train(
             from .report import write
 
             write([folder], folder / "report.html")
+
+
+def _test(args: types.SimpleNamespace, model: nn.Module, test_set: Any) -> None:
+    """Prints what mlx-lm prints, and ends if the other workers are gone, as training does."""
+    batches = len(test_set) // args.batch_size
+    batches = batches if args.test_batches == -1 else min(batches, args.test_batches)
+    with Workers(mx.distributed.init(), args.worker_timeout) as workers:
+        workers.saved = lambda: "there is no test loss"
+        with TrainingProgress(batches, quiet=not workers.first, what="test") as progress:
+
+            def before_batch() -> None:
+                workers.beat()
+                progress.advance()
+
+            loss = mean_loss(
+                model,
+                CacheDataset(test_set),
+                default_loss,
+                before_batch,
+                args.clear_cache_threshold,
+                batch_size=args.batch_size,
+                num_batches=args.test_batches,
+                max_seq_length=args.max_seq_length,
+                iterate_batches=iterate_batches,
+            )
+        print(f"Test loss {loss:.3f}, Test ppl {math.exp(loss):.3f}.")
 
 
 def make_trainable(args: types.SimpleNamespace, model: nn.Module) -> None:

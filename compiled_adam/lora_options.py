@@ -33,6 +33,7 @@ OURS: dict[str, Any] = {
     "allow_change": None,
     "report": None,
     "reduce_dtype": "float32",
+    "shard_state": None,
     "worker_timeout": 60.0,
 }
 KEPT = 2  # checkpoints, unless --keep-checkpoints says otherwise
@@ -219,6 +220,12 @@ def parser() -> argparse.ArgumentParser:
         " Default: float32.",
     )
     workers.add_argument(
+        "--shard-state",
+        **switch,
+        help="Spread the optimizer's state over the workers: each keeps that of its part of the parameters. The same"
+        " results in less memory; new weights are communicated, too. Default: off.",
+    )
+    workers.add_argument(
         "--worker-timeout",
         type=float,
         metavar="SECONDS",
@@ -232,8 +239,9 @@ def check_together(args: types.SimpleNamespace) -> None:
     """Raises ValueError for options that contradict each other."""
     if not args.train and not args.test:
         raise ValueError("there is nothing to do; give --train, --test or both")
-    if not args.train and args.given:
-        raise ValueError(f"{args.given[0]} is an option of training, but there is no --train")
+    of_training = [name for name in args.given if name != "worker_timeout"]
+    if not args.train and of_training:
+        raise ValueError(f"{of_training[0]} is an option of training, but there is no --train")
     if args.resume and args.resume_adapter_file:
         raise ValueError("resume continues a run and resume_adapter_file begins one with old weights; give one of them")
     if args.allow_change and not args.resume:

@@ -17,7 +17,7 @@ from .groups import ALL_ALIKE, DecayFilter, Group, check_patterns, group
 from .layout import Aligned, along
 from .lowering import LOWERINGS, of_leaves
 from .moments import POLICIES, STOCHASTIC, Stored
-from .update import FLOATS, Constants, Form, check_leaf, update, update_leaf
+from .update import FLOATS, Constants, Form, Part, check_leaf, update, update_leaf
 
 _SCALARS = ("rounding_key", "grad_norm", "skipped")  # what the state may have beside step and learning_rate
 LearningRate = float | mx.array | Callable[[mx.array], mx.array]
@@ -179,6 +179,12 @@ class Adam(optim.Adam):
         """
         self._init(parameters, parameters)
 
+    def init_part(self, part: dict, parameters: dict) -> None:
+        """`init` of the state of a ``part`` of the parameters alone, whose others are updated elsewhere."""
+        for path, container, key in along(parameters, parameters):
+            self._group(path, container[key])  # `options` are those of all
+        self._init(part, parameters)
+
     def _init(self, parameters: dict, all_parameters: dict) -> None:
         check_patterns([path for path, _, _ in along(all_parameters, all_parameters)], self._multipliers)
         leaves = [(path, container[key]) for path, container, key in along(parameters, parameters)]
@@ -245,8 +251,10 @@ class Adam(optim.Adam):
                 " multipliers and a decay_filter need apply_gradients, and no apply_single of a subclass"
             )
 
-    def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
+    def apply_gradients(self, gradients: dict, parameters: dict, part: Part | None = None) -> dict:
         """The updated parameters, as a tree like ``gradients``, which may be a subset of ``parameters``.
+
+        If there are more gradients, whose updates are made elsewhere, ``part`` has what they have in common.
 
         Raises ValueError or TypeError, naming the path, for a gradient that has no parameter or no state, is not
         an array, or differs from its parameter in shape; moments and step are as before then.
@@ -271,7 +279,7 @@ class Adam(optim.Adam):
         scheduled = self._scheduled(self.step)
         scalars = {name: self.state[name] for name in self._scalar_names if name not in scheduled} | scheduled
         new_parameters, states, scalars = compiled(
-            leaves.gradients, leaves.parameters, leaves.states, scalars, self._constants()
+            leaves.gradients, leaves.parameters, leaves.states, scalars, self._constants(), part
         )
         self.state.update(scalars)
         for state, new in zip(leaves.states, states, strict=True):
@@ -287,6 +295,7 @@ class Adam(optim.Adam):
         states: list[Stored],
         scalars: Stored,
         constants: tuple[Any, ...],
+        part: tuple[Any, ...] | None,
     ) -> tuple[list[mx.array], list[Stored], Stored]:
         """What is compiled: `update` of leaves whose groups and forms of storage are found out here, once a trace."""
         self._traces += 1
@@ -294,7 +303,9 @@ class Adam(optim.Adam):
         for leaf in zip(paths, gradients, parameters, states, forms, strict=True):
             check_leaf(*leaf)
         groups = [self._group(path, p) for path, p in zip(paths, parameters, strict=True)]
-        return update(gradients, parameters, states, scalars, groups, forms, Constants(*constants))
+        return update(
+            gradients, parameters, states, scalars, groups, forms, Constants(*constants), Part(*part) if part else None
+        )
 
     def update_leaves(
         self,
@@ -309,7 +320,7 @@ class Adam(optim.Adam):
         A leaf may stand for several that are updated alike: its path is that of any of them.
         """
         scalars = scalars | self._scheduled(scalars["step"])
-        return self._trace(paths, gradients, parameters, states, scalars, self._constants())
+        return self._trace(paths, gradients, parameters, states, scalars, self._constants(), None)
 
     def streams(self, parameters: list[mx.array]) -> list[mx.Stream]:
         """Where `update_leaves` will update each."""

@@ -201,11 +201,11 @@ class PackedTrees:
                 slot.show()
 
     def update(
-        self, gradients: list[mx.array], parameters: list[mx.array], state: State
+        self, gradients: list[mx.array], parameters: list[mx.array], state: State, after: mx.array | None = None
     ) -> tuple[list[mx.array], State, mx.array]:
         """What `read` returned after one update, and the gradients' norm; for a trace.
 
-        ``gradients`` has one for each parameter.
+        ``gradients`` has one for each parameter. There are no other workers, and nothing to be ``after``.
         """
         packed = []
         for row, stream in zip(self._rows, self._optimizer.streams(parameters), strict=True):

@@ -21,7 +21,7 @@ from mlx_lm.utils import _get_classes
 from rich.console import Console
 from rich.table import Table
 
-from . import reduce
+from . import reduce, shard
 from .lora_command import make_optimizer, make_trainable
 from .lora_options import parser, settings
 from .moments import POLICIES
@@ -47,8 +47,9 @@ class Plan(NamedTuple):
     gradients: int
     window: int  # float32 sums of accumulated gradients
     exchange: int  # a float32 copy of the gradients, packed; 0 with one worker
-    states: dict[str, State]  # by moments policy, or by the optimizer's name if it has none
+    states: dict[str, State]  # by moments policy, or the optimizer's name; sharded, of the worker that has the most
     calls: list[int]  # what each all_sum of an update communicates; none with one worker
+    gathers: list[int]  # what all workers have after each all_gather of new weights; none unless state is sharded
     workers: int
 
     def total(self, policy: str) -> int:
@@ -56,8 +57,9 @@ class Plan(NamedTuple):
         return self.weights + self.gradients + self.window + self.exchange + sum(self.states[policy])
 
     def traffic(self) -> float:
-        """Bytes that each worker sends per update, and receives, in a ring: twice its share of all others' parts."""
-        return 2 * (self.workers - 1) / self.workers * sum(self.calls)
+        """Bytes that each worker sends per update, and receives, in a ring: all but one part of the weights that are
+        gathered, and twice that of the gradients that are summed."""
+        return (self.workers - 1) / self.workers * (2 * sum(self.calls) + sum(self.gathers))
 
     def seconds(self, link: float) -> float:
         """Communication per update, at ``link`` bytes per second in each direction at once, without latency."""
@@ -77,7 +79,10 @@ def plan(config: Mapping[str, Any], args: types.SimpleNamespace, workers: int = 
     count = sum(p.size for p in trainable.values())
     many = workers > 1
     dtypes = [reduce.DTYPES[args.reduce_dtype] or p.dtype for p in trainable.values()]
-    buffers = reduce.buffers([p.size for p in trainable.values()], dtypes) if many else []
+    sizes = [p.size for p in trainable.values()]
+    buffers = reduce.buffers(sizes, dtypes) if many else []
+    sharded = many and args.shard_state
+    rounds = shard.rounds(sizes, [p.dtype for p in trainable.values()], workers) if sharded else []
     return Plan(
         parameters,
         count,
@@ -86,8 +91,9 @@ def plan(config: Mapping[str, Any], args: types.SimpleNamespace, workers: int = 
         gradients=_bytes(trainable),
         window=4 * count if args.grad_accumulation_steps > 1 else 0,
         exchange=4 * count if many else 0,
-        states=_states(args, model.trainable_parameters()),
+        states=_states(args, model.trainable_parameters(), workers if sharded else 1),
         calls=[buffer.nbytes for buffer in buffers],
+        gathers=[call.nbytes for call in rounds],
         workers=workers,
     )
 
@@ -122,8 +128,10 @@ def _quantize(model: nn.Module, quantization: Mapping[str, Any]) -> None:
     nn.quantize(model, **shared, class_predicate=chosen)
 
 
-def _states(args: types.SimpleNamespace, trainable: dict) -> dict[str, State]:
+def _states(args: types.SimpleNamespace, trainable: dict, workers: int) -> dict[str, State]:
     name = args.optimizer.lower()
+    leaves = _arrays(trainable)
+    owners = dict(zip(leaves, shard.owners([p.size for p in leaves.values()], workers), strict=True))
     found = {}
     for policy in POLICIES if name in ("adam", "adamw") else (name,):
         own = types.SimpleNamespace(**vars(args))
@@ -131,9 +139,15 @@ def _states(args: types.SimpleNamespace, trainable: dict) -> dict[str, State]:
             own.moments = policy
         optimizer = make_optimizer(own)
         optimizer.init(trainable)
-        arrays = _arrays(optimizer.state)
-        residuals = sum(a.nbytes for path, a in arrays.items() if path.endswith(".residual"))
-        found[policy] = State(sum(a.nbytes for a in arrays.values()) - residuals, residuals)
+        shared, parts = 0, [[0, 0] for _ in range(workers)]  # of each worker, bytes of moments and of residuals
+        for path, array in _arrays(optimizer.state).items():
+            leaf, _, kind = path.rpartition(".")
+            if leaf in owners:
+                parts[owners[leaf]][kind == "residual"] += array.nbytes
+            else:
+                shared += array.nbytes  # the step and the like
+        moments, residuals = max(parts, key=sum)
+        found[policy] = State(moments + shared, residuals)
     return found
 
 
@@ -196,9 +210,9 @@ def describe(made: Plan, link: float) -> list[str]:
         + (f", exchanged {_gb(made.exchange)}" if made.exchange else ""),
     ]
     if made.calls:
-        calls = f"{len(made.calls)} call{'s' if len(made.calls) > 1 else ''}"
+        weights = f", and {_calls(made.gathers)} of new weights" if made.gathers else ""
         lines.append(
-            f"{made.workers} workers: {calls} of together {_gb(sum(made.calls))} per update, of which each sends"
+            f"{made.workers} workers: {_calls(made.calls)}{weights} per update, of which each sends"
             f" {_gb(made.traffic())}: {made.seconds(link * GB):.3g} s at {link:g} GB/s"
         )
     return [*lines, "activations come on top, and depend on --batch-size, --max-seq-length and --grad-checkpoint"]
@@ -214,6 +228,10 @@ def table(made: Plan, memory: float, name: str) -> Table:
         fits = _gb(left) if left >= 0 else f"does not fit, {_gb(-left)} too much"
         rows.add_row(policy, _gb(state.moments), _gb(state.residuals), _gb(made.total(policy)), fits)
     return rows
+
+
+def _calls(nbytes: Sequence[int]) -> str:
+    return f"{len(nbytes)} call{'s' if len(nbytes) > 1 else ''} of together {_gb(sum(nbytes))}"
 
 
 def _gb(nbytes: float) -> str:

@@ -19,9 +19,9 @@ class _Console(Console):
 
 
 class TrainingProgress:
-    """A context in which a training loop advances a bar and reports lines that stay."""
+    """A context in which a loop of ``total`` steps, in a word ``what``, advances a bar and reports lines that stay."""
 
-    def __init__(self, total: int, quiet: bool = False) -> None:
+    def __init__(self, total: int, quiet: bool = False, what: str = "train") -> None:
         self._console = _Console(quiet=quiet)
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -33,7 +33,7 @@ class TrainingProgress:
             transient=True,
             disable=quiet or not self._console.is_terminal,
         )
-        self._training = self._bar.add_task("train", total=total, status="")
+        self._training = self._bar.add_task(what, total=total, status="")
 
     def __enter__(self) -> TrainingProgress:
         self._bar.start()

@@ -9,9 +9,9 @@ nor the weighted sums: then the scalars are summed first, and the buffers carry 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import mlx.core as mx
 
@@ -39,6 +39,7 @@ class Sums(NamedTuple):
     weight: mx.array
     loss: mx.array  # sum of weighted losses
     votes: mx.array
+    last: mx.array  # what the last call returned: the next one must come after it
 
 
 def buffers(sizes: Sequence[int], dtypes: Sequence[mx.Dtype], limit: int = LIMIT) -> list[Buffer]:
@@ -93,13 +94,20 @@ def mean_over_workers(
         flat = _flat([gradients[i] for i in leaves])
         return flat if weight is None else window.weighted(flat, weight)
 
+    def headed(leaves: Sequence[int]) -> mx.array:
+        """The same after the scalars, for which room is left at once, so that nothing is copied twice."""
+        if weight is None:
+            return _flat([head, *(gradients[i] for i in leaves)])
+        room = mx.zeros(SCALARS, gradients[leaves[0]].dtype)
+        flat = window.weighted(_flat([room, *(gradients[i] for i in leaves)]), weight)
+        return mx.slice_update(flat, head, mx.array([0]), axes=(0,))
+
     def unpack(leaves: Sequence[int], flat: mx.array) -> None:
         for i, mean in zip(leaves, _split(flat, [gradients[i] for i in leaves]), strict=True):
             means[i] = mean
 
     # Calls are chained: workers must meet in the same call, and a graph alone does not say in which order they come.
-    packed = mx.concatenate([head, mine(first.leaves)]) if first.leaves else head
-    before = mx.distributed.all_sum(packed, group=group)
+    before = mx.distributed.all_sum(headed(first.leaves) if first.leaves else head, group=group)
     head = before[:SCALARS]
     total = mx.where(head[0] > 0, head[0], 1.0)
     if first.leaves:
@@ -109,25 +117,35 @@ def mean_over_workers(
         flat = mine(buffer.leaves) if rides else (mine(buffer.leaves) / total).astype(dtypes[buffer.leaves[0]])
         before = mx.distributed.all_sum(mx.depends(flat, before), group=group)
         unpack(buffer.leaves, before / total if rides else before)
-    return Sums(means, head[0], head[1], head[2])
+    return Sums(means, head[0], head[1], head[2], before)
 
 
 def sum_arrays(arrays: Sequence[mx.array], group: mx.distributed.Group, limit: int = LIMIT) -> list[mx.array]:
     """Each array summed over all workers, packed likewise; of one dtype. Evaluates them, a buffer at a time."""
     summed: list[mx.array] = []
-    for some in _packed(arrays, limit):
+    for some in packed(arrays, [a.nbytes for a in arrays], limit):
         summed += _split(mx.distributed.all_sum(_flat(some), group=group), some)
         mx.eval(summed)
     return summed
 
 
-def _packed(arrays: Sequence[mx.array], limit: int) -> Iterator[list[mx.array]]:
-    some: list[mx.array] = []
-    for array in arrays:
-        if some and sum(a.nbytes for a in some) + array.nbytes > limit:
+Item = TypeVar("Item")
+
+
+def packed(items: Sequence[Item], nbytes: Iterable[int], limit: int = LIMIT) -> Iterator[list[Item]]:
+    """Groups of items that have at most ``limit`` bytes together, in their order; a larger one is alone.
+
+    >>> list(packed("abcd", [3, 2, 9, 1], limit=5))
+    [['a', 'b'], ['c'], ['d']]
+    """
+    some: list[Item] = []
+    total = 0
+    for item, its in zip(items, nbytes, strict=True):
+        if some and total + its > limit:
             yield some
-            some = []
-        some.append(array)
+            some, total = [], 0
+        some.append(item)
+        total += its
     if some:
         yield some
 

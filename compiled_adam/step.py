@@ -14,11 +14,11 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_map
 
-from . import any_optimizer, random_state, reduce, window, workers
+from . import any_optimizer, random_state, reduce, shard, window, workers
 from . import batch as batches
 from .compare import Row, differences, table
 from .gradient import GradientGraphs
-from .layout import Places, Structure, along, indexed
+from .layout import Places, Structure, along, trainable_places
 from .optimizers import Adam
 from .packing import PackedTrees
 from .trees import Trees
@@ -72,6 +72,9 @@ class TrainStep:
             the step alike. Gradients are averaged over them once per update, weighted like micro-batches, before
             clipping and guard; a step's loss stays this worker's. Default None: no others.
         reduce_dtype: what gradients are communicated in: "float32" (default), "bfloat16" or "param", the parameters'.
+        shard_state: whether each worker of the group keeps the optimizer's state of its part of the parameters only,
+            updates those, and gets the others' new weights. Same results to the bit, for parameters are dealt out
+            whole; a checkpoint has the whole state. Default False. No effect without other workers.
 
     A call returns a `StepResult`; ``flush()`` applies a partly filled window; ``traces`` counts how often the Python
     of each graph ran, which is once a trace, or at every call where nothing is compiled. ``vote`` is a number that is
@@ -103,6 +106,7 @@ class TrainStep:
         max_traces: int = 64,
         group: mx.distributed.Group | None = None,
         reduce_dtype: str = "float32",
+        shard_state: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is {type(model).__name__}; pass an mlx.nn.Module")
@@ -115,6 +119,8 @@ class TrainStep:
         for name, value in (("accumulate", accumulate), ("max_traces", max_traces)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
+        if not isinstance(shard_state, bool):
+            raise ValueError(f"shard_state is {shard_state!r}; it must be True or False")
         if reduce_dtype not in reduce.DTYPES:
             raise ValueError(f"reduce_dtype is {reduce_dtype!r}; it must be one of {', '.join(reduce.DTYPES)}")
         self._model = model
@@ -125,10 +131,17 @@ class TrainStep:
         self._max_traces = max_traces
         self._group = group if group is not None and group.size() > 1 else None
         self._reduce_dtype = reduce_dtype
+        self._shard: shard.Shard | None = None
+        self._sharded = shard_state and self._group is not None
         self.vote = 0.0
         self.traces = {"grad": 0, "accumulate": 0, "update": 0, "evicted": 0}
         self._window, self._filled = cast("window.Window | None", None), 0  # None while it is empty
         self._assigned: set[str] = set()  # paths of arrays that are no parameters, but that the forward pass assigns
+        if self._sharded:
+            shard.check(self._optimizer)
+        if self._group is not None:
+            workers.check_alike(self._group, {"shard_state": shard_state})  # first: it decides what is communicated
+            shard.complete(self._optimizer, self._group)
         self._bind()
         if self._group is not None:
             workers.check_model(self._group, model, self.description())
@@ -192,28 +205,33 @@ class TrainStep:
 
     # What a run continues from.
 
-    def state_dict(self) -> dict[str, dict[str, mx.array]]:
+    def state_dict(self, *, everywhere: bool = True) -> dict[str, dict[str, mx.array]]:
         """Everything that an exact continuation needs, as dictionaries of arrays by ``tree_flatten``'s paths.
 
         ``"model"``: the trainable parameters, and the other arrays that the forward pass assigns; ``"optimizer"``:
         its state; ``"window"``: the sums of a partly filled window, empty otherwise; ``"random"``: MLX's ``key``.
-        With other workers all must call this: the window is the sum of theirs.
+        With other workers all must call this: the window is the sum of theirs, and state that is sharded is gathered.
+        Without ``everywhere`` the first worker alone gets that, where the others have no use for it.
         """
         state = self.own_state()
+        if self._shard is not None and self._group is not None:
+            every = everywhere or self._group.rank() == 0
+            own = {"optimizer": state["optimizer"]}
+            state |= workers.share(self._group, own, lambda part, path: every or self.keeps(part, path))
         if self._group is not None and state["window"]:
             summed = reduce.sum_arrays([a.astype(mx.float32) for a in state["window"].values()], self._group)
             state["window"] = dict(zip(state["window"], summed, strict=True)) | {"batches": mx.array(self._filled)}
         return state
 
     def own_state(self) -> dict[str, dict[str, mx.array]]:
-        """The `state_dict` whose window is this worker's alone."""
+        """The `state_dict` whose window, and sharded state, is this worker's alone."""
         self._rebind_if_changed()
         paths = (*self._parameters.paths, *sorted(self._assigned))
         everything = dict(zip(self._arrays.paths, self._arrays.read(), strict=True))
         sums = window.to_dict(self._window, self._parameters.paths, self._filled) if self._window is not None else {}
         return {
             "model": {path: everything[path] for path in paths},
-            "optimizer": {path: at[key] for path, at, key in Structure(self._optimizer.state).leaves},
+            "optimizer": any_optimizer.flat_state(self._optimizer),
             "window": sums,
             "random": {"key": random_state.get()},
         }
@@ -238,7 +256,7 @@ class TrainStep:
         if convert:
             parameters = self._parameters.read()
             tree = tree_map(lambda index: parameters[index], self._template)
-            any_optimizer.convert_state(self._optimizer, state["optimizer"], tree)
+            any_optimizer.convert_state(self._optimizer, self._own(state["optimizer"]), lambda: self._init(tree))
             self._rebind_if_changed()
         else:
             Places(leaves := Structure(self._optimizer.state).leaves).write([state["optimizer"][p] for p, *_ in leaves])
@@ -261,10 +279,18 @@ class TrainStep:
         if state["window"]:
             own = window.to_dict(window.empty(self._parameters.read()), self._parameters.paths, 1)
             rows += differences(own, state["window"])
-        own = {path: at[key] for path, at, key in Structure(self._optimizer.state).leaves}
+        own, its = any_optimizer.flat_state(self._optimizer), self._own(state["optimizer"])
         if convert:
-            return rows + differences(*map(any_optimizer.convertible, (own, state["optimizer"])))
-        return rows + differences(own, state["optimizer"])
+            return rows + differences(*map(any_optimizer.convertible, (own, its)))
+        return rows + differences(own, its)
+
+    def keeps(self, part: str, path: str) -> bool:
+        """Whether this worker has a use for an array of a `state_dict`."""
+        return part != "optimizer" or self._shard is None or self._shard.has(path)
+
+    def _own(self, state: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Of the optimizer's state in a `state_dict` what this worker has."""
+        return state if self._shard is None else self._shard.own(state)
 
     def description(self) -> dict[str, Any]:
         """What the updates depend on beside the state: options by name, as JSON can hold them."""
@@ -295,17 +321,19 @@ class TrainStep:
         # `settings` are not read, the optimizer reads its own: they make a trace hold for these values only.
         self.traces["update"] += 1
         sums: list[mx.array] = []
+        last = None  # communication
         if self._group is not None:
             own = None
             if self._accumulate == 1:
                 own, loss, vote = scalars
                 scalars = [mx.maximum(own, 0.0), window.weighted(loss, own), vote]
+            own = own if self._weighted else None  # all are 1
             dtypes = [reduce.DTYPES[self._reduce_dtype] or dtype for dtype in self._dtypes]
-            gradients, *sums = reduce.mean_over_workers(gradients, scalars, self._group, dtypes, own)
+            gradients, *sums, last = reduce.mean_over_workers(gradients, scalars, self._group, dtypes, own)
             gradients = [g.astype(dtype) for g, dtype in zip(gradients, self._dtypes, strict=True)]
         elif self._accumulate > 1:
             gradients = window.mean(gradients, scalars[0], self._dtypes)
-        return *self._trees.update(gradients, parameters, state), sums
+        return *self._trees.update(gradients, parameters, state, last), sums
 
     # What the graphs are bound to.
 
@@ -313,23 +341,15 @@ class TrainStep:
         """Finds every array of the model and of the optimizer's state; makes new compiled functions for them."""
         trainable = self._model.trainable_parameters()
         structure = Structure(self._model)
-        seen: dict[tuple[int, Any], int] = {}
-        places: list[tuple[str, Any, Any]] = []
-        for path, container, key in along(trainable, self._model):
-            if not mx.issubdtype(container[key].dtype, mx.floating):
-                raise TypeError(
-                    f"the trainable parameter {path!r} is {container[key].dtype}, which has no gradient;"
-                    " freeze it, for example with model.freeze(recurse=False, keys=[...]) of its module"
-                )
-            if (id(container), key) not in seen:  # else: tied, the same container under another path
-                seen[id(container), key] = len(places)
-                places.append((path, container, key))
-        if not places:
-            raise ValueError("the model has no trainable parameters; unfreeze some with model.unfreeze()")
-        template = indexed(trainable, {path: i for i, (path, _, _) in enumerate(places)})
+        places, template = trainable_places(self._model)
+        seen = {(id(container), key) for _, container, key in places}
         others = [leaf for leaf in structure.leaves if (id(leaf[1]), leaf[2]) not in seen]
+        parameters = [container[key] for _, container, key in places]
+        if self._sharded and self._group is not None:
+            paths, sizes = [path for path, *_ in places], [p.size for p in parameters]
+            self._shard = shard.Shard(template, paths, sizes, [p.dtype for p in parameters], self._group)
         # State exists before the first trace, or that trace would hold for the first step only.
-        self._optimizer.init(tree_map(lambda i: places[i][1][places[i][2]], template))
+        self._init(tree_map(lambda i: parameters[i], template))
 
         self._structure = structure
         self._parameters = Places(places)
@@ -339,10 +359,11 @@ class TrainStep:
         self._dtypes = [array.dtype for array in self._parameters.read()]
         self._state_roots = any_optimizer.states(self._optimizer)
         self._trees: Trees | PackedTrees
-        if isinstance(self._optimizer, Adam) and not self._optimizer.has_own_update:
+        # Not with other workers: sharded or not, they sum the same norm and use the same kernels, to the last bit.
+        if isinstance(self._optimizer, Adam) and not self._optimizer.has_own_update and self._group is None:
             self._trees = PackedTrees(self._optimizer, self._parameters)
         else:
-            self._trees = Trees(self._optimizer, self._parameters, template)
+            self._trees = Trees(self._optimizer, self._parameters, template, self._shard)
         self._gradients = GradientGraphs(
             self._model,
             self._loss_fn,
@@ -356,6 +377,13 @@ class TrainStep:
         )
         self._add = mx.compile(self._trace_add)
         self._update = random_state.compiled(self._trace_update)
+
+    def _init(self, parameters: Any) -> None:
+        """Creates what the optimizer's state lacks."""
+        if self._shard is None:
+            self._optimizer.init(parameters)
+        else:
+            self._shard.init(self._optimizer, parameters)
 
     def _rebind_if_changed(self) -> None:
         """Follows a model or an optimizer state whose containers were replaced; refuses other parameters."""

@@ -10,13 +10,19 @@ from mlx.utils import tree_map
 
 from . import any_optimizer, rule
 from .layout import Places, Structure, along
+from .shard import Shard
 
 
 class Trees:
-    """The places of ``parameters`` and of an optimizer's state; ``template`` is the tree of the former's indices."""
+    """The places of ``parameters`` and of an optimizer's state; ``template`` is the tree of the former's indices.
 
-    def __init__(self, optimizer: optim.Optimizer, parameters: Places, template: Any) -> None:
-        self._optimizer, self._parameters, self._template = optimizer, parameters, template
+    With a ``shard`` the state, and the update, is that of this worker's part of them.
+    """
+
+    def __init__(
+        self, optimizer: optim.Optimizer, parameters: Places, template: Any, shard: Shard | None = None
+    ) -> None:
+        self._optimizer, self._parameters, self._template, self._shard = optimizer, parameters, template, shard
         self._roots = any_optimizer.states(optimizer)
         self._structure = Structure(self._roots)
         self._state = Places(self._structure.leaves)
@@ -41,22 +47,28 @@ class Trees:
         self._state.write(state)
 
     def update(
-        self, gradients: list[mx.array], parameters: list[mx.array], state: list[mx.array]
+        self, gradients: list[mx.array], parameters: list[mx.array], state: list[mx.array], after: mx.array | None
     ) -> tuple[list[mx.array], list[mx.array], mx.array]:
-        """What `read` returned after one update, and the gradients' norm; for a trace."""
+        """What `read` returned after one update, and the gradients' norm; for a trace.
+
+        ``after`` is the last communication before it, if there are other workers.
+        """
         before = self._structure.snapshot()
         try:
             self._state.write(state)
-            updated = self._optimizer.apply_gradients(self._tree(gradients), self._tree(parameters))
+            if self._shard is not None and after is not None:
+                norm = rule.global_norm(gradients)
+                parameters = self._shard.update(self._optimizer, gradients, parameters, norm, after)
+            else:
+                updated = self._optimizer.apply_gradients(self._tree(gradients), self._tree(parameters))
+                leaves = {path: container[key] for path, container, key in along(self._template, updated)}
+                parameters = [leaves[path] for path in self._parameters.paths]
+                norm = self._optimizer.state.get("grad_norm")  # ours computes it itself if it clips or skips
             if not self._structure.intact():
                 raise ValueError("the optimizer changed the structure of its state; create all of it in init_single")
-            state = self._state.read()
-            norm = self._optimizer.state.get("grad_norm")  # ours computes it itself if it clips or skips
+            return parameters, self._state.read(), rule.global_norm(gradients) if norm is None else norm
         finally:
             self._structure.restore(before)
-        leaves = {path: container[key] for path, container, key in along(self._template, updated)}
-        norm = rule.global_norm(gradients) if norm is None else norm
-        return [leaves[path] for path in self._parameters.paths], state, norm
 
     def _tree(self, arrays: list[mx.array]) -> Any:
         """The flat ``arrays`` as a tree of parameters."""

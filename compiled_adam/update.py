@@ -80,6 +80,14 @@ class Constants(NamedTuple):
         )
 
 
+class Part(NamedTuple):
+    """What an update of some parameters must know of all of them, whose other updates are made elsewhere."""
+
+    norm: mx.array  # the global norm
+    places: tuple[int, ...]  # where these stand among all
+    total: int  # how many there are
+
+
 def update(
     gradients: Sequence[mx.array],
     parameters: Sequence[mx.array],
@@ -88,22 +96,25 @@ def update(
     groups: Sequence[Group],
     forms: Sequence[Form],
     constants: Constants,
+    part: Part | None = None,
 ) -> tuple[list[mx.array], list[Stored], Stored]:
     """The new parameters, states and scalars, all in the order and form of the old.
 
     ``scalars`` has ``step``, ``learning_rate`` (already that of this step), ``rounding_key`` for stochastic rounding,
-    and ``grad_norm`` and ``skipped`` with clipping or the guard.
+    and ``grad_norm`` and ``skipped`` with clipping or the guard. With ``part`` the new parameters, states and scalars
+    are those that an update of all would have made.
     """
     new = {**scalars, "step": scalars["step"] + 1}
     clip = finite = None
     if "grad_norm" in scalars:
-        new["grad_norm"] = norm = rule.global_norm(gradients)
+        new["grad_norm"] = norm = rule.global_norm(gradients) if part is None else part.norm
         clip = None if constants.max_grad_norm is None else rule.clip_factor(norm, constants.max_grad_norm)
         finite = rule.unfused(mx.isfinite(norm)) if constants.skip_nonfinite else None
     bits: list[mx.array | None] = [None] * len(parameters)
     if "rounding_key" in scalars:
-        new["rounding_key"], *keys = mx.random.split(scalars["rounding_key"], len(parameters) + 1)
-        bits = [moments.random_bits(key, p.shape) for key, p in zip(keys, parameters, strict=True)]
+        places, total = (range(len(parameters)), len(parameters)) if part is None else (part.places, part.total)
+        new["rounding_key"], *keys = mx.random.split(scalars["rounding_key"], total + 1)
+        bits = [moments.random_bits(keys[i], p.shape) for i, p in zip(places, parameters, strict=True)]
     coefficients = {
         group: constants.coefficients(new["step"], new["learning_rate"], group, clip) for group in dict.fromkeys(groups)
     }

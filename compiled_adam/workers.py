@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any, cast
 
 import mlx.core as mx
@@ -15,7 +16,7 @@ from mlx.utils import tree_flatten
 
 from . import fingerprint
 from .compare import differences, table
-from .reduce import sum_arrays
+from .reduce import packed, sum_arrays
 from .stopping import TrainingStopped
 from .watchdog import Watchdog
 
@@ -67,24 +68,84 @@ def check_model(group: Group, model: nn.Module, settings: Mapping[str, Any]) -> 
     check_alike(group, fingerprint.of_each(dict(tree_flatten(model.parameters()))))
 
 
-def share(group: Group, state: dict[str, dict[str, mx.array]] | None) -> dict[str, dict[str, mx.array]]:
-    """Gives the first worker's ``state``, dictionaries of arrays, to all of them, bit by bit; others pass None."""
-    own = {
-        part: {path: (a.shape, str(a.dtype).removeprefix("mlx.core.")) for path, a in arrays.items()}
-        for part, arrays in (state or {}).items()
-    }
-    described = gather(group, own)[0]
-    places = [(part, path, *form) for part, arrays in described.items() for path, form in arrays.items()]
-    bits: list[mx.array] = []
-    for part, path, shape, dtype in places:
-        # Zero plus anything is that, and a sum is what every backend has.
-        mine = state[part][path] if state is not None and group.rank() == 0 else mx.zeros(shape, getattr(mx, dtype))
-        bits.append(mine.reshape(-1).view(mx.uint8))
-    summed = sum_arrays(bits, group)
-    shared: dict[str, dict[str, mx.array]] = {part: {} for part in described}
-    for (part, path, shape, dtype), array in zip(places, summed, strict=True):
-        shared[part][path] = array.view(getattr(mx, dtype)).reshape(shape)
+State = dict[str, dict[str, mx.array]]
+
+
+def share(group: Group, state: State, keep: Callable[[str, str], bool] = lambda part, path: True) -> State:
+    """What all workers have together in their ``state``, dictionaries of arrays, bit by bit; all must call this.
+
+    Of what several have it is the first one's that counts. Each gets what it says that it will ``keep(part, path)``;
+    what it does not is gone after its buffer.
+    """
+    forms = {part: {path: _form(array) for path, array in arrays.items()} for part, arrays in state.items()}
+    places: dict[tuple[str, str], tuple[int, list[int], mx.Dtype]] = {}
+    shared: State = {}
+    for rank, theirs in enumerate(gather(group, forms)):
+        for part, arrays in theirs.items():
+            shared.setdefault(part, {})
+            for path, (shape, dtype) in arrays.items():
+                places.setdefault((part, path), (rank, shape, getattr(mx, dtype)))
+    for some in packed(list(places), [math.prod(shape) * dtype.size for _, shape, dtype in places.values()]):
+        bits = []
+        for part, path in some:
+            rank, shape, dtype = places[part, path]
+            # Zero plus anything is that, and a sum is what every backend has.
+            mine = state[part][path] if rank == group.rank() else mx.zeros(shape, dtype)
+            bits.append(mine.reshape(-1).view(mx.uint8))
+        for (part, path), array in zip(some, sum_arrays(bits, group), strict=True):
+            _, shape, dtype = places[part, path]
+            if keep(part, path):
+                # Not a view of the whole buffer, which would stay with it.
+                shared[part][path] = mx.contiguous(array).view(dtype).reshape(shape)
+        mx.eval(shared)
     return shared
+
+
+def _form(array: mx.array) -> tuple[tuple[int, ...], str]:
+    return array.shape, str(array.dtype).removeprefix("mlx.core.")
+
+
+def first_does(group: Group, function: Callable[[], Any], alone: Callable[[], Any] = nullcontext) -> Any:
+    """What ``function`` returns at the first worker, as JSON can hold it, at all of them, which wait for it.
+
+    It is called if all workers are there, in a context of ``alone``. What it raises is raised at all of them.
+    """
+    gather(group, None)
+    value, error = None, None
+    if group.rank() == 0:
+        try:
+            with alone():
+                value = function()
+        except _TOLD as caught:
+            error = caught
+    return _agreed(group, value, error)[0]
+
+
+def all_do(group: Group, function: Callable[[], Any]) -> Any:
+    """What ``function`` returns here; what it raises at any worker is raised at all of them."""
+    value, error = None, None
+    try:
+        value = function()
+    except _TOLD as caught:
+        error = caught
+    _agreed(group, None, error)
+    return value
+
+
+# What is wrong with input, options or files. Other errors end the worker that has them, and so the others.
+_TOLD = (ValueError, TypeError, OSError)
+
+
+def _agreed(group: Group, value: Any, error: Exception | None) -> list[Any]:
+    """The ``value`` of every worker; raises its own error, or else that of the first worker that has one."""
+    found = gather(group, [value, error and [isinstance(error, OSError), str(error)]])
+    if error is not None:
+        raise error
+    for rank, (_, told) in enumerate(found):
+        if told is not None:
+            is_os, text = told
+            raise (OSError if is_os else ValueError)(text if rank == 0 else f"rank {rank}: {text}")
+    return [each for each, _ in found]
 
 
 def is_lost(error: BaseException) -> bool:
@@ -133,36 +194,18 @@ class Workers:
             check_alike(self.group, what)
 
     def first_does(self, function: Callable[[], Any]) -> Any:
-        """What ``function`` returns at the first worker, as JSON can hold it, at all of them, which wait for it.
-
-        It is called if all workers are there. A ValueError or OSError that it raises is raised at all of them.
-        """
+        """As `first_does`; the others may wait long."""
         if not self.many:
             return function()
-        value, error = None, None
-        with self._watchdog.patient():
-            gather(self.group, None)
-            if self.first:
-                try:
-                    with self._watchdog.busy():
-                        value = function()
-                except (ValueError, OSError) as caught:
-                    error = caught
-            told = [isinstance(error, OSError), str(error)] if error is not None else None
-            value, told = gather(self.group, [value, told])[0]
-        if error is not None:
-            raise error
-        if told is not None:
-            raise (OSError if told[0] else ValueError)(told[1])
-        return value
+        return self.together(lambda: first_does(self.group, function, self._watchdog.busy))
 
-    def share_state(self, step: Any) -> None:
-        """Every worker's `TrainStep` continues from the first one's."""
-        if self.many:
-            with self._watchdog.patient():
-                state = share(self.group, step.own_state() if self.first else None)
-            if not self.first:
-                step.load_state_dict(state)
+    def all_do(self, function: Callable[[], Any]) -> Any:
+        """As `all_do`."""
+        return self.together(lambda: all_do(self.group, function)) if self.many else function()
+
+    def share(self, state: State, keep: Callable[[str, str], bool]) -> State:
+        """`share` of what the workers have, in which they may wait long for each other; alone it is ``state``."""
+        return self.together(lambda: share(self.group, state, keep)) if self.many else state
 
     def mean_steps(self, entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Entries of steps with the ``loss`` and the ``tokens`` of all workers' parts of the batch, in one call."""

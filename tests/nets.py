@@ -78,3 +78,12 @@ class Two(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         return (self.a * x).sum() * 100 + (self.b * x).sum() * 0.01
+
+
+class Leaves(nn.Module):
+    """So many arrays of one size."""
+
+    def __init__(self, count: int, size: int) -> None:
+        super().__init__()
+        mx.random.seed(7)
+        self.leaves = [mx.random.normal((size // 256, 256)) for _ in range(count)]

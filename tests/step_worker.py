@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten
 
 import compiled_adam as ca
-from compiled_adam import reduce
+from compiled_adam import any_optimizer, reduce, shard
 from tests import count_calls
 
 ROWS = 16
 bytes_sent: list[int] = []  # of each all_sum, while it is traced
-all_sum = mx.distributed.all_sum
+bytes_gathered: list[int] = []  # of each all_gather, likewise
+all_sum, all_gather, rounds = mx.distributed.all_sum, mx.distributed.all_gather, shard.rounds
 
 
 def counted(x: mx.array, *, group: Any = None, stream: Any = None) -> mx.array:
@@ -29,11 +32,28 @@ def counted(x: mx.array, *, group: Any = None, stream: Any = None) -> mx.array:
     return all_sum(x, group=group, stream=stream)
 
 
-def model(dtype: str) -> nn.Module:
+def counted_gather(x: mx.array, *, group: Any = None, stream: Any = None) -> mx.array:
+    gathered = all_gather(x, group=group, stream=stream)
+    bytes_gathered.append(gathered.nbytes)
+    return gathered
+
+
+def model(dtype: str, width: int = 8, depth: int = 0) -> nn.Module:
+    """``depth`` square layers between two others; "mixed" is half precision but for the last layer."""
     mx.random.seed(7)
-    made = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
-    made.set_dtype(getattr(mx, dtype))
+    square = [layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.Tanh())]
+    made = nn.Sequential(nn.Linear(4, width), nn.Tanh(), *square, nn.Linear(width, 1))
+    made.set_dtype(mx.bfloat16 if dtype == "mixed" else getattr(mx, dtype))
+    if dtype == "mixed":
+        made.layers[-1].set_dtype(mx.float32)
     return made
+
+
+def optimizer_of(options: dict[str, Any], rate: float) -> optim.Optimizer:
+    if name := options.get("stock"):
+        return getattr(optim, name)(optim.cosine_decay(rate, 10))
+    own = {"max_grad_norm": 0.5, "skip_nonfinite": True, **options.get("optimizer", {})}
+    return ca.AdamW(rate, bias_correction=True, **own)
 
 
 def masked_error(model: nn.Module, x: mx.array, mask: mx.array) -> tuple[mx.array, mx.array]:
@@ -56,15 +76,16 @@ def batch(index: int, poisoned: bool) -> tuple[mx.array, mx.array]:
 def job(name: str, options: dict[str, Any]) -> dict[str, Any]:
     world = mx.distributed.init()
     rank, size = world.rank(), world.size()
-    net = model(options.get("dtype", "float32"))
+    net = model(options.get("dtype", "float32"), options.get("width", 8), options.get("depth", 0))
     rate = 0.02
     if options.get("differs") == "parameters" and rank == 1:
         net.layers[0].bias = net.layers[0].bias + 1e-6
     if options.get("differs") == "settings" and rank == 1:
         rate = 0.03
-    optimizer = ca.AdamW(rate, bias_correction=True, max_grad_norm=0.5, skip_nonfinite=True)
+    optimizer = optimizer_of(options, rate)
     accumulate = options.get("accumulate", 1)
-    count_calls.limit = options.get("limit", reduce.LIMIT)
+    count_calls.limit = limit = options.get("limit", reduce.LIMIT)
+    shard.rounds = partial(rounds, limit=limit)
     step = ca.make_step(
         net,
         masked_error,
@@ -73,11 +94,15 @@ def job(name: str, options: dict[str, Any]) -> dict[str, Any]:
         weighted=True,
         group=world,
         reduce_dtype=options.get("reduce_dtype", "float32"),
+        shard_state=options.get("shard_state", False),
     )
+    if "resume" in options:
+        ca.load_checkpoint(options["resume"], step)
     bytes_sent.clear()
+    bytes_gathered.clear()
     count_calls.counts.clear()
     losses, norms, votes = [], [], []
-    for index in range(options.get("batches", 6)):
+    for index in range(options.get("first", 0), options.get("batches", 6)):
         x, mask = batch(index, index == options.get("poisoned"))
         step.vote = float(rank + 1 if index == 1 else 0)
         result = step(x[rank::size], mask[rank::size])
@@ -88,19 +113,22 @@ def job(name: str, options: dict[str, Any]) -> dict[str, Any]:
             assert result.grad_norm is not None
             norms.append(result.grad_norm.item())
             votes.append(None if result.votes is None else result.votes.item())
+    gathered = list(bytes_gathered)
     ca.save_checkpoint(f"{name}-checkpoint", step)  # in the middle of a window, if there is one
     flushed = step.flush()
     if flushed is not None:
         losses.append(flushed.loss.item())
-    arrays = dict(tree_flatten(net.parameters())) | {"losses": mx.array(losses), "norms": mx.array(norms)}
+    arrays = dict(tree_flatten(net.parameters())) | {"losses": mx.array(losses or 0.0), "norms": mx.array(norms or 0.0)}
     mx.save_safetensors(f"{name}-{rank}.safetensors", arrays)
-    assert optimizer.skipped is not None
-    counts = {"bytes": list(bytes_sent), "calls": list(count_calls.counts)}
-    return counts | {"votes": votes, "traces": step.traces, "skipped": optimizer.skipped.item()}
+    state = any_optimizer.flat_state(optimizer)
+    counts = {"bytes": list(bytes_sent), "calls": list(count_calls.counts), "gathered": gathered}
+    counts |= {"state": sum(a.nbytes for a in state.values()), "updates": optimizer.step.item()}
+    skipped = optimizer.skipped.item() if isinstance(optimizer, ca.Adam) and optimizer.skipped is not None else None
+    return counts | {"votes": votes, "traces": step.traces, "skipped": skipped}
 
 
 if __name__ == "__main__":
-    mx.distributed.all_sum = counted
+    mx.distributed.all_sum, mx.distributed.all_gather = counted, counted_gather
     for name, options in json.loads(sys.argv[1]).items():
         try:
             print(json.dumps(job(name, options)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,6 +129,36 @@ def test_under_mlx_launch(tmp_path: Path, steps) -> None:
         assert np.array_equal(found[path], expected[path]), path
 
 
+def test_an_error_of_one_worker_is_one_of_all(tmp_path: Path) -> None:
+    """Or else the others go on alone: into a wait, or with another state."""
+    program = """
+import mlx.core as mx, compiled_adam as ca
+from tests.nets import linear_net, squared_error, batch
+group = mx.distributed.init()
+step = ca.make_step(linear_net(), squared_error, ca.Adam(0.1), group=group)
+step(*batch())
+ca.save_checkpoint("good", step)
+for function in (
+    lambda: ca.save_checkpoint("/proc/nothing", step),
+    lambda: ca.save_checkpoint("other", step, {"what": object()}),
+    lambda: ca.load_checkpoint("good" if group.rank() == 0 else "missing", step),
+):
+    try:
+        function()
+    except (OSError, ValueError, TypeError) as error:
+        print(type(error).__name__, error)
+mx.eval(step(*batch()).loss)
+"""
+    for rank, text in enumerate(launch.run(2, tmp_path, "-c", program)):
+        # MLX says when the other one has gone first, at the end.
+        disk, extra, missing = [line for line in text.splitlines() if not line.startswith("[ring]")]
+        assert disk.startswith(("FileNotFoundError", "OSError")[rank]) and "/proc" in disk
+        assert extra.startswith(("TypeError", "ValueError")[rank]) and "not JSON serializable" in extra
+        assert missing.removeprefix("ValueError ") == ["rank 1: ", ""][rank] + (
+            "missing is not a checkpoint: it has no meta.json"
+        )
+
+
 def test_reduce_dtype_is_checked() -> None:
     with pytest.raises(ValueError, match="reduce_dtype is 'int8'; it must be one of float32, bfloat16, param"):
         ca.make_step(linear_net(), squared_error, reduce_dtype="int8")
@@ -216,6 +247,20 @@ def test_fine_tuning_by_workers_is_that_of_one(count: int, fine: Fine) -> None:
         assert ("validation loss" in text) == (rank == 0)
 
 
+def test_sharded_state_in_fine_tuning_and_resuming(fine: Fine) -> None:
+    """From 2 workers that share the state to one that has all of it, and the other way."""
+    sharded = [fine.arguments(kind, f"{kind}-sharded", "--shard-state") for kind in KINDS]
+    shutil.copytree(fine.folder / "full-1", fine.folder / "from-1")
+    half = fine.folder / "from-1" / "checkpoints" / f"{5:07d}"
+    resumed = fine.arguments("full", "from-1", "--shard-state", "--resume", str(half))
+    launch.run(2, fine.folder, *fine.program(*sharded, resumed))
+    shutil.copytree(fine.folder / "full-sharded", fine.folder / "to-1")
+    half = fine.folder / "to-1" / "checkpoints" / f"{5:07d}"
+    launch.run(1, fine.folder, *fine.program(fine.arguments("full", "to-1", "--resume", str(half))))
+    for one, other in (("lora-1", "lora-sharded"), *(("full-1", out) for out in ("full-sharded", "from-1", "to-1"))):
+        fine.assert_same(one, other)
+
+
 def until(condition, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -236,6 +281,77 @@ def test_a_killed_worker_stops_the_others_and_they_resume(fine: Fine) -> None:
     for count, out in ((1, "killed"), (2, "killed-2")):
         launch.run(count, fine.folder, *fine.program(fine.arguments("lora", out, "--resume")))
         fine.assert_same("lora-1", out)
+
+
+def test_a_callback_that_fails_at_one_worker(fine: Fine) -> None:
+    program = """
+import os, sys
+from mlx_lm.tuner.callbacks import TrainingCallback
+from compiled_adam import cli, lora_command
+class Failing(TrainingCallback):
+    def on_train_loss_report(self, info):
+        if info["iteration"] == 8:
+            raise LookupError("no such project")
+lora_command.get_reporting_callbacks = lambda *_, **__: Failing() if os.environ["MLX_RANK"] == "0" else None
+sys.exit(cli.main(sys.argv[1:]))
+"""
+    with launch.workers(2, fine.folder, "-c", program, *fine.arguments("lora", "callback")) as processes:
+        (code, out), (other_code, other) = launch.outputs(processes, timeout=60)
+    assert code == other_code == 1, out + other
+    assert "iteration 9: no such project; there is a checkpoint" in out and "from iteration 5" in out, out
+    assert "another worker has ended" in other, other
+
+
+def test_a_killed_worker_under_mlx_launch(fine: Fine) -> None:
+    """The launcher ends the others, which say what there is, and shows that."""
+    out = fine.folder / "launched"
+    mine = {**launch.os.environ, "HF_HUB_OFFLINE": "1", "TMPDIR": str(launch.CACHES / "0")}
+    suicide = f"""
+import os, pathlib, signal, sys, threading, time
+def wait():
+    while not pathlib.Path({str(out / "checkpoints" / f"{5:07d}")!r}).exists():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+if os.environ["MLX_RANK"] == "1":
+    threading.Thread(target=wait, daemon=True).start()
+from compiled_adam import cli
+sys.exit(cli.main({fine.arguments("lora", "launched", "--iters", "2000")!r}))
+"""
+    command = [str(Path(sys.executable).with_name("mlx.launch")), "-n", "2", "-p", str(launch.free_ports(1)[0])]
+    done = subprocess.run(
+        [*command, "--env", f"PYTHONPATH={ROOT}", "--", sys.executable, "-c", suicide],
+        cwd=fine.folder,
+        input="",
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=mine,
+        check=False,
+    )
+    said = done.stdout + done.stderr
+    assert "another worker has ended" in said and "--resume goes on from iteration" in said, said
+    assert fine.last_checkpoint("launched") >= 5
+
+
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"])
+def test_a_worker_that_ends_in_the_test_ends_the_others(how: str, fine: Fine) -> None:
+    program = f"""
+import os, signal, sys, time
+from mlx_lm.tuner.trainer import default_loss
+from compiled_adam import cli, lora_command
+def loss(*batch):
+    if os.environ["MLX_RANK"] == "1":
+        os.kill(os.getpid(), signal.{how})
+    time.sleep(0.1)
+    return default_loss(*batch)
+lora_command.default_loss = loss
+sys.exit(cli.main(sys.argv[1:]))
+"""
+    command = ["--model", str(fine.model), "--data", str(fine.folder / "data"), "--batch-size", "4"]
+    more = ["--test", "--adapter-path", "", "--worker-timeout", "1"]
+    with launch.workers(2, fine.folder / how, "-c", program, "lora", *command, *more) as processes:
+        out, _ = processes[0].communicate(timeout=60)
+    assert processes[0].returncode == 1 and "there is no test loss" in out, out
 
 
 def test_a_signal_at_one_worker_stops_all_at_the_same_step(fine: Fine) -> None:

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from mlx_lm.tuner.datasets import CacheDataset, TextDataset
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 
 import compiled_adam as ca
+from compiled_adam import evaluation, loader
 from compiled_adam.demo import texts
 
 
@@ -162,3 +164,26 @@ def test_schedule_counts_updates(tiny_model: Path, tmp_path: Path) -> None:
     rates = [info["learning_rate"] for info in reported.training]
     assert rates[1::2] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4], rel=1e-6)
     assert all(math.isfinite(info["train_loss"]) for info in reported.training)
+
+
+class Fixed(list):
+    """Tokens as a data set of mlx-lm has them."""
+
+    def process(self, item):
+        return item
+
+
+def test_batches_without_tokens_do_not_count() -> None:
+    """As a worker's part of a batch may be, where the others' is not."""
+    losses = iter([(mx.array(2.0), mx.array(3)), (mx.array(math.nan), mx.array(0)), (mx.array(4.0), 1)])
+    found = evaluation.mean_loss(
+        nn.Linear(1, 1),
+        CacheDataset(Fixed([([1, 2], 0)] * 3)),
+        lambda *_: next(losses),
+        lambda: None,
+        batch_size=1,
+        num_batches=-1,
+        max_seq_length=8,
+        iterate_batches=loader.Batches,
+    )
+    assert found == 2.5

@@ -71,6 +71,24 @@ def test_communication(tiny_model: Path) -> None:
     assert sum(large.calls) == 4 * (large.trainable + 3) and max(large.calls) == 4 * 2048 * 8192
 
 
+def test_sharded_state(tiny_model: Path) -> None:
+    config = {**plan.read_config(str(tiny_model)), "torch_dtype": "bfloat16"}
+    job = ("--fine-tune-type", "full", "--num-layers", "2", "--reduce-dtype", "param")
+    whole = plan.plan(config, options(*job), workers=2)
+    sharded = plan.plan(config, options(*job, "--shard-state"), workers=2)
+    for policy, state in sharded.states.items():
+        assert sum(state) == pytest.approx(sum(whole.states[policy]) / 2, rel=0.02)
+    assert sum(sharded.gathers) == pytest.approx(2 * sharded.trainable, rel=0.01)
+    assert sharded.traffic() == whole.traffic() + sum(sharded.gathers) / 2 and not whole.gathers
+    alone = plan.plan(config, options(*job, "--shard-state"))
+    assert alone == plan.plan(config, options(*job)) and not alone.gathers
+    # Leaves are bounded by the largest, whatever the number of workers, and nothing is sent twice.
+    for count in (2, 8, 64):
+        large = scaling.sharded("Llama 3.2 1B", count)
+        assert max(large.gathers) <= max(32 * 2**20, 2 * 2048 * 8192 * count)
+        assert sum(large.gathers) <= 1.2 * large.gradients
+
+
 def test_nothing_is_computed_for_a_large_model() -> None:
     mx.reset_peak_memory()
     made = scaling.planned("Llama 3.1 70B", "full", 64)
@@ -95,6 +113,8 @@ def test_command(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
         == 0
     )
     out = capsys.readouterr().out
+    assert cli.main(["plan", config, "--workers", "2", "--num-layers", "1", "--shard-state"]) == 0
+    assert "and 1 call of together" in (gathers := capsys.readouterr().out) and "of new weights" in gathers
     assert "2 workers: 1 call of together" in out and "at 5 GB/s" in out and "does not fit" in out
     assert all(policy in out for policy in POLICIES)
 

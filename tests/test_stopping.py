@@ -21,7 +21,7 @@ from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import compiled_adam as ca
-from compiled_adam import durable, loop
+from compiled_adam import durable, evaluation, loop
 from compiled_adam.loader import Batches
 from compiled_adam.run_log import read
 from compiled_adam.stopping import TrainingStopped, is_out_of_memory
@@ -192,7 +192,7 @@ def test_early_stop_and_best(tiny_model: Path, tmp_path: Path, monkeypatch: pyte
         seen.setdefault(loss, weights_of(model))
         return loss
 
-    monkeypatch.setattr(loop, "evaluate", evaluate)
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
     (tmp_path / "adapter_config.json").write_text("{}")
     ca.train(
         lora(tiny_model),
