@@ -228,10 +228,12 @@ class TrainStep:
         self._rebind_if_changed()
         paths = (*self._parameters.paths, *sorted(self._assigned))
         everything = dict(zip(self._arrays.paths, self._arrays.read(), strict=True))
+        optimizer = any_optimizer.flat_state(self._optimizer)
+        mx.async_eval(optimizer)  # views that are made just now: another thread, which may save them, could not
         sums = window.to_dict(self._window, self._parameters.paths, self._filled) if self._window is not None else {}
         return {
             "model": {path: everything[path] for path in paths},
-            "optimizer": any_optimizer.flat_state(self._optimizer),
+            "optimizer": optimizer,
             "window": sums,
             "random": {"key": random_state.get()},
         }
