@@ -223,6 +223,7 @@ def _foreign(kind: str, *needs: str, **options: bool) -> Entry:
 
 EAGER, COMPILED, OURS, STEP = DEFAULT = "mlx eager", "mlx compiled", "compiled_adam", "compiled_adam step"
 REFERENCES = (EAGER, COMPILED)  # what ratios are to; always measured
+TORCH = "torch fused"
 CONTENDERS: dict[str, Entry] = {
     EAGER: Entry(lambda parameters, gradients: Eager(_stock(), parameters, gradients)),
     COMPILED: Entry(lambda parameters, gradients: Compiled(_stock(), parameters, gradients)),
@@ -231,8 +232,8 @@ CONTENDERS: dict[str, Entry] = {
     **{f"{OURS} {policy}": _ours(policy, True) for policy in POLICIES if policy != "float32"},
     f"{OURS} uncompensated": _ours("float32", False),
     **{f"{OURS} {policy} uncompensated": _ours(policy, False) for policy in POLICIES if policy != "float32"},
-    "torch fused": _foreign("Torch", "torch", fused=True, one_thread=False),
-    "torch fused 1 thread": _foreign("Torch", "torch", fused=True, one_thread=True),
+    TORCH: _foreign("Torch", "torch", fused=True, one_thread=False),
+    f"{TORCH} 1 thread": _foreign("Torch", "torch", fused=True, one_thread=True),
     "torch foreach": _foreign("Torch", "torch", fused=False, one_thread=False),
     "torch foreach 1 thread": _foreign("Torch", "torch", fused=False, one_thread=True),
     "optax": _foreign("Optax", "jax", "optax"),

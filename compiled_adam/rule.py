@@ -104,8 +104,20 @@ def global_norm(gradients: Sequence[mx.array]) -> mx.array:
     5.0
     """
     # Without `abs`, MLX would see that the update casts the gradient too, and write the cast out for both to share.
-    squares = [mx.square(mx.abs(g).astype(mx.float32)).sum() for g in gradients]
+    squares = [_sum(mx.square(mx.abs(g).astype(mx.float32))) for g in gradients]
     return mx.sqrt(mx.stack(squares).sum()) if squares else mx.array(0.0)
+
+
+def _sum(x: mx.array, width: int = 4096) -> mx.array:
+    """The sum over all elements. On the CPU MLX adds them up one after the other: ten million come out 0.7 % too small.
+
+    There long arrays are added up in ``width`` columns first, whose sums are then added; a GPU's reduction is a tree.
+    """
+    if x.size <= 4 * width or mx.default_device().type != mx.DeviceType.cpu:
+        return x.sum()
+    flat, cut = x.reshape(-1), x.size // width * width
+    total = flat[:cut].reshape(-1, width).sum(axis=0).sum()
+    return total + flat[cut:].sum() if cut < x.size else total
 
 
 def clip_factor(norm: mx.array, max_norm: float) -> mx.array:

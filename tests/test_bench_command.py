@@ -67,17 +67,22 @@ def test_schema_of_a_record(bench, small, tmp_path: Path) -> None:
         assert row["by_kernel"][0].keys() == {"kernel", "count", "read", "written"}
 
 
-def test_readme_tables_from_records_of_this_schema(bench, small, tmp_path: Path) -> None:
-    bench("--seconds", "0", "--json", str(tmp_path / "record.json"), "--contender", "compiled_adam")
+def test_readme_tables_from_records_of_this_schema(
+    bench, small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readme, "WORKLOADS", ("small",))
+    bench("--seconds", "0", "--json", str(tmp_path / "record.json"))
     record = json.loads((tmp_path / "record.json").read_text())
     record["update"].append({"workload": "small", "dtype": "float32", "contender": "optax", "skipped": "not installed"})
     absent = {"workload": "Qwen", "dtype": "", "contender": "", "skipped": "mlx_lm missing"}
     record["update"].append(absent)
-    ours = record["update"][2]
+    ours, torch = record["update"][3], {**record["update"][3], "contender": "torch fused"}
+    record["update"].append(torch | {"median_ms": ours["median_ms"] / 2})
     ours |= {"ratio": 0.25, "ratio_noisy": False, "compiled_ratio": 7.5, "compiled_ratio_noisy": True}
     lines = readme.update_table(record).splitlines()
-    assert lines[2].endswith("| 0.25 | 7.50 (noisy) |")
+    assert lines[2].endswith("| 0.25 | 7.50 (noisy) | 2.0 |")
     assert len(lines) == 2 + 2 and lines[2].startswith("| small | float32 |")
+    assert lines[3].endswith("| - |") and lines[3].count(" - ") == 2
     runs = [
         {"policy": "8bit", "dtype": "bfloat16", "seed": seed, "eval_loss": 1.5, "state_bytes_per_parameter": 4.06}
         for seed in (0, 1)
@@ -135,7 +140,7 @@ def test_sweeps(bench, small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     code, out, _ = bench("--scale", "--seconds", "0", "--dtype", "float32", "--json", str(tmp_path / "record.json"))
     assert code == 0 and "30 parameters" in out and "1 tensors" in out
     rows = json.loads((tmp_path / "record.json").read_text())["scale"]
-    assert [row["sweep"] for row in rows] == ["parameters"] * 3 + ["tensors"] * 3
+    assert [row["sweep"] for row in rows] == ["parameters"] * 4 + ["tensors"] * 4
     graph = {"workload", "kernels", "kernel_bytes", "estimated_kernels", "by_kernel"}
     assert all(row.keys() == FIELDS.keys() - graph | {"sweep"} for row in rows)
 

@@ -34,7 +34,7 @@ def test_here_training_works(run) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "training works"
     assert f"ok      MLX         {mx.__version__}" in done.stdout
-    assert "1 per float32 tensor, 2 per bfloat16 tensor" in done.stdout
+    assert "1 per float32 tensor, 3 per bfloat16 tensor" in done.stdout
     first, last = map(float, re.search(r"loss (\S+) -> ([\d.]+)", done.stdout).groups())
     assert last < 0.5 * first
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
@@ -83,6 +84,15 @@ def test_the_scalar_chain_stays_out_of_the_kernel_of_a_single_parameter(dtype: m
     for scalar in ("Expm1", "Maximum", "LogicalNot"):  # bias correction, clip factor, guard
         assert scalar not in elementwise
         assert any(scalar in name for name in found)
+
+
+@pytest.mark.parametrize("size", [16_384, 16_385, 300_000, 10_000_000])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_norm_of_many_is_exact(size: int, compiled: bool) -> None:
+    x = mx.random.normal((size,), key=mx.random.key(1))
+    norm = (mx.compile(rule.global_norm) if compiled else rule.global_norm)([x.reshape(1, -1)])
+    # Added up one after the other, ten million squares lose 1.5 %; here each sum has some thousand terms.
+    assert norm.item() == pytest.approx(np.linalg.norm(np.array(x, np.float64)), rel=1e-6)
 
 
 def test_global_norm_does_not_overflow_in_float16() -> None:
