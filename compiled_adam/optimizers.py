@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Protocol
@@ -15,8 +14,9 @@ from mlx.utils import tree_map
 
 from .groups import ALL_ALIKE, DecayFilter, Group, check_patterns, group
 from .layout import Aligned, along
-from .lowering import LOWERINGS, of_leaves
-from .moments import POLICIES, STOCHASTIC, Stored
+from .lowering import of_leaves
+from .moments import STOCHASTIC, Stored
+from .options import check_options
 from .update import FLOATS, Constants, Form, Part, check_leaf, update, update_leaf
 
 _SCALARS = ("rounding_key", "grad_norm", "skipped")  # what the state may have beside step and learning_rate
@@ -100,7 +100,7 @@ class Adam(optim.Adam):
         self._keeper: Keeper | None = None
         super().__init__(learning_rate, betas, eps, bias_correction)  # type: ignore[arg-type]  # MLX says list
         self.learning_rate = self.state["learning_rate"]  # float32, whatever a schedule returns
-        _check_options(moments, compensated, max_grad_norm, skip_nonfinite, learning_rate_multipliers, lowering)
+        check_options(moments, compensated, max_grad_norm, skip_nonfinite, learning_rate_multipliers, lowering)
         self.weight_decay = 0.0
         self._traces = 0
         self._moments = moments
@@ -422,41 +422,3 @@ class AdamW(Adam):
             raise ValueError(f"weight_decay is {weight_decay!r}; it must be a number of at least 0")
         self.weight_decay = weight_decay
         self._decay_filter = decay_filter
-
-
-def _check_options(
-    policy: str,
-    compensated: bool,
-    max_grad_norm: float | None,
-    skip_nonfinite: bool,
-    multipliers: Mapping[str, float] | None,
-    lowering: str,
-) -> None:
-    if lowering not in LOWERINGS:
-        raise ValueError(f"lowering is {lowering!r}; it must be one of {', '.join(map(repr, LOWERINGS))}")
-    if lowering == "inplace" and policy in STOCHASTIC:
-        raise ValueError(
-            f"lowering='inplace' needs moments that are stored as computed; with moments={policy!r} use 'auto'"
-        )
-    if policy not in POLICIES:
-        raise ValueError(f"moments is {policy!r}; it must be one of {', '.join(map(repr, POLICIES))}")
-    for name, flag in (("compensated", compensated), ("skip_nonfinite", skip_nonfinite)):
-        if not isinstance(flag, bool):
-            raise ValueError(f"{name} is {flag!r}; it must be True or False")
-    if max_grad_norm is not None and not _is_number(max_grad_norm, 0.0, exclusive=True):
-        raise ValueError(f"max_grad_norm is {max_grad_norm!r}; it must be a number greater than 0, or None")
-    if multipliers is not None and not isinstance(multipliers, Mapping):
-        raise ValueError(f"learning_rate_multipliers is {multipliers!r}; it must be a mapping of patterns to factors")
-    for pattern, factor in (multipliers or {}).items():
-        try:
-            re.compile(pattern)
-        except (re.error, TypeError) as error:
-            raise ValueError(f"learning_rate_multipliers has the pattern {pattern!r}: {error}") from None
-        if not _is_number(factor, 0.0):
-            raise ValueError(f"learning_rate_multipliers[{pattern!r}] is {factor!r}; it must be a number of at least 0")
-
-
-def _is_number(value: object, least: float, exclusive: bool = False) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return least <= value < math.inf and not (exclusive and value == least)

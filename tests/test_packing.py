@@ -97,11 +97,12 @@ def packed(edits: dict[int, Edit], dtype: mx.Dtype, steps: int = 6, **options) -
     return values(model, adam.state)
 
 
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-@pytest.mark.parametrize("name", OPTIONS)
+# Not moments rounded at random for bfloat16 weights: a gradient's last bit can round one the other way.
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, mx.float32) for name in OPTIONS), *((name, mx.bfloat16) for name in OPTIONS if "moments" not in name)],
+)
 def test_a_step_is_the_update_that_the_optimizer_makes_alone(name: str, dtype: mx.Dtype) -> None:
-    if dtype == mx.bfloat16 and name == "bfloat16 moments":
-        pytest.skip("a gradient's last bit can round a moment the other way, and that is not what this is about")
     compared(packed({}, dtype, **OPTIONS[name]), eagerly({}, dtype, **OPTIONS[name]))
 
 
