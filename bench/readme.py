@@ -63,21 +63,24 @@ def numerics_table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+POLICIES = ("mlx", "float32", "bfloat16", "8bit")  # likewise
+
+
 def quality_table(record: dict[str, Any]) -> str:
-    """The eval loss of the small language model for each optimizer and dtype, a column for each seed."""
-    rows: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    """The eval loss of the small language model for some optimizers, mean and range over seeds, for each dtype."""
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in record["quality"]:
-        # Records without a schema are of float32 weights only, and do not say so.
-        rows.setdefault((row["dtype"], row["policy"]) if "dtype" in row else (row["policy"],), []).append(row)
-    seeds = [row["seed"] for row in next(iter(rows.values()))]
-    names = ["weights", "moments"] if len(next(iter(rows))) == 2 else ["moments"]
-    columns = [*names, "state, bytes per parameter", *(f"eval loss, seed {seed}" for seed in seeds), "mean"]
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for key, runs in rows.items():
-        losses = [run["eval_loss"] for run in runs]
-        cells = [f"{runs[0]['state_bytes_per_parameter']:.2f}"]
-        cells += [f"{loss:.4f}" for loss in [*losses, statistics.mean(losses)]]
-        lines.append(f"| {' | '.join([*key, *cells])} |")
+        runs.setdefault((row["dtype"], row["policy"]), []).append(row)
+    dtypes = list(dict.fromkeys(dtype for dtype, _ in runs))
+    heads = [f"{dtype} weights: state, bytes per parameter | eval loss" for dtype in dtypes]
+    lines = [f"| moments | {' | '.join(heads)} |", "|---" * (1 + 2 * len(dtypes)) + "|"]
+    for policy in POLICIES:
+        cells = [policy]
+        for dtype in dtypes:
+            losses = [run["eval_loss"] for run in runs[dtype, policy]]
+            cells.append(f"{runs[dtype, policy][0]['state_bytes_per_parameter']:.2f}")
+            cells.append(f"{statistics.mean(losses):.4f} ({min(losses):.4f}-{max(losses):.4f})")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

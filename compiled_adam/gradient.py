@@ -67,16 +67,16 @@ class GradientGraphs:
 
             def forward(parameters: list[mx.array]) -> mx.array:
                 before = [*parameters, *arrays[self._trainable :]]
-                operations = [_operations(array) for array in before]
+                operations = _operations(before)
                 self._arrays.write(before)
                 loss, aux, weight = checked(self._loss_fn(self._model, *args, **kwargs), self._weighted)
                 self._refuse_new_arrays()
                 after = self._arrays.read()
-                changed[:] = [
-                    i
-                    for i, (a, b) in enumerate(zip(before, after, strict=True))
-                    if a is not b or _operations(a) != operations[i]
-                ]
+                changed[:] = [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a is not b]
+                if _operations(before) != operations:  # of all at once, for it is rare
+                    # value_and_grad differentiates with respect to copies: one operation is none of the forward pass.
+                    edited = (i for i, a in enumerate(before) if _operations([a]) > (i < self._trainable))
+                    changed[:] = sorted({*changed, *edited})
                 rest.extend((aux, [after[i] for i in changed], weight))
                 return loss
 
@@ -102,11 +102,11 @@ class GradientGraphs:
             )
 
 
-def _operations(array: mx.array) -> int:
-    """How many operations an array is the result of; while tracing, none for an input.
+def _operations(arrays: list[mx.array]) -> int:
+    """How many operations arrays are the result of; while tracing, none for an input.
 
     Assigning in place, as ``self.count += 1`` does, changes the array object itself, so that only this tells.
     """
     graph = io.StringIO()
-    mx.export_to_dot(graph, array)
+    mx.export_to_dot(graph, *arrays)
     return graph.getvalue().count("shape=rectangle")

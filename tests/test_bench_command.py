@@ -84,14 +84,14 @@ def test_readme_tables_from_records_of_this_schema(
     assert len(lines) == 2 + 2 and lines[2].startswith("| small | float32 |")
     assert lines[3].endswith("| - |") and lines[3].count(" - ") == 2
     runs = [
-        {"policy": "8bit", "dtype": "bfloat16", "seed": seed, "eval_loss": 1.5, "state_bytes_per_parameter": 4.06}
+        {"policy": policy, "dtype": dtype, "seed": seed, "eval_loss": 1.5 + seed, "state_bytes_per_parameter": 4.06}
+        for dtype in ("float32", "bfloat16")
+        for policy in readme.POLICIES
         for seed in (0, 1)
     ]
-    assert readme.quality_table({"quality": runs}).splitlines() == [
-        "| weights | moments | state, bytes per parameter | eval loss, seed 0 | eval loss, seed 1 | mean |",
-        "|---|---|---|---|---|---|",
-        "| bfloat16 | 8bit | 4.06 | 1.5000 | 1.5000 | 1.5000 |",
-    ]
+    lines = readme.quality_table({"quality": runs}).splitlines()
+    assert len(lines) == 2 + len(readme.POLICIES)
+    assert lines[2] == "| mlx | 4.06 | 2.0000 (1.5000-2.5000) | 4.06 | 2.0000 (1.5000-2.5000) |"
 
 
 def test_readme_needs_a_place_for_each_table() -> None:
