@@ -29,6 +29,7 @@ class Lowering(NamedTuple):
 
     inplace: bool
     stream: mx.Stream
+    second: bool = False  # whether that is not the default stream
 
 
 def of_leaves(choice: str, sizes: Sequence[int]) -> list[Lowering]:
@@ -45,7 +46,7 @@ def of_leaves(choice: str, sizes: Sequence[int]) -> list[Lowering]:
             continue
         least = load.index(min(load))
         load[least] += size
-        lowerings.append(Lowering(True, streams[least]))
+        lowerings.append(Lowering(True, streams[least], second=least > 0))
     return lowerings
 
 

@@ -62,9 +62,11 @@ def decode(state: Stored) -> tuple[mx.array, mx.array]:
     m, v = state["m"], state["v"]
     if m.dtype != mx.int8:
         return m.astype(mx.float32), v.astype(mx.float32)
-    m = _unblocked(_blocked(m).astype(mx.float32) * (state["m_scale"] / 127)[:, None], m.shape)
-    codes = mx.maximum(_blocked(v).astype(mx.float32), 0.5)
-    return m, _unblocked(mx.square(codes * (state["v_scale"] / 255)[:, None]), v.shape)
+    m_codes, v_codes = _blocked(m), _blocked(v)
+    m_scale, v_scale = (state[name].reshape(*m_codes.shape[:-1], 1) for name in ("m_scale", "v_scale"))
+    values = m_codes.astype(mx.float32) * (m_scale / 127)
+    roots = mx.maximum(v_codes.astype(mx.float32), 0.5) * (v_scale / 255)
+    return _unblocked(values, m.shape), _unblocked(mx.square(roots), v.shape)
 
 
 def encode(kind: str, m: mx.array, v: mx.array, bits: mx.array | None = None) -> Stored:
@@ -75,16 +77,18 @@ def encode(kind: str, m: mx.array, v: mx.array, bits: mx.array | None = None) ->
     ['0.504', '-1.000', '0.000', '4.000']
     """
     if kind == "8bit":
-        low, high = (0.5, 0.5) if bits is None else (_uniform(_blocked(bits), 0), _uniform(_blocked(bits), 16))
+        # Sixteen bits each as a number in [0, 1); one operation more, and MLX would make it more kernels.
+        low = 0.5 if bits is None else (_blocked(bits) & 0xFFFF).astype(mx.float32) * 2.0**-16
+        high = 0.5 if bits is None else (_blocked(bits) >> 16).astype(mx.float32) * 2.0**-16
         m_blocks, roots = _blocked(m), mx.sqrt(_blocked(v))
-        m_scale, v_scale = mx.abs(m_blocks).max(axis=1), roots.max(axis=1)
+        m_scale, v_scale = (x.max(axis=-1, keepdims=True) for x in (mx.abs(m_blocks), roots))
         m_codes = mx.clip(mx.floor(m_blocks * _per_scale(127, m_scale) + low), -127, 127).astype(mx.int8)
-        v_codes = mx.clip(mx.floor(roots * _per_scale(255, v_scale) + high), 0, 255).astype(mx.uint8)
+        v_codes = mx.minimum(mx.floor(roots * _per_scale(255, v_scale) + high), 255).astype(mx.uint8)
         return {
             "m": _unblocked(m_codes, m.shape),
             "v": _unblocked(v_codes, v.shape),
-            "m_scale": m_scale,
-            "v_scale": v_scale,
+            "m_scale": m_scale.reshape(-1),
+            "v_scale": v_scale.reshape(-1),
         }
     if kind == "bfloat16" and bits is not None:
         return {"m": _stochastic_bfloat16(m, bits), "v": _stochastic_bfloat16(v, bits >> 16)}
@@ -99,12 +103,7 @@ def random_bits(key: mx.array, shape: tuple[int, ...]) -> mx.array:
 
 def _per_scale(codes: int, scale: mx.array) -> mx.array:
     """``codes / scale`` for each block; 0 for a block of zeros, and for one so small that the quotient is infinite."""
-    return mx.where(scale > 2.0**-100, codes / scale, 0.0)[:, None]
-
-
-def _uniform(bits: mx.array, shift: int) -> mx.array:
-    """Sixteen of the ``bits`` as a number in [0, 1)."""
-    return ((bits >> shift) & 0xFFFF).astype(mx.float32) * 2.0**-16
+    return mx.where(scale > 2.0**-100, codes / scale, 0.0)
 
 
 def _stochastic_bfloat16(x: mx.array, bits: mx.array) -> mx.array:
@@ -114,11 +113,11 @@ def _stochastic_bfloat16(x: mx.array, bits: mx.array) -> mx.array:
 
 
 def _blocked(x: mx.array) -> mx.array:
-    """Flat, padded with zeros to whole blocks: (ceil(size / 128), 128)."""
+    """Flat, padded with zeros to whole blocks: (ceil(size / 128), 128), with a leading axis of one if ``x`` has it."""
     flat = x.reshape(-1)
     if padding := -x.size % BLOCK:
         flat = mx.pad(flat, (0, padding))
-    return flat.reshape(-1, BLOCK)
+    return flat.reshape(*([1] if x.shape[:1] == (1,) else []), -1, BLOCK)
 
 
 def _unblocked(blocks: mx.array, shape: tuple[int, ...]) -> mx.array:

@@ -218,7 +218,13 @@ class PackedTrees:
 
 
 def _flat(arrays: Sequence[mx.array]) -> mx.array:
-    return arrays[0] if len(arrays) == 1 else mx.concatenate([array.reshape(-1) for array in arrays])
+    """All elements in memory order, as one row after the other where all have rows of the same shape."""
+    if len(arrays) == 1:
+        return arrays[0]
+    rows = arrays[0].shape[1:]
+    if all(array.ndim and array.shape[1:] == rows for array in arrays):
+        return mx.concatenate(arrays)  # without a task for each that makes it flat
+    return mx.concatenate([array.flatten() for array in arrays])
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:

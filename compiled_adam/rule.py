@@ -13,6 +13,7 @@ and ``1 - a w`` are both 1, so the second moment never decays and the weights ne
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -97,14 +98,19 @@ def next_weight(p: mx.array, m: mx.array, v: mx.array, c: Coefficients, coarse: 
     return (p - c.decay * p) - change if coarse else p - (change + c.decay * p)
 
 
-def global_norm(gradients: Sequence[mx.array]) -> mx.array:
+def global_norm(gradients: Sequence[mx.array], streams: Sequence[mx.Stream] | None = None) -> mx.array:
     """The Euclidean norm over all gradients together, in float32: a 0-d array, 0 for an empty list.
+
+    Each one's sum of squares is computed on its stream, if ``streams`` says which.
 
     >>> global_norm([mx.array([3.0]), mx.array(4.0, mx.float16)]).item()
     5.0
     """
     # Without `abs`, MLX would see that the update casts the gradient too, and write the cast out for both to share.
-    squares = [_sum(mx.square(mx.abs(g).astype(mx.float32))) for g in gradients]
+    squares = []
+    for i, g in enumerate(gradients):
+        with mx.stream(streams[i]) if streams else contextlib.nullcontext():
+            squares.append(_sum(mx.square(mx.abs(g).astype(mx.float32))))
     return mx.sqrt(mx.stack(squares).sum()) if squares else mx.array(0.0)
 
 

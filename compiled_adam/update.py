@@ -88,6 +88,26 @@ class Part(NamedTuple):
     total: int  # how many there are
 
 
+class _Scalars(NamedTuple):
+    """What all leaves of a stream read."""
+
+    coefficients: dict[Group, rule.Coefficients]
+    finite: mx.array | None  # with the guard: whether the new values count
+
+    @property
+    def keep(self) -> Keep:
+        # Selected, not multiplied by zero: 0 * inf is not a number.
+        return residual.new_value if self.finite is None else partial(mx.where, self.finite)
+
+    def copied(self) -> _Scalars:
+        """The same on the current stream: what reads an array of another stream waits for it, each time again."""
+        copies = {
+            group: rule.Coefficients(*(None if x is None else rule.unfused(x) for x in c))
+            for group, c in self.coefficients.items()
+        }
+        return _Scalars(copies, None if self.finite is None else rule.unfused(self.finite))
+
+
 def update(
     gradients: Sequence[mx.array],
     parameters: Sequence[mx.array],
@@ -104,36 +124,41 @@ def update(
     and ``grad_norm`` and ``skipped`` with clipping or the guard. With ``part`` the new parameters, states and scalars
     are those that an update of all would have made.
     """
+    lowerings = lowering.of_leaves(constants.lowering, [p.size for p in parameters])
     new = {**scalars, "step": scalars["step"] + 1}
     clip = finite = None
     if "grad_norm" in scalars:
-        new["grad_norm"] = norm = rule.global_norm(gradients) if part is None else part.norm
+        streams = [how.stream for how in lowerings]
+        new["grad_norm"] = norm = rule.global_norm(gradients, streams) if part is None else part.norm
         clip = None if constants.max_grad_norm is None else rule.clip_factor(norm, constants.max_grad_norm)
         finite = rule.unfused(mx.isfinite(norm)) if constants.skip_nonfinite else None
-    bits: list[mx.array | None] = [None] * len(parameters)
+    keys: list[mx.array | None] = [None] * len(parameters)
     if "rounding_key" in scalars:
         places, total = (range(len(parameters)), len(parameters)) if part is None else (part.places, part.total)
-        new["rounding_key"], *keys = mx.random.split(scalars["rounding_key"], total + 1)
-        bits = [moments.random_bits(keys[i], p.shape) for i, p in zip(places, parameters, strict=True)]
+        new["rounding_key"], *every = mx.random.split(scalars["rounding_key"], total + 1)
+        keys = [every[i] for i in places]
     coefficients = {
         group: constants.coefficients(new["step"], new["learning_rate"], group, clip) for group in dict.fromkeys(groups)
     }
 
-    # Selected, not multiplied by zero: 0 * inf is not a number.
-    keep: Keep = residual.new_value if finite is None else partial(mx.where, finite)
     updated = []
-    leaves = zip(gradients, parameters, states, forms, groups, bits, strict=True)
-    lowerings = lowering.of_leaves(constants.lowering, [p.size for p in parameters])
-    for (g, p, state, form, group, its_bits), how in zip(leaves, lowerings, strict=True):
+    here = {False: _Scalars(coefficients, finite)}  # by whether they are on the second stream
+    leaves = zip(gradients, parameters, states, forms, groups, keys, strict=True)
+    for (g, p, state, form, group, key), how in zip(leaves, lowerings, strict=True):
         with mx.stream(how.stream):
+            if how.second not in here:
+                here[how.second] = here[False].copied()
+            its = here[how.second]
+            bits = None if key is None else moments.random_bits(key, p.shape)
+            leaf = _apart if how.second else update_leaf
             updated.append(
-                update_leaf(g, p, state, form, coefficients[group], constants.betas, its_bits, keep, how.inplace)
+                leaf(g, p, state, form, its.coefficients[group], constants.betas, bits, its.keep, how.inplace)
             )
     if finite is not None:
         new["skipped"] = scalars["skipped"] + mx.logical_not(finite)
     for name in ("step", "rounding_key"):
         if name in new:
-            new[name] = keep(new[name], scalars[name])
+            new[name] = here[False].keep(new[name], scalars[name])
     return [p for p, _ in updated], [state for _, state in updated], new
 
 
@@ -177,6 +202,29 @@ def update_leaf(
     value = rule.unfused(rule.next_weight(join(parameter, state["residual"]), m, v, c))
     weight, new["residual"] = residual.split(value, parameter, state["residual"], keep, inplace)
     return weight, new
+
+
+def _apart(
+    gradient: mx.array,
+    parameter: mx.array,
+    state: Stored,
+    form: Form,
+    c: rule.Coefficients,
+    betas: tuple[float, float],
+    bits: mx.array | None,
+    keep: Keep,
+    inplace: bool,
+) -> tuple[mx.array, Stored]:
+    """`update_leaf` on arrays whose shapes no leaf of the default stream has.
+
+    MLX merges a constant that is broadcast to the same shape twice, on different streams too. A kernel cannot take in
+    what belongs to another stream: it would read the constant as a strided array, wait for it, and be twice as slow.
+    """
+    shape = parameter.shape
+    longer = {name: array[None] if array.shape == shape else array for name, array in state.items()}
+    bits = None if bits is None else bits[None]
+    weight, new = update_leaf(gradient[None], parameter[None], longer, form, c, betas, bits, keep, inplace)
+    return weight.reshape(shape), {name: array.reshape(state[name].shape) for name, array in new.items()}
 
 
 def check_leaf(path: str, gradient: mx.array, parameter: mx.array, state: Stored, form: Form) -> None:

@@ -209,6 +209,17 @@ def test_one_kernel_for_many_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counts == {12: 2, 24: 2}  # all small leaves together, and the large one
 
 
+@pytest.mark.parametrize(
+    ("shapes", "flat"),
+    [([(2, 3), (4, 3)], (6, 3)), ([(2,), (3,)], (5,)), ([(2, 3), (3, 2)], (12,)), ([(), (2,)], (3,)), ([(), ()], (2,))],
+)
+def test_rows_of_one_shape_are_not_made_flat_first(shapes: list[tuple[int, ...]], flat: tuple[int, ...]) -> None:
+    arrays = [mx.random.normal(shape, key=mx.random.key(i)) for i, shape in enumerate(shapes)]
+    found = packing._flat(arrays)
+    assert found.shape == flat
+    assert found.reshape(-1).tolist() == [x for array in arrays for x in array.reshape(-1).tolist()]
+
+
 def test_leaves_that_differ_in_what_an_update_depends_on_are_not_packed_together() -> None:
     adam = optimizer(learning_rate_multipliers={"a": 2.0}, moments="8bit")
     shapes = {"a1": (4,), "a2": (4,), "b1": (4,), "b2": (4,)}
