@@ -223,7 +223,7 @@ def _flat(arrays: Sequence[mx.array]) -> mx.array:
         return arrays[0]
     rows = arrays[0].shape[1:]
     if all(array.ndim and array.shape[1:] == rows for array in arrays):
-        return mx.concatenate(arrays)  # without a task for each that makes it flat
+        return mx.concatenate(list(arrays))  # without a task for each that makes it flat
     return mx.concatenate([array.flatten() for array in arrays])
 
 

@@ -102,7 +102,7 @@ class _Scalars(NamedTuple):
     def copied(self) -> _Scalars:
         """The same on the current stream: what reads an array of another stream waits for it, each time again."""
         copies = {
-            group: rule.Coefficients(*(None if x is None else rule.unfused(x) for x in c))
+            group: rule.Coefficients._make(None if x is None else rule.unfused(x) for x in c)
             for group, c in self.coefficients.items()
         }
         return _Scalars(copies, None if self.finite is None else rule.unfused(self.finite))
