@@ -7,11 +7,13 @@
 
 On a GPU the bytes decide, so "auto" is "fused". The CPU backend has one thread for each stream, and g++ leaves a loop
 with three outputs scalar; there "auto" is "inplace" for leaves from `LARGE` elements, below which a kernel costs more
-than its loop, and those leaves are shared out to two streams.
+than its loop, and those leaves are shared out to two streams. On Linux g++ leaves a loop with a square root scalar as
+well, so there it is computed by Heron's method, from guesses of 2 bytes per parameter of the leaves that are under way.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -20,6 +22,7 @@ import mlx.core as mx
 
 LOWERINGS = ("auto", "fused", "inplace")
 LARGE = 1 << 15
+SLOW_SQRT = sys.platform == "linux"
 
 _second = threading.local()  # MLX's streams belong to the thread that made them
 
@@ -30,6 +33,7 @@ class Lowering(NamedTuple):
     inplace: bool
     stream: mx.Stream
     second: bool = False  # whether that is not the default stream
+    heron: bool = False  # whether the square root is computed by Heron's method
 
 
 def of_leaves(choice: str, sizes: Sequence[int]) -> list[Lowering]:
@@ -46,7 +50,7 @@ def of_leaves(choice: str, sizes: Sequence[int]) -> list[Lowering]:
             continue
         least = load.index(min(load))
         load[least] += size
-        lowerings.append(Lowering(True, streams[least], second=least > 0))
+        lowerings.append(Lowering(True, streams[least], second=least > 0, heron=SLOW_SQRT))
     return lowerings
 
 

@@ -84,18 +84,47 @@ def next_moments(
     return b1 * m + (1 - b1) * clipped, b2 * v + clipped * (c.clip_v * g)
 
 
-def next_weight(p: mx.array, m: mx.array, v: mx.array, c: Coefficients, coarse: bool = False) -> mx.array:
-    """The new value of one parameter, float32, from its new moments.
+def next_weight(
+    p: mx.array, m: mx.array, v: mx.array, c: Coefficients, coarse: bool = False, guess: mx.array | None = None
+) -> mx.array:
+    """The new value of one parameter, float32, from its new moments; with the `root_guess` of ``v`` by Heron's method.
 
     The decay is added to the change, not multiplied into the parameter as ``p (1 - a w)``: ``1 - a w`` rounds the same
     way at every step, and that error would add up. MLX fuses at most eleven levels of a graph, which clipping, a
     cast in, a select and a cast out fill up: ``coarse`` saves one at the price of a second float32 rounding, for
     weights that are rounded to half precision right after.
     """
-    change = c.step_size * m / (mx.sqrt(v) + c.eps)
+    root = mx.sqrt(v) if guess is None else heron(v, guess)
+    change = c.step_size * m / (root + c.eps)
     if c.decay is None:
         return p - change
     return (p - c.decay * p) - change if coarse else p - (change + c.decay * p)
+
+
+def root_guess(v: mx.array) -> mx.array:
+    """The square root of each of ``v``, float32 and not negative, within 4 %: bfloat16.
+
+    The upper half of the bits, shifted by one: that halves the exponent, and the mantissa almost as a root does.
+
+    >>> root_guess(mx.array([1.0, 2.0, 1e-20])).tolist()
+    [0.984375, 1.46875, 9.913492249324918e-11]
+    """
+    return unfused(((v.view(mx.uint32) >> 17) + 0x1FBC).astype(mx.uint16)).view(mx.bfloat16)
+
+
+def heron(v: mx.array, guess: mx.array) -> mx.array:
+    """The square root of ``v``, float32, from its `root_guess`: Heron's ``(r + v / r) / 2`` twice.
+
+    With g++ a loop of these divisions takes a third of the time of one that must set ``errno`` for the square root of
+    a negative number. Heron's step is never too small; the first by at most 0.07 %: with its mean error taken off, the
+    second is right to 1.1 * 2^-24 before rounding. From 0 and denormal ``v`` the root is up to 2e-20 too large.
+
+    >>> heron(v := mx.array([0.0, 4.0, 1e10, math.inf]), root_guess(v)).tolist()
+    [1.989815275238986e-20, 2.0, 100000.0, inf]
+    """
+    guess = guess.astype(mx.float32)
+    twice = guess + mx.minimum(v, 3.4e38) / guess  # finite, so that infinity is not divided by itself
+    return 0.24991056 * twice + (1.0003579 * v) / twice
 
 
 def global_norm(gradients: Sequence[mx.array], streams: Sequence[mx.Stream] | None = None) -> mx.array:

@@ -152,7 +152,9 @@ def update(
             bits = None if key is None else moments.random_bits(key, p.shape)
             leaf = _apart if how.second else update_leaf
             updated.append(
-                leaf(g, p, state, form, its.coefficients[group], constants.betas, bits, its.keep, how.inplace)
+                leaf(
+                    g, p, state, form, its.coefficients[group], constants.betas, bits, its.keep, how.inplace, how.heron
+                )
             )
     if finite is not None:
         new["skipped"] = scalars["skipped"] + mx.logical_not(finite)
@@ -172,16 +174,19 @@ def update_leaf(
     bits: mx.array | None = None,
     keep: Keep = residual.new_value,
     inplace: bool = False,
+    heron: bool = False,
 ) -> tuple[mx.array, Stored]:
     """Decode, update, encode: a new parameter and its new state, or the old ones where ``keep`` says so.
 
-    ``inplace``: each array in a kernel of its own, where the moments are float32.
+    ``inplace``: each array in a kernel of its own, where the moments are float32; and with ``heron`` one more for the
+    guess of the square root.
 
     MLX fuses a value into a kernel only if all that uses it is in that kernel or is an output. So what is selected is
     selected first, and everything after it uses the selected value.
     """
     old_m, old_v = moments.decode(state)
     m, v = rule.next_moments(gradient, old_m, old_v, c, betas)
+    guess = None
     if form.moments == "float32":
         m, v = keep(m, old_m), keep(v, old_v)
         if inplace:
@@ -189,17 +194,18 @@ def update_leaf(
             # its own, and write it out for both to read.
             _, v = rule.next_moments(rule.unfused(gradient), old_m, old_v, c, betas)
             m, v = rule.unfused(m), rule.unfused(keep(v, old_v))
+            guess = rule.root_guess(v) if heron else None
         new = {"m": m, "v": v}
     else:
         stored = moments.encode(form.moments, m, v, bits if form.stochastic else None)
         new = {name: keep(array, state[name]) for name, array in stored.items()}
     if not form.compensated:
         coarse = parameter.dtype != mx.float32
-        value = rule.next_weight(parameter.astype(mx.float32), m, v, c, coarse)
+        value = rule.next_weight(parameter.astype(mx.float32), m, v, c, coarse, guess)
         return keep(value.astype(parameter.dtype), parameter), new
     # Kernels of their own: in one, MLX would cut where its eleven levels happen to end.
     join = residual.join if inplace else residual.fusable_join
-    value = rule.unfused(rule.next_weight(join(parameter, state["residual"]), m, v, c))
+    value = rule.unfused(rule.next_weight(join(parameter, state["residual"]), m, v, c, guess=guess))
     weight, new["residual"] = residual.split(value, parameter, state["residual"], keep, inplace)
     return weight, new
 
@@ -214,6 +220,7 @@ def _apart(
     bits: mx.array | None,
     keep: Keep,
     inplace: bool,
+    heron: bool,
 ) -> tuple[mx.array, Stored]:
     """`update_leaf` on arrays whose shapes no leaf of the default stream has.
 
@@ -223,7 +230,7 @@ def _apart(
     shape = parameter.shape
     longer = {name: array[None] if array.shape == shape else array for name, array in state.items()}
     bits = None if bits is None else bits[None]
-    weight, new = update_leaf(gradient[None], parameter[None], longer, form, c, betas, bits, keep, inplace)
+    weight, new = update_leaf(gradient[None], parameter[None], longer, form, c, betas, bits, keep, inplace, heron)
     return weight.reshape(shape), {name: array.reshape(state[name].shape) for name, array in new.items()}
 
 
