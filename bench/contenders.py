@@ -196,10 +196,19 @@ def _stock() -> optim.Optimizer:
     return optim.AdamW(LEARNING_RATE, list(BETAS), EPS, WEIGHT_DECAY, bias_correction=True)
 
 
-def _ours(moments: str = "float32", compensated: bool = True, kind: type[OnMLX] = Eager) -> Entry:
+def _ours(
+    moments: str = "float32", compensated: bool = True, kind: type[OnMLX] = Eager, lowering: str = "auto"
+) -> Entry:
     def make(parameters: Tree, gradients: Tree) -> Contender:
         optimizer = ca.AdamW(
-            LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY, bias_correction=True, moments=moments, compensated=compensated
+            LEARNING_RATE,
+            BETAS,
+            EPS,
+            WEIGHT_DECAY,
+            bias_correction=True,
+            moments=moments,
+            compensated=compensated,
+            lowering=lowering,
         )
         return kind(optimizer, parameters, gradients)
 
@@ -229,6 +238,7 @@ CONTENDERS: dict[str, Entry] = {
     COMPILED: Entry(lambda parameters, gradients: Compiled(_stock(), parameters, gradients)),
     OURS: _ours(),
     STEP: _ours(kind=InStep),
+    f"{STEP} inplace": _ours(kind=InStep, lowering="inplace"),
     **{f"{OURS} {policy}": _ours(policy, True) for policy in POLICIES if policy != "float32"},
     f"{OURS} uncompensated": _ours("float32", False),
     **{f"{OURS} {policy} uncompensated": _ours(policy, False) for policy in POLICIES if policy != "float32"},

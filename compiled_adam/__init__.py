@@ -19,9 +19,10 @@ except ImportError as error:
     raise ImportError(_what) from error
 
 from . import schedulers
+from .adamw import AdamW
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from .groups import decay_matrices
-from .optimizers import Adam, AdamW
+from .optimizers import Adam
 from .step import StepResult, TrainStep, make_step
 
 if TYPE_CHECKING:

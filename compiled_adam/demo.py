@@ -23,8 +23,8 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from . import demo_bf16, schedulers
+from .adamw import AdamW
 from .lora import train
-from .optimizers import AdamW
 from .progress import TrainingProgress
 from .step import make_step
 

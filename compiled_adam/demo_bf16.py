@@ -16,7 +16,7 @@ import numpy as np
 from mlx_lm.tuner.trainer import default_loss, evaluate, iterate_batches
 from mlx_lm.utils import load
 
-from .optimizers import AdamW
+from .adamw import AdamW
 from .progress import TrainingProgress
 from .step import make_step
 

@@ -20,8 +20,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from . import blas
+from .adamw import AdamW
 from .graph import kernels
-from .optimizers import AdamW
 from .step import make_step
 
 SLOW_BLAS = 20.0  # GFLOP/s; the reference BLAS of MLX's Linux wheels does 3 to 6, OpenBLAS 50 and more

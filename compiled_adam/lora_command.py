@@ -25,11 +25,12 @@ from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters, print_train
 from mlx_lm.utils import load
 
 from . import fingerprint, loader, schedulers
+from .adamw import AdamW
 from .evaluation import mean_loss
 from .groups import decay_matrices
 from .lora import train
 from .lora_options import KEPT, YAML_ONLY, check_together, settings
-from .optimizers import Adam, AdamW
+from .optimizers import Adam
 from .progress import TrainingProgress
 from .run_log import LOG
 from .workers import Workers

@@ -6,9 +6,9 @@
             MLX lets a kernel with a single output write to an input that nobody else needs.
 
 On a GPU the bytes decide, so "auto" is "fused". The CPU backend has one thread for each stream, and g++ leaves a loop
-with three outputs scalar; there "auto" is "inplace" for leaves from `LARGE` elements, below which a kernel costs more
-than its loop, and those leaves are shared out to two streams. On Linux g++ leaves a loop with a square root scalar as
-well, so there it is computed by Heron's method, from guesses of 2 bytes per parameter of the leaves that are under way.
+with three outputs scalar; there "auto" is in place for leaves from `LARGE` elements, below which a kernel costs more
+than its loop. In both, those leaves are shared out to two streams. On Linux g++ leaves a loop with a square root scalar
+too; there "auto" has Heron's method, from guesses that take 2 bytes per parameter of the leaves that are under way.
 """
 
 from __future__ import annotations
@@ -39,18 +39,19 @@ class Lowering(NamedTuple):
 def of_leaves(choice: str, sizes: Sequence[int]) -> list[Lowering]:
     """The lowering of each leaf of so many elements, on the default device."""
     streams = [mx.default_stream(mx.default_device())]
-    on_cpu = streams[0].device.type == mx.DeviceType.cpu
-    if on_cpu and choice == "auto":
+    shared = choice != "fused" and streams[0].device.type == mx.DeviceType.cpu
+    if shared:
         streams.append(_second_stream())
     load = [0] * len(streams)
     lowerings = []
     for size in sizes:
-        if choice != "auto" or not on_cpu or size < LARGE:
+        if not shared or size < LARGE:
             lowerings.append(Lowering(choice == "inplace", streams[0]))
             continue
         least = load.index(min(load))
         load[least] += size
-        lowerings.append(Lowering(True, streams[least], second=least > 0, heron=SLOW_SQRT))
+        heron = choice == "auto" and SLOW_SQRT
+        lowerings.append(Lowering(True, streams[least], second=least > 0, heron=heron))
     return lowerings
 
 

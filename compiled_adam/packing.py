@@ -207,14 +207,14 @@ class PackedTrees:
 
         ``gradients`` has one for each parameter. There are no other workers, and nothing to be ``after``.
         """
-        packed = []
-        for row, stream in zip(self._rows, self._optimizer.streams(parameters), strict=True):
+        packed, streams = [], self._optimizer.streams(parameters)
+        for row, stream in zip(self._rows, streams, strict=True):
             with mx.stream(stream):  # that of its update, so that neither waits for the other stream
                 packed.append(_flat([gradients[i] for i in row]))
         states, scalars = state
         new = self._optimizer.update_leaves(self._paths, packed, parameters, states, scalars)
         norm = new[2].get("grad_norm")  # it knows it if it clips or skips
-        return new[0], new[1:], rule.global_norm(packed) if norm is None else norm
+        return new[0], new[1:], rule.global_norm(packed, streams) if norm is None else norm
 
 
 def _flat(arrays: Sequence[mx.array]) -> mx.array:

@@ -115,7 +115,7 @@ def test_in_place_needs_no_memory_of_its_own(
     assert mx.get_peak_memory() - before <= (bytes_each + 0.02 * 3 * 4) * size
 
 
-def test_auto_on_the_cpu_shares_large_leaves_out_to_two_streams() -> None:
+def test_on_the_cpu_large_leaves_are_shared_out_to_two_streams() -> None:
     with mx.stream(mx.cpu):
         sizes = [10, lowering.LARGE, 2 * lowering.LARGE, lowering.LARGE, lowering.LARGE - 1, lowering.LARGE]
         found = lowering.of_leaves("auto", sizes)
@@ -123,7 +123,10 @@ def test_auto_on_the_cpu_shares_large_leaves_out_to_two_streams() -> None:
     assert [how.inplace for how in found] == [False, True, True, True, False, True]
     assert [how.stream == default for how in found] == [True, True, False, True, True, True]
     assert all(how == lowering.Lowering(False, default) for how in lowering.of_leaves("fused", sizes))
-    assert all(how == lowering.Lowering(True, default) for how in lowering.of_leaves("inplace", sizes))
+    with mx.stream(mx.cpu):
+        inplace = lowering.of_leaves("inplace", sizes)
+    assert [how.stream for how in inplace] == [how.stream for how in found]
+    assert all(how.inplace and not how.heron for how in inplace)
 
 
 @pytest.mark.parametrize(
