@@ -21,6 +21,7 @@ class AdamW(Adam):
 
     Source: Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR 2019.
 
+    >>> import mlx.core as mx
     >>> optimizer = AdamW(learning_rate=0.1, weight_decay=0.5)
     >>> optimizer.apply_gradients({"weight": mx.array([0.0])}, {"weight": mx.array([1.0])})
     {'weight': array([0.95], dtype=float32)}

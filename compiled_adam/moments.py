@@ -112,12 +112,21 @@ def _stochastic_bfloat16(x: mx.array, bits: mx.array) -> mx.array:
     return pattern.view(mx.float32).astype(mx.bfloat16)
 
 
+def leading_ones(shape: tuple[int, ...]) -> int:
+    """How many axes of one a shape begins with.
+
+    >>> leading_ones((1, 1, 3, 1)), leading_ones((1,)), leading_ones(())
+    (2, 1, 0)
+    """
+    return next((i for i, size in enumerate(shape) if size != 1), len(shape))
+
+
 def _blocked(x: mx.array) -> mx.array:
-    """Flat, padded with zeros to whole blocks: (ceil(size / 128), 128), with a leading axis of one if ``x`` has it."""
+    """Flat, padded with zeros to whole blocks: (ceil(size / 128), 128), after as many axes of one as ``x`` has."""
     flat = x.reshape(-1)
     if padding := -x.size % BLOCK:
         flat = mx.pad(flat, (0, padding))
-    return flat.reshape(*([1] if x.shape[:1] == (1,) else []), -1, BLOCK)
+    return flat.reshape(*[1] * leading_ones(x.shape), -1, BLOCK)
 
 
 def _unblocked(blocks: mx.array, shape: tuple[int, ...]) -> mx.array:

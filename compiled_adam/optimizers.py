@@ -121,12 +121,14 @@ class Adam(optim.Adam):
         A train step keeps the moments of small parameters elsewhere; asking for the state is what puts them here.
         """
         if self._keeper is not None:
-            keeper, self._keeper = self._keeper, None
-            keeper.show()
+            self._keeper.show()
+            self._keeper = None  # after that, which may be interrupted
         return self._state
 
     @state.setter
     def state(self, state: dict[str, Any]) -> None:
+        if self._keeper is not None:
+            self._keeper.show()  # what is assigned may be the same, or have dictionaries of it
         self._keeper, self._initialized, self._state = None, False, state
 
     @property

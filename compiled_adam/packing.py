@@ -76,6 +76,8 @@ class Slot:
         self._shown = True
         self._views: list[mx.array] = []  # those in the tree, and the same again
         self._same: list[mx.array] = []
+        self._names = [f"view{i}" for i in range(len(self._places))]
+        self._untouched: str | None = None
 
     def read(self) -> mx.array:
         """Raises ValueError if a packed array was replaced by one of another shape or dtype."""
@@ -104,10 +106,9 @@ class Slot:
             container[key] = array
             return
         self._flat = array
-        if show or not self._shown:
-            self._shown = False
-        else:
+        if self._shown and not show:
             self._hide()
+        self._shown = False
         if show:
             self.show()
 
@@ -120,22 +121,35 @@ class Slot:
             container[key] = view
         self._shown = True
 
+    @property
+    def views(self) -> list[mx.array]:
+        """What is in the tree of a flat array."""
+        return self._views
+
     def _hide(self) -> None:
         """Takes the views out of the tree, where they would be out of date and keep memory."""
         for container, key in self._places:
-            del container[key]
+            container.pop(key, None)  # one that was interrupted has taken some already
         self._views, self._same, self._shown = [], [], False
 
     def _edited(self) -> bool:
-        """Whether something like ``weight += 1`` or ``weight[0] = 1`` has made an array object another array.
+        """Whether something like ``weight += 1`` or ``a[:] = b`` has made an array object another array.
 
-        Python cannot see that, but MLX gives an array one name in a graph: evaluated ones that are the same count once.
-        Views that nobody has evaluated pass for edited.
+        Python cannot see that, but the graph of MLX's arrays shows which are the same: it gives each the last of its
+        names, those of the views after those of the same again. Views that nobody has evaluated pass for edited.
         """
-        graph = io.StringIO()
-        mx.export_to_dot(graph, *self._same, *self._views)
-        text = graph.getvalue()
-        return text.count("rank=source") != len(self._views) or "shape=rectangle" in text
+        if self._untouched is None:
+            untouched = _graph(self._same, self._names, self._same)
+            if "shape=rectangle" in untouched:  # an operation
+                return True
+            self._untouched = untouched
+        return _graph(self._same, self._names, self._views) != self._untouched
+
+
+def _graph(same: list[mx.array], names: list[str], views: list[mx.array]) -> str:
+    text = io.StringIO()
+    mx.export_to_dot(text, *same, **dict(zip(names, views, strict=True)))
+    return text.getvalue()
 
 
 State = tuple[list[Stored], Stored]  # of the leaves, and the scalars
@@ -166,7 +180,8 @@ class PackedTrees:
         self._states = []
         for row in self._rows:
             own = [(f"{path}.", containers[f"{path}.m"]) for path in (parameters.paths[i] for i in row)]
-            self._states.append({name: Slot([(path + name, c, name) for path, c in own]) for name in own[0][1]})
+            names = leaves[row[0]].form.names  # nothing else that somebody has put there
+            self._states.append({name: Slot([(path + name, c, name) for path, c in own]) for name in names})
 
     def intact(self) -> bool:
         """Whether the state is still in the containers that it was in."""
@@ -184,7 +199,14 @@ class PackedTrees:
         return states, {name: self._root[name] for name in self._scalars}
 
     def write(self, parameters: list[mx.array], state: State) -> None:
-        """Assigns what `update` has returned."""
+        """Assigns what `update` has returned: all of it, also when it is interrupted."""
+        try:
+            self._write(parameters, state)
+        except BaseException:
+            self._write(parameters, state)
+            raise
+
+    def _write(self, parameters: list[mx.array], state: State) -> None:
         states, scalars = state
         for slot, array in zip(self._parameters, parameters, strict=True):
             slot.write(array, show=True)
@@ -196,9 +218,11 @@ class PackedTrees:
 
     def show(self) -> None:
         """Puts views of the state into the optimizer's tree."""
-        for slots in self._states:
-            for slot in slots.values():
-                slot.show()
+        every = [slot for slots in self._states for slot in slots.values()]
+        for slot in every:
+            slot.show()
+        # Another thread may be asking, and what it leaves unevaluated no other can evaluate.
+        mx.async_eval([slot.views for slot in every])
 
     def update(
         self, gradients: list[mx.array], parameters: list[mx.array], state: State, after: mx.array | None = None

@@ -109,7 +109,7 @@ def root_guess(v: mx.array) -> mx.array:
     >>> root_guess(mx.array([1.0, 2.0, 1e-20])).tolist()
     [0.984375, 1.46875, 9.913492249324918e-11]
     """
-    return unfused(((v.view(mx.uint32) >> 17) + 0x1FBC).astype(mx.uint16)).view(mx.bfloat16)
+    return ((v.view(mx.uint32) >> 17) + 0x1FBC).astype(mx.uint16).view(mx.bfloat16)
 
 
 def heron(v: mx.array, guess: mx.array) -> mx.array:

@@ -175,8 +175,9 @@ class TrainStep:
                 self._arrays.exchange(before)
                 raise
             del gradients, before, assigned  # the graph alone must hold them, or their memory cannot be reused
-            self._window, self._filled = sums, filled
-            return self._finish(loss, aux, update)
+        # Past this an update is made, and what is interrupted must not put an old random state beside it.
+        self._window, self._filled = sums, filled
+        return self._finish(loss, aux, update)
 
     def flush(self) -> StepResult | None:
         """Applies a window that is only partly filled, as the mean over what it has; None if it is empty."""
@@ -187,9 +188,9 @@ class TrainStep:
             gradients, weight, loss = self._window
             update = self._apply(gradients, weight, loss)
             del gradients
-            self._window, self._filled = None, 0
-            weight, loss, *_ = update.sums or (weight, loss)
-            return self._finish(loss / weight, (), update)
+        self._window, self._filled = None, 0
+        weight, loss, *_ = update.sums or (weight, loss)
+        return self._finish(loss / weight, (), update)
 
     def _finish(self, loss: mx.array, aux: Any, update: _Update | None) -> StepResult:
         """Assigns what an update has made, and starts the evaluation of everything that changed, all at once."""

@@ -28,6 +28,12 @@ class Form(NamedTuple):
         kind = moments.storage(policy, parameter.shape, parameter.dtype)
         return cls(kind, policy in moments.STOCHASTIC, compensated and residual.applies_to(parameter.dtype))
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What a parameter's state has."""
+        scales = ("m_scale", "v_scale") if self.moments == "8bit" else ()
+        return ("m", "v", *scales, *(("residual",) if self.compensated else ()))
+
     def zeros(self, parameter: mx.array) -> Stored:
         state = moments.zeros(self.moments, parameter.shape)
         return {**state, "residual": residual.zeros(parameter)} if self.compensated else state
@@ -46,6 +52,8 @@ class Form(NamedTuple):
 
         Raises KeyError for moments that are incomplete. A residual of another dtype's weight is dropped.
         """
+        if self.fits(parameter, state):
+            return state  # the same dictionary: a new one would make every train step with this optimizer trace anew
         if moments.is_stored(state, self.moments, parameter.shape):
             new = {name: array for name, array in state.items() if name != "residual"}
         else:
@@ -142,6 +150,7 @@ def update(
     }
 
     updated = []
+    ones = 1 + max((moments.leading_ones(p.shape) for p in parameters), default=0)
     here = {False: _Scalars(coefficients, finite)}  # by whether they are on the second stream
     leaves = zip(gradients, parameters, states, forms, groups, keys, strict=True)
     for (g, p, state, form, group, key), how in zip(leaves, lowerings, strict=True):
@@ -150,12 +159,11 @@ def update(
                 here[how.second] = here[False].copied()
             its = here[how.second]
             bits = None if key is None else moments.random_bits(key, p.shape)
-            leaf = _apart if how.second else update_leaf
-            updated.append(
-                leaf(
-                    g, p, state, form, its.coefficients[group], constants.betas, bits, its.keep, how.inplace, how.heron
-                )
-            )
+            arguments = g, p, state, form, its.coefficients[group], constants.betas, bits, its.keep
+            if how.second:
+                updated.append(_apart(*arguments, how, ones))
+            else:
+                updated.append(update_leaf(*arguments, how.inplace, how.heron))
     if finite is not None:
         new["skipped"] = scalars["skipped"] + mx.logical_not(finite)
     for name in ("step", "rounding_key"):
@@ -219,19 +227,31 @@ def _apart(
     betas: tuple[float, float],
     bits: mx.array | None,
     keep: Keep,
-    inplace: bool,
-    heron: bool,
+    how: lowering.Lowering,
+    ones: int,
 ) -> tuple[mx.array, Stored]:
-    """`update_leaf` on arrays whose shapes no leaf of the default stream has.
+    """`update_leaf` on arrays with so many axes of ``ones`` in front, whose shapes no leaf of the default stream has.
 
     MLX merges a constant that is broadcast to the same shape twice, on different streams too. A kernel cannot take in
     what belongs to another stream: it would read the constant as a strided array, wait for it, and be twice as slow.
     """
-    shape = parameter.shape
-    longer = {name: array[None] if array.shape == shape else array for name, array in state.items()}
-    bits = None if bits is None else bits[None]
-    weight, new = update_leaf(gradient[None], parameter[None], longer, form, c, betas, bits, keep, inplace, heron)
-    return weight.reshape(shape), {name: array.reshape(state[name].shape) for name, array in new.items()}
+
+    def longer(array: mx.array) -> mx.array:
+        return array.reshape(*[1] * ones, *array.shape)
+
+    weight, new = update_leaf(
+        longer(gradient),
+        longer(parameter),
+        {name: longer(array) for name, array in state.items()},
+        form,
+        c,
+        betas,
+        None if bits is None else longer(bits),
+        keep,
+        how.inplace,
+        how.heron,
+    )
+    return weight.reshape(parameter.shape), {name: array.reshape(state[name].shape) for name, array in new.items()}
 
 
 def check_leaf(path: str, gradient: mx.array, parameter: mx.array, state: Stored, form: Form) -> None:

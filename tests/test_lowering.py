@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -55,9 +56,12 @@ def test_all_lowerings_compute_the_same(choice: str, dtype: mx.Dtype, compensate
         assert np.isnan(values).any() == (not options and name.split(".")[0] == "large")
 
 
-def graph(choice: str, dtype: mx.Dtype, count: int, **options) -> list[mx.array]:
+def graph(
+    choice: str, dtype: mx.Dtype, count: int, shapes: Sequence[tuple[int, ...]] = (), **options
+) -> list[mx.array]:
     """The unevaluated result of one update of ``count`` large parameters that has been traced before."""
-    p = {f"p{i}": mx.ones((lowering.LARGE,), dtype) for i in range(count)}
+    shapes = shapes or [(lowering.LARGE,)]
+    p = {f"p{i}": mx.ones(shapes[i % len(shapes)], dtype) for i in range(count)}
     g = dict(p)
     optimizer = ca.AdamW(1e-3, lowering=choice, **options)
     p = optimizer.apply_gradients(g, p)
@@ -137,6 +141,9 @@ def test_on_the_cpu_large_leaves_are_shared_out_to_two_streams() -> None:
         (mx.bfloat16, {}),
         (mx.float32, {"moments": "bfloat16"}),
         (mx.float32, {"moments": "8bit"}),
+        (mx.float32, {"moments": "8bit", "shapes": [(8, lowering.LARGE // 8)]}),
+        (mx.float32, {"shapes": [(1, lowering.LARGE), (lowering.LARGE,)]}),
+        (mx.float32, {"moments": "8bit", "shapes": [(1, lowering.LARGE), (lowering.LARGE,)]}),
     ],
 )
 def test_kernels_are_the_same_on_two_streams_as_on_one(

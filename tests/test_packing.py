@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers as optim
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
@@ -14,6 +15,9 @@ from mlx.utils import tree_flatten
 import compiled_adam as ca
 from compiled_adam import packing
 from compiled_adam.graph import kernels
+from compiled_adam.groups import Group
+from compiled_adam.layout import Places
+from compiled_adam.update import Form
 
 
 class Many(nn.Module):
@@ -129,6 +133,26 @@ def set_an_element(model: nn.Module, adam: ca.Adam) -> None:
     model.tables[5][1, 2] = 3.0
 
 
+def square_in_place(model: nn.Module, adam: ca.Adam) -> None:
+    model.scales[3] *= model.scales[3]  # no array but those that are there: only the operation tells
+
+
+def copy_in_place(model: nn.Module, adam: ca.Adam) -> None:
+    model.scales[3][:] = model.scales[4]  # no operation either: only which is which
+
+
+def swap_in_place(model: nn.Module, adam: ca.Adam) -> None:
+    kept = mx.zeros((4,))
+    kept[...] = model.scales[3]
+    model.scales[3][...] = model.scales[4]
+    model.scales[4][...] = kept
+
+
+def copy_moment_in_place(model: nn.Module, adam: ca.Adam) -> None:
+    mx.eval(adam.state)
+    adam.state["scales"][2]["m"][...] = adam.state["scales"][1]["m"]
+
+
 def replace_moment(model: nn.Module, adam: ca.Adam) -> None:
     adam.state["scales"][2]["m"] = mx.full((4,), 0.5)
 
@@ -162,6 +186,10 @@ def update_eagerly(model: nn.Module, adam: ca.Adam) -> None:
         add_in_place,
         twice_in_place,
         set_an_element,
+        square_in_place,
+        copy_in_place,
+        swap_in_place,
+        copy_moment_in_place,
         replace_moment,
         scale_moment_in_place,
         evaluate_state_and_edit,
@@ -218,6 +246,12 @@ def test_rows_of_one_shape_are_not_made_flat_first(shapes: list[tuple[int, ...]]
     found = packing._flat(arrays)
     assert found.shape == flat
     assert found.reshape(-1).tolist() == [x for array in arrays for x in array.reshape(-1).tolist()]
+
+
+def test_a_leaf_of_the_greatest_small_size_is_packed() -> None:
+    leaf = packing.Leaf(4, mx.float32, Group(1.0, True), Form("float32", False, False))
+    assert packing.packs([leaf] * 2, small=4) == [(0, 1)]
+    assert packing.packs([leaf] * 2, small=3) == []
 
 
 def test_leaves_that_differ_in_what_an_update_depends_on_are_not_packed_together() -> None:
@@ -285,6 +319,106 @@ def test_two_steps_with_one_optimizer_take_turns() -> None:
     compared(values(model, adam.state), eagerly({}, mx.float32))
 
 
+def test_two_steps_with_one_optimizer_keep_their_traces() -> None:
+    class Flat(nn.Module):  # MLX's init makes lists of layers anew
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = mx.array([1.0, 2.0]), mx.array([3.0, 4.0])
+
+    model, adam = Flat(), optimizer()
+    steps = [ca.make_step(model, lambda model, x: mx.square(model.a * x - model.b).mean(), adam) for _ in range(2)]
+    for i in range(6):
+        steps[i % 2](mx.array([0.5, 1.0]))
+    assert [step.traces["update"] for step in steps] == [1, 1]
+
+
+@pytest.mark.parametrize("held", [lambda state: state, dict, copy.copy])
+def test_a_state_that_was_held_can_be_assigned(held: Callable[[dict], dict]) -> None:
+    def run(look_and_assign: bool) -> dict[str, np.ndarray]:
+        model, adam = Many(), optimizer()
+        step = ca.make_step(model, loss_fn, adam)
+        step(batch(0))
+        kept = held(adam.state)
+        step(batch(1))
+        if look_and_assign:
+            # The dictionaries of the leaves are the optimizer's own, and so have what it has; the step may be older.
+            adam.state = kept | {"step": adam.step}
+        step(batch(2))
+        return values(model, adam.state)
+
+    compared(run(True), run(False))
+
+
+def test_a_look_from_another_thread_does_no_harm() -> None:
+    model, adam = Many(), optimizer()
+    step = ca.make_step(model, loss_fn, adam)
+    for i in range(6):
+        step(batch(i))
+        if i in (2, 4):
+            thread = threading.Thread(target=lambda: adam.state["step"])
+            thread.start()
+            thread.join()
+    compared(values(model, adam.state), eagerly({}, mx.float32))
+
+
+def test_nobody_asks_and_nothing_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown, show = [], packing.PackedTrees.show
+    monkeypatch.setattr(packing.PackedTrees, "show", lambda self: (shown.append(1), show(self)))
+    adam = optimizer()
+    step = ca.make_step(Many(), loss_fn, adam)
+    for i in range(3):
+        step(batch(i))
+    assert shown == []
+    assert adam.state["step"].item() == 3
+    assert shown == [1]
+
+
+@pytest.mark.parametrize("kind", [ca.AdamW, optim.AdamW])
+def test_an_interrupted_step_is_made_or_not_made(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(interrupted: int | None) -> tuple[dict[str, np.ndarray], int]:
+        model, adam = Many(), kind(1e-2)
+        step = ca.make_step(model, loss_fn, adam)
+        step(batch(0))
+        writes = 0
+
+        def counted(write):
+            def once_interrupted(*args, **keywords) -> None:
+                nonlocal writes
+                writes += 1
+                if writes == interrupted:
+                    raise KeyboardInterrupt
+                write(*args, **keywords)
+
+            return once_interrupted
+
+        with monkeypatch.context() as patch:
+            patch.setattr(packing.Slot, "write", counted(packing.Slot.write))
+            patch.setattr(Places, "write", counted(Places.write))
+            if interrupted is None:
+                step(batch(1))
+            else:
+                with pytest.raises(KeyboardInterrupt):
+                    step(batch(1))
+        step(batch(2))
+        return values(model, adam.state), writes
+
+    expected, writes = run(None)
+    assert writes >= 2
+    for interrupted in (1, writes // 2 + 1, writes):
+        compared(run(interrupted)[0], expected)
+
+
+def test_an_array_more_in_a_leafs_state_stays_there() -> None:
+    model, adam = Many(), optimizer()
+    step = ca.make_step(model, loss_fn, adam)
+    step(batch(0))
+    for i in (0, 3):
+        adam.state["scales"][i]["note"] = mx.array(float(i))
+    step(batch(1))
+    step(batch(2))
+    assert [adam.state["scales"][i]["note"].item() for i in (0, 3)] == [0, 3]
+
+
 def test_another_dtype_or_shape_is_an_error_that_says_what_to_do() -> None:
     model, adam = Many(), optimizer()
     step = ca.make_step(model, loss_fn, adam)
@@ -309,7 +443,7 @@ def test_memory_stays_the_same() -> None:
     used = []
     for i in range(30):
         result = step(batch(0))
-        if i % 7 == 0:
+        if i % 7 == 6:
             mx.eval(adam.state)
         mx.eval(result.loss, model.parameters())
         del result
