@@ -150,6 +150,9 @@ def update(
     }
 
     updated = []
+    # MLX merges a constant that is broadcast to the same shape twice, on different streams too. A kernel cannot take in
+    # what belongs to another stream: it would read the constant as a strided array, wait for it, and be twice as slow.
+    # So on the second stream shapes have axes of one in front, more than there are on the default stream.
     ones = 1 + max((moments.leading_ones(p.shape) for p in parameters), default=0)
     here = {False: _Scalars(coefficients, finite)}  # by whether they are on the second stream
     leaves = zip(gradients, parameters, states, forms, groups, keys, strict=True)
@@ -158,12 +161,21 @@ def update(
             if how.second not in here:
                 here[how.second] = here[False].copied()
             its = here[how.second]
-            bits = None if key is None else moments.random_bits(key, p.shape)
-            arguments = g, p, state, form, its.coefficients[group], constants.betas, bits, its.keep
-            if how.second:
-                updated.append(_apart(*arguments, how, ones))
-            else:
-                updated.append(update_leaf(*arguments, how.inplace, how.heron))
+            front = (1,) * ones if how.second else ()
+            weight, stored = update_leaf(
+                g.reshape((*front, *g.shape)),
+                p.reshape((*front, *p.shape)),
+                {name: array.reshape((*front, *array.shape)) for name, array in state.items()},
+                form,
+                its.coefficients[group],
+                constants.betas,
+                None if key is None else moments.random_bits(key, (*front, *p.shape)),
+                its.keep,
+                how.inplace,
+                how.heron,
+            )
+            stored = {name: array.reshape(state[name].shape) for name, array in stored.items()}
+            updated.append((weight.reshape(p.shape), stored))
     if finite is not None:
         new["skipped"] = scalars["skipped"] + mx.logical_not(finite)
     for name in ("step", "rounding_key"):
@@ -216,42 +228,6 @@ def update_leaf(
     value = rule.unfused(rule.next_weight(join(parameter, state["residual"]), m, v, c, guess=guess))
     weight, new["residual"] = residual.split(value, parameter, state["residual"], keep, inplace)
     return weight, new
-
-
-def _apart(
-    gradient: mx.array,
-    parameter: mx.array,
-    state: Stored,
-    form: Form,
-    c: rule.Coefficients,
-    betas: tuple[float, float],
-    bits: mx.array | None,
-    keep: Keep,
-    how: lowering.Lowering,
-    ones: int,
-) -> tuple[mx.array, Stored]:
-    """`update_leaf` on arrays with so many axes of ``ones`` in front, whose shapes no leaf of the default stream has.
-
-    MLX merges a constant that is broadcast to the same shape twice, on different streams too. A kernel cannot take in
-    what belongs to another stream: it would read the constant as a strided array, wait for it, and be twice as slow.
-    """
-
-    def longer(array: mx.array) -> mx.array:
-        return array.reshape(*[1] * ones, *array.shape)
-
-    weight, new = update_leaf(
-        longer(gradient),
-        longer(parameter),
-        {name: longer(array) for name, array in state.items()},
-        form,
-        c,
-        betas,
-        None if bits is None else longer(bits),
-        keep,
-        how.inplace,
-        how.heron,
-    )
-    return weight.reshape(parameter.shape), {name: array.reshape(state[name].shape) for name, array in new.items()}
 
 
 def check_leaf(path: str, gradient: mx.array, parameter: mx.array, state: Stored, form: Form) -> None:
