@@ -112,18 +112,15 @@ class Slot:
         if show:
             self.show()
 
-    def show(self) -> None:
+    def show(self) -> list[mx.array]:
+        """What is in the tree of a flat array, then."""
         if self._shown or self._flat is None:
-            return
+            return self._views
         self._views = [mx.as_strided(self._flat, shape, strides, start) for shape, strides, start in self._layout]
         self._same = [view[...] for view in self._views]
         for (container, key), view in zip(self._places, self._views, strict=True):
             container[key] = view
         self._shown = True
-
-    @property
-    def views(self) -> list[mx.array]:
-        """What is in the tree of a flat array."""
         return self._views
 
     def _hide(self) -> None:
@@ -199,14 +196,7 @@ class PackedTrees:
         return states, {name: self._root[name] for name in self._scalars}
 
     def write(self, parameters: list[mx.array], state: State) -> None:
-        """Assigns what `update` has returned: all of it, also when it is interrupted."""
-        try:
-            self._write(parameters, state)
-        except BaseException:
-            self._write(parameters, state)
-            raise
-
-    def _write(self, parameters: list[mx.array], state: State) -> None:
+        """Assigns what `update` has returned."""
         states, scalars = state
         for slot, array in zip(self._parameters, parameters, strict=True):
             slot.write(array, show=True)
@@ -218,11 +208,8 @@ class PackedTrees:
 
     def show(self) -> None:
         """Puts views of the state into the optimizer's tree."""
-        every = [slot for slots in self._states for slot in slots.values()]
-        for slot in every:
-            slot.show()
-        # Another thread may be asking, and what it leaves unevaluated no other can evaluate.
-        mx.async_eval([slot.views for slot in every])
+        # Evaluated, for another thread may be asking, and what it left unevaluated no other could evaluate.
+        mx.async_eval([slot.show() for slots in self._states for slot in slots.values()])
 
     def update(
         self, gradients: list[mx.array], parameters: list[mx.array], state: State, after: mx.array | None = None

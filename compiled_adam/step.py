@@ -84,7 +84,7 @@ class TrainStep:
         TypeError, ValueError: here for an unusable argument, a model without trainable parameters, or workers with
             other parameters, options or package versions (raised by all, naming the rank); at a call for a loss that
             is no scalar, or if parameters were frozen, unfrozen or added since. If anything in a call raises, model,
-            optimizer, window and random state are as before it.
+            optimizer, window and random state are as before it; as after it, if Ctrl-C comes when they are assigned.
 
     >>> mx.random.seed(0)
     >>> model = nn.Linear(2, 1)
@@ -195,7 +195,11 @@ class TrainStep:
     def _finish(self, loss: mx.array, aux: Any, update: _Update | None) -> StepResult:
         """Assigns what an update has made, and starts the evaluation of everything that changed, all at once."""
         if update is not None:
-            self._trees.write(update.parameters, update.state)
+            try:
+                self._trees.write(update.parameters, update.state)
+            except BaseException:  # Ctrl-C: half of an update would be none, and not what was before
+                self._trees.write(update.parameters, update.state)
+                raise
         grad_norm = None if update is None else update.grad_norm
         skipped = sum((state["skipped"] for state in self._state_roots if "skipped" in state), mx.array(0))
         state = self._arrays.read(), self._trees.state(), self._window, random_state.get()
@@ -230,7 +234,7 @@ class TrainStep:
         paths = (*self._parameters.paths, *sorted(self._assigned))
         everything = dict(zip(self._arrays.paths, self._arrays.read(), strict=True))
         optimizer = any_optimizer.flat_state(self._optimizer)
-        mx.async_eval(optimizer)  # views that are made just now: another thread, which may save them, could not
+        mx.async_eval(optimizer)  # what `init` has just made: another thread, which may save it, could not
         sums = window.to_dict(self._window, self._parameters.paths, self._filled) if self._window is not None else {}
         return {
             "model": {path: everything[path] for path in paths},

@@ -42,14 +42,9 @@ class Trees:
         return self._state.read()
 
     def write(self, parameters: list[mx.array], state: list[mx.array]) -> None:
-        """Assigns what `update` has returned: all of it, also when it is interrupted."""
-        try:
-            self._parameters.write(parameters)
-            self._state.write(state)
-        except BaseException:
-            self._parameters.write(parameters)
-            self._state.write(state)
-            raise
+        """Assigns what `update` has returned."""
+        self._parameters.write(parameters)
+        self._state.write(state)
 
     def update(
         self, gradients: list[mx.array], parameters: list[mx.array], state: list[mx.array], after: mx.array | None
