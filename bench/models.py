@@ -17,6 +17,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from compiled_adam import random_state
+from compiled_adam.errors import InputError
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -90,7 +91,7 @@ def config_of(path_or_id: str) -> dict[str, Any]:
     if Path(path_or_id).is_dir():
         file = Path(path_or_id) / "config.json"
         if not file.is_file():
-            raise ValueError(f"{path_or_id} is not a folder with a model; it has no config.json")
+            raise InputError(f"{path_or_id} is not a folder with a model; it has no config.json")
     else:
         from huggingface_hub import hf_hub_download
 
@@ -98,15 +99,15 @@ def config_of(path_or_id: str) -> dict[str, Any]:
             file = Path(hf_hub_download(path_or_id, "config.json"))
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise ValueError(
+            raise InputError(
                 f"{path_or_id} is neither a folder nor a model on the Hugging Face Hub: {reason}"
             ) from None
     try:
         config = json.loads(file.read_text())
     except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
+        raise InputError(f"{file} is not JSON: {error}") from None
     if not isinstance(config, dict) or "model_type" not in config:
-        raise ValueError(f"{file} has no model_type; it is not the configuration of a language model")
+        raise InputError(f"{file} has no model_type; it is not the configuration of a language model")
     return config
 
 
@@ -118,7 +119,7 @@ def _model(config: dict[str, Any]) -> Any:
         try:
             return load_model(Path(folder), lazy=True, strict=False)[0]
         except Exception as error:  # whatever a model class makes of a field that is missing or wrong
-            raise ValueError(f"mlx-lm makes no model of this config.json: {error}") from error
+            raise InputError(f"mlx-lm makes no model of this config.json: {error}") from error
 
 
 def _shapes(tree: Any) -> Shapes:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from compiled_adam.errors import InputError
+
 from . import numerics, plots
 from .contenders import COMPILED, EAGER, OURS, STEP, TORCH
 
@@ -98,7 +100,7 @@ def rendered(readme: str) -> str:
         pattern = re.compile(rf"(<!-- {name} table -->\n).*?(\n<!-- end -->)", re.S)
         readme, count = pattern.subn(lambda match: match[1] + table(record) + match[2], readme)  # noqa: B023
         if count != 1:
-            raise ValueError(f"README.md has {count} places for the {name} table; it must have one")
+            raise InputError(f"README.md has {count} places for the {name} table; it must have one")
     return readme
 
 

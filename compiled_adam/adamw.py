@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from .errors import InputError
 from .groups import DecayFilter
 from .optimizers import Adam, LearningRate
 
@@ -56,8 +57,8 @@ class AdamW(Adam):
             lowering=lowering,
         )
         if decay_filter is not None and not callable(decay_filter):
-            raise ValueError(f"decay_filter is {decay_filter!r}; it must be a function of (path, parameter), or None")
+            raise InputError(f"decay_filter is {decay_filter!r}; it must be a function of (path, parameter), or None")
         if not 0 <= float(weight_decay) < math.inf:
-            raise ValueError(f"weight_decay is {weight_decay!r}; it must be a number of at least 0")
+            raise InputError(f"weight_decay is {weight_decay!r}; it must be a number of at least 0")
         self.weight_decay = weight_decay
         self._decay_filter = decay_filter

@@ -21,6 +21,7 @@ import mlx.core as mx
 from . import any_optimizer, workers
 from .compare import differences, table
 from .durable import flush, present, record, recorded, replacing, save_arrays
+from .errors import InputError
 from .fingerprint import packages
 from .step import TrainStep
 
@@ -81,7 +82,7 @@ def write_checkpoint(
     """`save_checkpoint` of the ``state_dict`` of ``step``, by this process alone."""
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and ((folder / META).exists() or not any(folder.iterdir()))):
-        raise ValueError(f"{folder} exists and is not a checkpoint; name another folder")
+        raise InputError(f"{folder} exists and is not a checkpoint; name another folder")
     mx.eval(state)
     meta = {
         "format": FORMAT,
@@ -117,7 +118,7 @@ def check_finite(arrays: Mapping[str, mx.array]) -> None:
     finite = {path: mx.isfinite(a.max()) & mx.isfinite(a.min()) for path, a in floats.items()}
     mx.eval(finite)
     if bad := [path for path, is_finite in finite.items() if not is_finite.item()]:
-        raise ValueError(f"{bad[0]} has values that are infinite or not a number ({len(bad)} of {len(finite)} arrays)")
+        raise InputError(f"{bad[0]} has values that are infinite or not a number ({len(bad)} of {len(finite)} arrays)")
 
 
 # Reading.
@@ -186,13 +187,13 @@ def read_checkpoint(
     state["random"] = {"key": mx.array(meta["random"], mx.uint32)}
     here = json.loads(json.dumps(dict(settings or {}) | step.description()))
     if unknown := set(allow) - here.keys() - meta["settings"].keys():
-        raise ValueError(f"there is no setting {min(unknown)!r} to allow; there are {', '.join(sorted(here))}")
+        raise InputError(f"there is no setting {min(unknown)!r} to allow; there are {', '.join(sorted(here))}")
     rows = differences(here, meta["settings"])
     changed = {name for name, *_ in rows} & set(allow)
     convert = bool({name.split(".")[-1] for name in changed} & _OF_THE_STATE)
     rows = [row for row in rows if row[0] not in changed] + step.mismatches(state, convert=convert)
     if rows:
-        raise ValueError(
+        raise InputError(
             f"{folder} was saved by another run:\n{table(('what', 'here', 'checkpoint'), rows)}\n"
             "make it the same, or allow what may change by its name (allow=..., --allow-change)"
         )
@@ -210,38 +211,38 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
     folder = present(folder)
     file = folder / META
     if not file.is_file():
-        raise ValueError(f"{folder} is not a checkpoint: it has no {META}")
+        raise InputError(f"{folder} is not a checkpoint: it has no {META}")
     try:
         text = file.read_text(encoding="utf-8")
         meta = json.loads(text)
         del meta["sha256"]
         files = dict(meta["files"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is damaged: {error!r}") from None
+        raise InputError(f"{file} is damaged: {error!r}") from None
     if text != _seal(text.rpartition(_SEAL)[0]):
-        raise ValueError(f"{file} is damaged: it is not what was written")
+        raise InputError(f"{file} is damaged: it is not what was written")
     if meta.get("format") != FORMAT:
-        raise ValueError(
+        raise InputError(
             f"{folder} has format {meta.get('format')}; this version reads {FORMAT}, so update compiled_adam"
         )
     random = meta.get("random")
     if not all(isinstance(meta.get(name), dict) for name in ("settings", "packages", "extra")) or not (
         isinstance(random, list) and len(random) == 2 and all(isinstance(word, int) for word in random)
     ):
-        raise ValueError(f"{file} is not one that compiled_adam wrote: it has no settings, packages, extra or random")
+        raise InputError(f"{file} is not one that compiled_adam wrote: it has no settings, packages, extra or random")
     if unknown := files.keys() - FILES.values():
-        raise ValueError(f"{file} names the file {min(unknown)!r}, which no checkpoint has")
+        raise InputError(f"{file} names the file {min(unknown)!r}, which no checkpoint has")
     if missing := {FILES["model"], FILES["optimizer"]} - files.keys():
-        raise ValueError(f"{file} does not name {min(missing)}")
+        raise InputError(f"{file} does not name {min(missing)}")
     for name, expected in files.items():
         path = folder / name
         if not path.is_file():
-            raise ValueError(f"{path} is missing")
+            raise InputError(f"{path} is missing")
         size = expected.get("bytes") if isinstance(expected, dict) else None
         if path.stat().st_size != size:
-            raise ValueError(f"{path} is damaged: it has {path.stat().st_size} bytes instead of {size}")
+            raise InputError(f"{path} is damaged: it has {path.stat().st_size} bytes instead of {size}")
         if record(path) != expected:
-            raise ValueError(f"{path} is damaged: its SHA-256 is not the one in {META}")
+            raise InputError(f"{path} is damaged: its SHA-256 is not the one in {META}")
     return meta
 
 
@@ -259,7 +260,7 @@ def latest_checkpoint(folder: str | Path, *, warn: Callable[[str], None] = _warn
             return path
         except (ValueError, OSError) as error:
             warn(f"{error}; trying the checkpoint before it")
-    raise ValueError(f"there is no {'whole ' if found else ''}checkpoint in {folder}")
+    raise InputError(f"there is no {'whole ' if found else ''}checkpoint in {folder}")
 
 
 def numbered(folder: Path) -> list[Path]:
@@ -285,7 +286,7 @@ def _load(file: Path) -> dict[str, mx.array]:
     try:
         arrays = mx.load(str(file))
     except RuntimeError as error:
-        raise ValueError(f"{file} cannot be read: {error}") from None
+        raise InputError(f"{file} cannot be read: {error}") from None
     assert isinstance(arrays, dict)
     return arrays
 

@@ -24,6 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from . import demo_bf16, schedulers
 from .adamw import AdamW
+from .errors import InputError
 from .lora import train
 from .progress import TrainingProgress
 from .step import make_step
@@ -53,11 +54,11 @@ def run(folder: Path, pretraining: int = 100, iterations: int = 100, seed: int =
     """
     for name, value in (("pretraining", pretraining), ("iters", iterations)):
         if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
+            raise InputError(f"{name} is {value}; it must be at least 1")
     if not 0 <= seed < 2**32:
-        raise ValueError(f"seed is {seed}; it must be in 0 to {2**32 - 1}")
+        raise InputError(f"seed is {seed}; it must be in 0 to {2**32 - 1}")
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / MARKER).exists())):
-        raise ValueError(f"{folder} exists and is not a demo's folder; name another one with --out")
+        raise InputError(f"{folder} exists and is not a demo's folder; name another one with --out")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARKER).touch()
     console = Console()

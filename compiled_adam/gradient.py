@@ -12,6 +12,7 @@ import mlx.nn as nn
 
 from . import batch as batches
 from . import random_state
+from .errors import InputError
 from .layout import Places, Structure
 from .loss import checked
 
@@ -96,7 +97,7 @@ class GradientGraphs:
     def _refuse_new_arrays(self) -> None:
         if not self._structure.intact():
             new = {path for path, *_ in Structure(self._model).leaves} - {p for p, *_ in self._structure.leaves}
-            raise ValueError(
+            raise InputError(
                 f"loss_fn changed the structure of the model ({', '.join(sorted(new)) or 'replaced a container'});"
                 " what the forward pass assigns must exist before make_step, so create it in __init__"
             )

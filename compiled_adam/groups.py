@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from .errors import InputError
+
 
 class Group(NamedTuple):
     """What is the same for some leaves of a tree: a group of parameters, in the words of other libraries."""
@@ -26,7 +28,7 @@ def group(
     """The group of one parameter. Raises ValueError if two of the ``multipliers``' patterns match its path."""
     matching = [pattern for pattern in multipliers or {} if re.search(pattern, path)]
     if len(matching) > 1:
-        raise ValueError(
+        raise InputError(
             f"learning_rate_multipliers: {path!r} is matched by {' and '.join(map(repr, matching))};"
             " change the patterns so that one of them matches it"
         )
@@ -38,7 +40,7 @@ def check_patterns(paths: Sequence[str], multipliers: Mapping[str, float] | None
     """Raises ValueError for a pattern that matches none of ``paths``, which is a typing error."""
     for pattern in multipliers or {}:
         if not any(re.search(pattern, path) for path in paths):
-            raise ValueError(
+            raise InputError(
                 f"learning_rate_multipliers: {pattern!r} matches no parameter; paths look like {paths[0]!r}"
                 if paths
                 else f"learning_rate_multipliers: {pattern!r} matches nothing, there are no parameters"

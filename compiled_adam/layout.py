@@ -12,6 +12,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .errors import InputError
+
 
 class Places:
     """Array leaves of a tree by the container that holds them, so that what others assign is seen at once."""
@@ -160,7 +162,7 @@ def trainable_places(model: nn.Module) -> tuple[list[tuple[str, Any, Any]], Any]
             seen[id(container), key] = len(places)
             places.append((path, container, key))
     if not places:
-        raise ValueError("the model has no trainable parameters; unfreeze some with model.unfreeze()")
+        raise InputError("the model has no trainable parameters; unfreeze some with model.unfreeze()")
     return places, indexed(trainable, {path: i for i, (path, _, _) in enumerate(places)})
 
 
@@ -185,7 +187,7 @@ class Aligned:
             for key, value in _items(gradient):
                 below = f"{path}.{key}" if path else str(key)
                 if not _has(parameter, key):
-                    raise ValueError(f"there is a gradient for {below!r}, but the parameters have no such path")
+                    raise InputError(f"there is a gradient for {below!r}, but the parameters have no such path")
                 # An empty subtree, which MLX writes for a frozen layer, needs no state.
                 self._walk(value, parameter[key], state[key] if _has(state, key) else None, below, paths)
             return
@@ -195,7 +197,7 @@ class Aligned:
                 " leave parameters without a gradient out of the tree"
             )
         if not isinstance(parameter, mx.array):
-            raise ValueError(f"the gradient of {path!r} is an array, but the parameter is {type(parameter).__name__}")
+            raise InputError(f"the gradient of {path!r} is an array, but the parameter is {type(parameter).__name__}")
         if not (isinstance(state, dict) and "m" in state and "v" in state):
             self.without_state.append(path)
         paths.append(path)

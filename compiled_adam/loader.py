@@ -12,6 +12,8 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.tuner.datasets import CacheDataset
 
+from .errors import InputError
+
 Padding = Callable[[int], int]
 Batch = tuple[mx.array, mx.array]
 
@@ -37,7 +39,7 @@ def geometric(ratio: float) -> Padding:
     [33, 65, 97, 129, 193, 257, 385, 577, 833, 1249]
     """
     if not 1 < ratio < float("inf"):
-        raise ValueError(f"bucket is {ratio!r}; the ratio of the lengths must be above 1, such as 1.25")
+        raise InputError(f"bucket is {ratio!r}; the ratio of the lengths must be above 1, such as 1.25")
 
     def padded(length: int) -> int:
         size = 32.0
@@ -81,13 +83,13 @@ class Batches:
         padding: Padding = multiple_of_32,
     ) -> None:
         if len(dataset) < batch_size:
-            raise ValueError(
+            raise InputError(
                 f"Dataset must have at least batch_size={batch_size} examples but only has {len(dataset)}; use a"
                 " smaller batch size or more data"
             )
         rank, size = (0, 1) if comm_group is None else (comm_group.rank(), comm_group.size())
         if batch_size % size:
-            raise ValueError(f"batch_size is {batch_size}; it must be divisible by the {size} processes")
+            raise InputError(f"batch_size is {batch_size}; it must be divisible by the {size} processes")
         length = dataset.itemlen if isinstance(dataset, CacheDataset) else lambda i: len(dataset[i][0])
         order = sorted(range(len(dataset)), key=length)
         starts = range(0, len(order) - batch_size + 1, batch_size)
@@ -144,7 +146,7 @@ class Batches:
         try:
             item = self._dataset[index]
         except (IndexError, KeyError, TypeError) as error:  # what mlx-lm makes of an empty text, or a missing key
-            raise ValueError(
+            raise InputError(
                 f"example {index} of the data set is empty or incomplete ({error!r}); repair it"
             ) from error
         return (item[0], item[1]) if len(item) == 2 and not isinstance(item[0], numbers.Integral) else (item, 0)

@@ -20,6 +20,7 @@ from mlx_lm.tuner.trainer import TrainingArgs
 
 from .checkpoint import Contents, check_finite, latest_checkpoint, numbered, prune, read_checkpoint, write_checkpoint
 from .durable import replace_arrays, replacing, save_arrays
+from .errors import InputError
 from .evaluation import mean_loss
 from .loader import Batches
 from .progress import TrainingProgress
@@ -331,7 +332,7 @@ class TrainingLoop:
         def write() -> None:
             weights = self._weights()
             if others := sorted({p.name for p in (self.folder / BEST).glob("*")} - {self.adapters.name, CONFIG}):
-                raise ValueError(f"{self.folder / BEST} has {others[0]}, which is not ours; move it away")
+                raise InputError(f"{self.folder / BEST} has {others[0]}, which is not ours; move it away")
             with replacing(self.folder / BEST) as folder:
                 save_arrays(folder / self.adapters.name, weights)
                 config = self.folder / CONFIG
@@ -362,7 +363,7 @@ class TrainingLoop:
             self.iteration, self.best, self.failures = extra["iteration"], extra["best"], extra["failures"]
             self.report.sums, self.adapter_files = extra["report"], extra["adapters"]
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not a checkpoint of fine-tuning: {error!r}") from None
+            raise InputError(f"{path} is not a checkpoint of fine-tuning: {error!r}") from None
         self.saved = f"{path} has the state after iteration {self.iteration}"
         self.progress.line(f"iter {self.iteration:>5}  resumed from {path}")
         self.progress.advance(self.iteration)

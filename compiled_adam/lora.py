@@ -23,6 +23,7 @@ except ImportError as error:
 
 from . import fingerprint, random_state
 from .durable import locked
+from .errors import InputError
 from .loader import Batches
 from .loop import CONFIG, Options, TrainingLoop, Validation
 from .progress import TrainingProgress
@@ -108,7 +109,7 @@ def train(
     """
     args = mlx_lm_trainer.TrainingArgs() if args is None else args
     if not 0 < worker_timeout < float("inf"):
-        raise ValueError(f"worker_timeout is {worker_timeout!r}; it must be a number of seconds above 0")
+        raise InputError(f"worker_timeout is {worker_timeout!r}; it must be a number of seconds above 0")
     for name, value, least in (
         ("batch_size", args.batch_size, 1),
         ("iters", args.iters, 0),
@@ -123,12 +124,12 @@ def train(
         ("nonfinite_limit", nonfinite_limit, 1),
     ):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise ValueError(f"{name} is {value!r}; it must be an integer of at least {least}")
+            raise InputError(f"{name} is {value!r}; it must be an integer of at least {least}")
     if args.val_batches != -1 and args.val_batches < 1:
-        raise ValueError(f"val_batches is {args.val_batches}; it must be at least 1, or -1 for all")
+        raise InputError(f"val_batches is {args.val_batches}; it must be at least 1, or -1 for all")
     for name, value in (("save_best", save_best), ("early_stop_patience", early_stop_patience)):
         if value and not val_dataset:
-            raise ValueError(f"{name} needs a validation loss, but there is no validation set")
+            raise InputError(f"{name} needs a validation loss, but there is no validation set")
     if (limit := mx.device_info().get("max_recommended_working_set_size")) is not None:
         mx.set_wired_limit(int(limit))  # Metal: keeps weights from being paged out between steps
     if args.grad_checkpoint:
@@ -160,9 +161,9 @@ def train(
             )
         )
         if (keep_checkpoints or resume is not None) and not isinstance(batches, Batches):
-            raise ValueError("a checkpoint needs batches that know their position: use compiled_adam's iterate_batches")
+            raise InputError("a checkpoint needs batches that know their position: use compiled_adam's iterate_batches")
         if val_dataset and isinstance(batches, Batches) and len(val_dataset) < args.batch_size:
-            raise ValueError(
+            raise InputError(
                 f"the validation set has {len(val_dataset)} examples, fewer than batch_size={args.batch_size};"
                 " give it more, or use a smaller batch size"
             )
@@ -207,7 +208,7 @@ def train(
 
 def _make(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; give a folder for the adapters")
+        raise InputError(f"{folder} is a file; give a folder for the adapters")
     folder.mkdir(parents=True, exist_ok=True)
 
 

@@ -26,6 +26,7 @@ from mlx_lm.utils import load
 
 from . import fingerprint, loader, schedulers
 from .adamw import AdamW
+from .errors import InputError
 from .evaluation import mean_loss
 from .groups import decay_matrices
 from .lora import train
@@ -72,7 +73,7 @@ def run(args: types.SimpleNamespace) -> None:
         model, tokenizer = _load(args)
     train_set, valid_set, test_set = _data(args, tokenizer)
     if args.test and len(test_set) < args.batch_size:
-        raise ValueError(f"the test set has {len(test_set)} examples, fewer than batch_size={args.batch_size}")
+        raise InputError(f"the test set has {len(test_set)} examples, fewer than batch_size={args.batch_size}")
     if args.train:
         _train(args, model, optimizer, train_set, valid_set, callback)
     elif args.adapter_path:
@@ -95,11 +96,11 @@ def _data(args: types.SimpleNamespace, tokenizer: Any) -> tuple[Any, Any, Any]:
     try:
         return load_dataset(args, tokenizer)
     except IndexError:  # mlx-lm looks at the first example of each file
-        raise ValueError(f"a file in {args.data} has no examples; give it some, or remove it") from None
+        raise InputError(f"a file in {args.data} has no examples; give it some, or remove it") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"a .jsonl file in {args.data} has a line that is not JSON: {error.doc[:60]!r}") from None
+        raise InputError(f"a .jsonl file in {args.data} has a line that is not JSON: {error.doc[:60]!r}") from None
     except ImportError as error:
-        raise ValueError(
+        raise InputError(
             f"data is {args.data!r}, which is no folder; for a data set on Hugging Face install {error.name}"
         ) from None
 
@@ -110,7 +111,7 @@ def _readable(what: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{what} cannot be loaded: {type(error).__name__}: {error}") from error
+        raise InputError(f"{what} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 def _train(
@@ -211,7 +212,7 @@ def make_trainable(args: types.SimpleNamespace, model: nn.Module) -> None:
     """Freezes a model, but for what the job trains: adapters that are added, or its last layers."""
     model.freeze()
     if args.num_layers > len(model.layers):
-        raise ValueError(f"num_layers is {args.num_layers}, but the model has {len(model.layers)} layers")
+        raise InputError(f"num_layers is {args.num_layers}, but the model has {len(model.layers)} layers")
     if args.fine_tune_type == "full":
         for layer in model.layers[-max(args.num_layers, 0) :]:
             layer.unfreeze()
@@ -255,7 +256,7 @@ def make_optimizer(args: types.SimpleNamespace) -> optim.Optimizer:
     if name != "adamw":
         for key in ("weight_decay", "decay_matrices_only"):
             if getattr(args, key) is not None:
-                raise ValueError(f"{key} is an option of adamw, but the optimizer is {name}")
+                raise InputError(f"{key} is an option of adamw, but the optimizer is {name}")
     try:
         if name in ("adam", "adamw"):
             options = {"bias_correction": True, "skip_nonfinite": True, **config, **options}
@@ -263,10 +264,10 @@ def make_optimizer(args: types.SimpleNamespace) -> optim.Optimizer:
                 options["decay_filter"] = decay_matrices
             return (Adam if name == "adam" else AdamW)(rate, **options)
         if options:
-            raise ValueError(f"{next(iter(options))} is an option of adam and adamw, but the optimizer is {name}")
+            raise InputError(f"{next(iter(options))} is an option of adam and adamw, but the optimizer is {name}")
         others = {"muon": optim.Muon, "sgd": optim.SGD, "adafactor": optim.Adafactor}
         if name not in others:
-            raise ValueError(f"optimizer is {name!r}; it must be one of adam, adamw, {', '.join(others)}")
+            raise InputError(f"optimizer is {name!r}; it must be one of adam, adamw, {', '.join(others)}")
         return others[name](learning_rate=rate, **config)
     except TypeError as error:
-        raise ValueError(f"optimizer_config of {name}: {error}") from None
+        raise InputError(f"optimizer_config of {name}: {error}") from None

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from mlx_lm import lora as mlx_lm_lora
 
+from .errors import InputError
 from .moments import POLICIES
 from .reduce import DTYPES
 
@@ -55,11 +56,11 @@ def settings(argv: Sequence[str], made: argparse.ArgumentParser | None = None) -
             try:
                 config = yaml.load(file, mlx_lm_lora.yaml_loader) or {}
             except (yaml.YAMLError, UnicodeDecodeError) as error:
-                raise ValueError(f"{found['config']} is not YAML: {' '.join(str(error).split())}") from None
+                raise InputError(f"{found['config']} is not YAML: {' '.join(str(error).split())}") from None
         if not isinstance(config, dict):
-            raise ValueError(f"{found['config']} is not a mapping of options to values")
+            raise InputError(f"{found['config']} is not a mapping of options to values")
         if unknown := sorted(str(key) for key in config.keys() - defaults.keys() - found.keys() - YAML_ONLY):
-            raise ValueError(f"{found['config']} has the unknown key {unknown[0]!r}; --help lists the options")
+            raise InputError(f"{found['config']} has the unknown key {unknown[0]!r}; --help lists the options")
         config = _checked(config, found["config"])
         for key, value in config.items():
             if found.get(key) is None:
@@ -107,11 +108,11 @@ def _checked(config: dict[str, Any], file: str) -> dict[str, Any]:
         elif not isinstance(value, str):
             wrong = "text"
         if wrong:
-            raise ValueError(f"{file}: {action.dest} is {value!r}; it must be {wrong}")
+            raise InputError(f"{file}: {action.dest} is {value!r}; it must be {wrong}")
     for key in ("optimizer_config", "lora_parameters", "lr_schedule", "hf_dataset"):
         value, kinds = config.get(key), (dict, list) if key == "hf_dataset" else dict
         if value is not None and not isinstance(value, kinds):
-            raise ValueError(f"{file}: {key} is {value!r}; it must be a mapping")
+            raise InputError(f"{file}: {key} is {value!r}; it must be a mapping")
     return checked
 
 
@@ -238,17 +239,17 @@ def parser() -> argparse.ArgumentParser:
 def check_together(args: types.SimpleNamespace) -> None:
     """Raises ValueError for options that contradict each other."""
     if not args.train and not args.test:
-        raise ValueError("there is nothing to do; give --train, --test or both")
+        raise InputError("there is nothing to do; give --train, --test or both")
     of_training = [name for name in args.given if name != "worker_timeout"]
     if not args.train and of_training:
-        raise ValueError(f"{of_training[0]} is an option of training, but there is no --train")
+        raise InputError(f"{of_training[0]} is an option of training, but there is no --train")
     if args.resume and args.resume_adapter_file:
-        raise ValueError("resume continues a run and resume_adapter_file begins one with old weights; give one of them")
+        raise InputError("resume continues a run and resume_adapter_file begins one with old weights; give one of them")
     if args.allow_change and not args.resume:
-        raise ValueError("allow_change is about a checkpoint's settings, but there is no --resume")
+        raise InputError("allow_change is about a checkpoint's settings, but there is no --resume")
     if args.decay_matrices_only and args.weight_decay == 0:
-        raise ValueError("decay_matrices_only chooses what decays, but weight_decay is 0; leave one of them out")
+        raise InputError("decay_matrices_only chooses what decays, but weight_decay is 0; leave one of them out")
     for what in ("model", "data"):
         value = str(getattr(args, what))
         if not Path(value).exists() and (value.startswith((".", "/", "~")) or value.count("/") > 1):
-            raise ValueError(f"{what} is {value!r}, which does not exist and is not a name on Hugging Face either")
+            raise InputError(f"{what} is {value!r}, which does not exist and is not a name on Hugging Face either")

@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_map
 
+from .errors import InputError
 from .groups import ALL_ALIKE, DecayFilter, Group, check_patterns, group
 from .layout import Aligned, along
 from .lowering import of_leaves
@@ -95,7 +96,7 @@ class Adam(optim.Adam):
         lowering: str = "auto",
     ) -> None:
         if len(betas) != 2:
-            raise ValueError(f"betas is {betas!r}; it must be two numbers")
+            raise InputError(f"betas is {betas!r}; it must be two numbers")
         self._keeper: Keeper | None = None
         super().__init__(learning_rate, betas, eps, bias_correction)  # type: ignore[arg-type]  # MLX says list
         self.learning_rate = self.state["learning_rate"]  # float32, whatever a schedule returns
@@ -198,7 +199,7 @@ class Adam(optim.Adam):
             self._group(path, parameter)
         for name in ("step", *(() if self._schedulers else ("learning_rate",))):
             if name not in self.state:
-                raise ValueError(f"the optimizer's state has no {name!r}; assign a complete one")
+                raise InputError(f"the optimizer's state has no {name!r}; assign a complete one")
         super().init(parameters)
         own = self._scalars()
         for name in _SCALARS:
@@ -210,7 +211,7 @@ class Adam(optim.Adam):
             try:
                 states[key] = self._form(parameter).converted(parameter, states[key])
             except KeyError as missing:
-                raise ValueError(f"the state of {path!r} has no {missing}; assign a complete one") from None
+                raise InputError(f"the state of {path!r} has no {missing}; assign a complete one") from None
 
     def init_single(self, parameter: mx.array, state: dict) -> None:
         """Fills ``state`` with moments that are zero, of the parameter's shape, and a residual if there is one."""
@@ -247,7 +248,7 @@ class Adam(optim.Adam):
 
     def _refuse_leaf_by_leaf(self) -> None:
         if self._needs_norm() or self._multipliers or self._decay_filter or self._moments in STOCHASTIC:
-            raise ValueError(
+            raise InputError(
                 "apply_single sees one parameter without its path; clipping, skip_nonfinite, stochastic rounding,"
                 " multipliers and a decay_filter need apply_gradients, and no apply_single of a subclass"
             )
@@ -269,7 +270,7 @@ class Adam(optim.Adam):
             return super().apply_gradients(gradients, parameters)
         leaves = Aligned(gradients, parameters, self.state)
         if leaves.without_state:
-            raise ValueError(
+            raise InputError(
                 f"the optimizer has no state for {', '.join(leaves.without_state)}: it was initialised without;"
                 " call optimizer.init(parameters) with all parameters (moments that exist are kept)"
             )

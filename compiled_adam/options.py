@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 
+from .errors import InputError
 from .lowering import LOWERINGS
 from .moments import POLICIES, STOCHASTIC
 
@@ -20,27 +21,27 @@ def check_options(
 ) -> None:
     """Raises ValueError for an option that is out of its range, naming it."""
     if lowering not in LOWERINGS:
-        raise ValueError(f"lowering is {lowering!r}; it must be one of {', '.join(map(repr, LOWERINGS))}")
+        raise InputError(f"lowering is {lowering!r}; it must be one of {', '.join(map(repr, LOWERINGS))}")
     if lowering == "inplace" and moments in STOCHASTIC:
-        raise ValueError(
+        raise InputError(
             f"lowering='inplace' needs moments that are stored as computed; with moments={moments!r} use 'auto'"
         )
     if moments not in POLICIES:
-        raise ValueError(f"moments is {moments!r}; it must be one of {', '.join(map(repr, POLICIES))}")
+        raise InputError(f"moments is {moments!r}; it must be one of {', '.join(map(repr, POLICIES))}")
     for name, flag in (("compensated", compensated), ("skip_nonfinite", skip_nonfinite)):
         if not isinstance(flag, bool):
-            raise ValueError(f"{name} is {flag!r}; it must be True or False")
+            raise InputError(f"{name} is {flag!r}; it must be True or False")
     if max_grad_norm is not None and not _is_number(max_grad_norm, 0.0, exclusive=True):
-        raise ValueError(f"max_grad_norm is {max_grad_norm!r}; it must be a number greater than 0, or None")
+        raise InputError(f"max_grad_norm is {max_grad_norm!r}; it must be a number greater than 0, or None")
     if multipliers is not None and not isinstance(multipliers, Mapping):
-        raise ValueError(f"learning_rate_multipliers is {multipliers!r}; it must be a mapping of patterns to factors")
+        raise InputError(f"learning_rate_multipliers is {multipliers!r}; it must be a mapping of patterns to factors")
     for pattern, factor in (multipliers or {}).items():
         try:
             re.compile(pattern)
         except (re.error, TypeError) as error:
-            raise ValueError(f"learning_rate_multipliers has the pattern {pattern!r}: {error}") from None
+            raise InputError(f"learning_rate_multipliers has the pattern {pattern!r}: {error}") from None
         if not _is_number(factor, 0.0):
-            raise ValueError(f"learning_rate_multipliers[{pattern!r}] is {factor!r}; it must be a number of at least 0")
+            raise InputError(f"learning_rate_multipliers[{pattern!r}] is {factor!r}; it must be a number of at least 0")
 
 
 def _is_number(value: object, least: float, exclusive: bool = False) -> bool:

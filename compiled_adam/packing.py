@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from . import rule
+from .errors import InputError
 from .groups import Group
 from .layout import Places, Structure
 from .moments import Stored
@@ -94,7 +95,7 @@ class Slot:
     def _check(self, arrays: Sequence[mx.array]) -> None:
         for path, array, (shape, dtype) in zip(self._paths, arrays, self._kinds, strict=True):
             if (array.shape, array.dtype) != (shape, dtype):
-                raise ValueError(
+                raise InputError(
                     f"{path!r} has become {array.dtype} of shape {array.shape}; it was {dtype} of shape {shape}:"
                     " call make_step again, with the same optimizer to keep its moments"
                 )

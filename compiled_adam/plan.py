@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import reduce, shard
+from .errors import InputError
 from .lora_command import make_optimizer, make_trainable
 from .lora_options import parser, settings
 from .moments import POLICIES
@@ -102,12 +103,12 @@ def _model(config: Mapping[str, Any]) -> tuple[nn.Module, int, str]:
     text = config.get("text_config") or {}
     dtype = str(config.get("torch_dtype") or config.get("dtype") or text.get("torch_dtype") or "bfloat16")
     if dtype not in _DTYPES:
-        raise ValueError(f"the config's torch_dtype is {dtype!r}; it must be one of {', '.join(_DTYPES)}")
+        raise InputError(f"the config's torch_dtype is {dtype!r}; it must be one of {', '.join(_DTYPES)}")
     try:
         model_class, args_class = _get_classes(dict(config))
         model = model_class(args_class.from_dict(dict(config)))
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"the config is not one that mlx-lm can build a model of: {error!r}") from error
+        raise InputError(f"the config is not one that mlx-lm can build a model of: {error!r}") from error
     model.set_dtype(_DTYPES[dtype])
     parameters = sum(p.size for p in _arrays(model.parameters()).values())
     if quantization := config.get("quantization"):
@@ -169,7 +170,7 @@ def main(argv: Sequence[str]) -> None:
     for name in ("workers", "link", "memory"):
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):
-            raise ValueError(f"{name} is {value!r}; it must be above 0")
+            raise InputError(f"{name} is {value!r}; it must be above 0")
     console = Console()
     if not console.is_terminal:
         console.width = 120
@@ -190,14 +191,14 @@ def read_config(name: str) -> dict[str, Any]:
 
         cached = try_to_load_from_cache(name, "config.json") if name.count("/") == 1 else None
         if not isinstance(cached, str):
-            raise ValueError(f"{name} is no folder, and not in the cache of Hugging Face; name a config.json")
+            raise InputError(f"{name} is no folder, and not in the cache of Hugging Face; name a config.json")
         file = Path(cached)
     try:
         config = json.loads(file.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
+        raise InputError(f"{file} is not JSON: {error}") from None
     if not isinstance(config, dict):
-        raise ValueError(f"{file} is not the config of a model")
+        raise InputError(f"{file} is not the config of a model")
     return config
 
 

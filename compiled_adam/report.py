@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .errors import InputError
 from .run_log import LOG, read
 
 try:
@@ -68,11 +69,11 @@ def load(folder: Path) -> Run:
     """The run whose adapters are in ``folder``."""
     file = folder / LOG
     if not file.is_file():
-        raise ValueError(f"{folder} has no {LOG}; give a folder that `compiled-adam lora` wrote its adapters to")
+        raise InputError(f"{folder} has no {LOG}; give a folder that `compiled-adam lora` wrote its adapters to")
     entries = read(file)
     steps = [entry for entry in entries if "loss" in entry]
     if not steps:
-        raise ValueError(f"{file} has no step yet; train first")
+        raise InputError(f"{file} has no step yet; train first")
     config = folder / CONFIG
     settings = json.loads(config.read_text()) if config.exists() else {}
     return Run(str(folder), steps, [entry for entry in entries if "val_loss" in entry], settings)

@@ -9,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+from .errors import InputError
+
 LOG = "log.jsonl"  # its name beside the adapters
 
 
@@ -93,7 +95,7 @@ def read(file: Path) -> list[dict[str, Any]]:
         *lines, _ = file.read_text(encoding="utf-8").split("\n")
         return [dict(json.loads(line)) for line in lines]
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{file} is not the log of a run: {error}") from None
+        raise InputError(f"{file} is not the log of a run: {error}") from None
 
 
 def _line(entry: dict[str, Any]) -> str:

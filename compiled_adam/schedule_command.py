@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 
 from . import schedule_picture as picture
 from . import schedulers
+from .errors import InputError
 
 # The functions of `schedulers` that make a schedule from numbers.
 SCHEDULES: dict[str, Callable[..., schedulers.Schedule]] = {
@@ -39,13 +40,13 @@ def main(argv: Sequence[str]) -> None:
         arguments = parser(name).parse_args(argv[1:])
         drawn = _from_arguments(name, vars(arguments))
     else:
-        raise ValueError(f"there is no schedule {name!r}; there are {', '.join(SCHEDULES)}")
+        raise InputError(f"there is no schedule {name!r}; there are {', '.join(SCHEDULES)}")
     until = drawn.until if arguments.until is None else arguments.until
     if until < 1:
-        raise ValueError(f"until is {until}; it must be at least 1")
+        raise InputError(f"until is {until}; it must be at least 1")
     out: Path | None = arguments.out
     if out is not None and out.suffix not in (".svg", ".png"):
-        raise ValueError(f"out is {str(out)!r}; its name must end in .svg or .png")
+        raise InputError(f"out is {str(out)!r}; its name must end in .svg or .png")
     steps, rates = picture.curve(drawn.schedule, until)
     marks = arguments.at or _interesting(steps, rates)
     if out is not None:  # first, because it may say that matplotlib is missing
@@ -114,7 +115,7 @@ def _from_file(file: Path) -> Drawn:
         raise ImportError(f"YAML of mlx-lm needs mlx-lm ({error}); pip install 'compiled-adam[lm]'") from error
     found = settings(["--config", str(file)])
     if not found.lr_schedule:
-        raise ValueError(f"{file} has no lr_schedule; its learning rate is {found.learning_rate:g} throughout")
+        raise InputError(f"{file} has no lr_schedule; its learning rate is {found.learning_rate:g} throughout")
     schedule = schedulers.from_config(found.lr_schedule)
     words = [f"{key}={value}" for key, value in found.lr_schedule.items() if key != "name"]
     # Schedules count updates, mlx-lm's iterations are micro-batches.

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.optimizers as optim
 
+from .errors import InputError
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -104,7 +106,7 @@ def warmup_stable_decay(
     decay = max(1, steps // 5) if decay is None else decay
     _count("decay", decay, 1)
     if decay > length:
-        raise ValueError(f"decay is {decay}; it must be at most steps - warmup = {length}")
+        raise InputError(f"decay is {decay}; it must be at most steps - warmup = {length}")
 
     def stable_decay(step: mx.array) -> mx.array:
         return _mix(peak, end, mx.clip((step - (length - decay)) / decay, 0, 1))
@@ -125,7 +127,7 @@ def inverse_sqrt(peak: float, timescale: int | None = None, *, warmup: int = 0, 
     _count("warmup", warmup, 0)
     if timescale is None:
         if warmup == 0:
-            raise ValueError("timescale is None and warmup is 0; give one of them to set how fast the value falls")
+            raise InputError("timescale is None and warmup is 0; give one of them to set how fast the value falls")
         timescale = warmup
     _count("timescale", timescale, 1)
     return _with_warmup(lambda step: peak / mx.sqrt(1 + step / timescale), peak, warmup, warmup_init)
@@ -208,9 +210,9 @@ def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
     [1.0, 0.5, 0.25]
     """
     if not schedules or not all(callable(schedule) for schedule in schedules):
-        raise ValueError(f"schedules is {schedules!r}; it must be a list of at least one schedule")
+        raise InputError(f"schedules is {schedules!r}; it must be a list of at least one schedule")
     if len(boundaries) != len(schedules) - 1:
-        raise ValueError(f"boundaries is {boundaries!r}; {len(schedules)} schedules need {len(schedules) - 1}")
+        raise InputError(f"boundaries is {boundaries!r}; {len(schedules)} schedules need {len(schedules) - 1}")
     for i, boundary in enumerate(boundaries):
         _count(f"boundaries[{i}]", boundary, 1 if i == 0 else boundaries[i - 1] + 1)
 
@@ -243,7 +245,7 @@ def plot(schedule: Schedule | Mapping[str, Schedule], steps: int, *, at: Sequenc
         _count(f"at[{i}]", mark, 0)
     schedules = schedule if isinstance(schedule, Mapping) else {"": schedule}
     if not schedules or not all(callable(each) for each in schedules.values()):
-        raise ValueError(f"schedule is {schedule!r}; it must be a schedule, or a mapping of labels to schedules")
+        raise InputError(f"schedule is {schedule!r}; it must be a schedule, or a mapping of labels to schedules")
     return figure(schedules, steps, at)
 
 
@@ -278,20 +280,20 @@ def from_config(config: Mapping[str, Any]) -> Schedule:
     [0.0, 0.5, 1.0, 0.5, 0.0]
     """
     if not isinstance(config, Mapping):
-        raise ValueError(f"lr_schedule is {config!r}; it must be a mapping with a name and arguments")
+        raise InputError(f"lr_schedule is {config!r}; it must be a mapping with a name and arguments")
     if unknown := [key for key in config if key not in _CONFIG_KEYS]:
-        raise ValueError(f"lr_schedule has the key {unknown[0]!r}; the keys are {', '.join(_CONFIG_KEYS)}")
+        raise InputError(f"lr_schedule has the key {unknown[0]!r}; the keys are {', '.join(_CONFIG_KEYS)}")
     name, arguments = config.get("name"), config.get("arguments")
     if name not in (*_MLX, *_OURS):
-        raise ValueError(f"name is {name!r}; it must be one of {', '.join((*_MLX, *_OURS))}")
+        raise InputError(f"name is {name!r}; it must be one of {', '.join((*_MLX, *_OURS))}")
     if not isinstance(arguments, Sequence) or isinstance(arguments, str) or not arguments:
-        raise ValueError(f"arguments is {arguments!r}; it must be a list that begins with the learning rate")
+        raise InputError(f"arguments is {arguments!r}; it must be a list that begins with the learning rate")
     warmup = {key: config[key] for key in ("warmup", "warmup_init") if config.get(key) is not None}
     function, keywords = (_MLX[name], {}) if name in _MLX else (_OURS[name], warmup)
     try:
         inspect.signature(function).bind(*arguments, **keywords)
     except TypeError as error:
-        raise ValueError(f"arguments is {arguments!r}, which does not fit {name}: {error}") from None
+        raise InputError(f"arguments is {arguments!r}, which does not fit {name}: {error}") from None
     if name in _OURS:
         return function(*arguments, **keywords)
     for i, value in enumerate(arguments):
@@ -340,7 +342,7 @@ def _decay_length(peak: float, steps: int, end: float, warmup: int) -> int:
     _count("steps", steps, 1)
     _count("warmup", warmup, 0)
     if warmup >= steps:
-        raise ValueError(f"warmup is {warmup}; it must be less than steps = {steps}, which includes it")
+        raise InputError(f"warmup is {warmup}; it must be less than steps = {steps}, which includes it")
     return steps - warmup
 
 
@@ -349,20 +351,20 @@ def _falling(peak: float, decay_rate: float, end: float) -> None:
     _rate("end", end)
     _positive("decay_rate", decay_rate)
     if decay_rate > 1:
-        raise ValueError(f"decay_rate is {decay_rate!r}; it must be at most 1")
+        raise InputError(f"decay_rate is {decay_rate!r}; it must be at most 1")
 
 
 def _rate(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < math.inf:
-        raise ValueError(f"{name} is {value!r}; it must be a finite number of at least 0")
+        raise InputError(f"{name} is {value!r}; it must be a finite number of at least 0")
 
 
 def _positive(name: str, value: float) -> None:
     _rate(name, value)
     if value == 0:
-        raise ValueError(f"{name} is {value!r}; it must be greater than 0")
+        raise InputError(f"{name} is {value!r}; it must be greater than 0")
 
 
 def _count(name: str, value: int, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+        raise InputError(f"{name} is {value!r}; it must be a whole number of at least {least}")

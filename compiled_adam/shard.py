@@ -18,6 +18,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_map, tree_unflatten
 
 from . import any_optimizer, workers
+from .errors import InputError
 from .layout import along, indexed
 from .optimizers import Adam
 from .reduce import AT_ONCE, LIMIT
@@ -190,7 +191,7 @@ class Shard:
 def check(optimizer: optim.Optimizer) -> None:
     """Raises ValueError for an optimizer that may need more than one parameter's gradient at a time."""
     if type(optimizer).apply_gradients not in (Adam.apply_gradients, optim.Optimizer.apply_gradients):
-        raise ValueError(
+        raise InputError(
             f"shard_state=True needs an optimizer that updates each parameter by itself, but"
             f" {type(optimizer).__name__} has an apply_gradients of its own; use compiled_adam's Adam or AdamW, whose"
             " learning_rate_multipliers and decay_filter make parameter groups, or shard_state=False"

@@ -17,6 +17,7 @@ from mlx.utils import tree_map
 from . import any_optimizer, random_state, reduce, shard, window, workers
 from . import batch as batches
 from .compare import Row, differences, table
+from .errors import InputError
 from .gradient import GradientGraphs
 from .layout import Places, Structure, along, trainable_places
 from .optimizers import Adam
@@ -118,11 +119,11 @@ class TrainStep:
             )
         for name, value in (("accumulate", accumulate), ("max_traces", max_traces)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
+                raise InputError(f"{name} is {value!r}; it must be an integer of at least 1")
         if not isinstance(shard_state, bool):
-            raise ValueError(f"shard_state is {shard_state!r}; it must be True or False")
+            raise InputError(f"shard_state is {shard_state!r}; it must be True or False")
         if reduce_dtype not in reduce.DTYPES:
-            raise ValueError(f"reduce_dtype is {reduce_dtype!r}; it must be one of {', '.join(reduce.DTYPES)}")
+            raise InputError(f"reduce_dtype is {reduce_dtype!r}; it must be one of {', '.join(reduce.DTYPES)}")
         self._model = model
         self._loss_fn = loss_fn
         self._optimizer: optim.Optimizer = Adam(1e-3) if optimizer is None else optimizer
@@ -253,10 +254,10 @@ class TrainStep:
             ValueError: with a table of everything that does not fit; nothing is changed then.
         """
         if rows := self.mismatches(state, convert=convert):
-            raise ValueError("the state does not fit:\n" + table(("what", "here", "state"), rows))
+            raise InputError("the state does not fit:\n" + table(("what", "here", "state"), rows))
         filled = cast(int, state["window"]["batches"].item()) if state["window"] else 0
         if filled >= self._accumulate:
-            raise ValueError(
+            raise InputError(
                 f"the state has a window of {filled} micro-batches, but accumulate is {self._accumulate};"
                 f" make the step with accumulate={filled + 1} or more"
             )
@@ -405,12 +406,12 @@ class TrainStep:
                 for what, paths in (("no longer trainable", before - now), ("newly trainable", now - before))
                 if paths
             ]
-            raise ValueError(
+            raise InputError(
                 f"the model's parameters changed since make_step ({'; '.join(changes)});"
                 " call make_step again, with the same optimizer to keep its moments"
             )
         if self._filled and not self._structure.intact():
-            raise ValueError(
+            raise InputError(
                 f"layers of the model were replaced after {self._filled} of {self._accumulate} micro-batches, whose"
                 " gradients belong to the old ones; call flush() before you replace layers"
             )

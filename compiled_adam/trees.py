@@ -9,6 +9,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_map
 
 from . import any_optimizer, rule
+from .errors import InputError
 from .layout import Places, Structure, along
 from .shard import Shard
 
@@ -65,7 +66,7 @@ class Trees:
                 parameters = [leaves[path] for path in self._parameters.paths]
                 norm = self._optimizer.state.get("grad_norm")  # ours computes it itself if it clips or skips
             if not self._structure.intact():
-                raise ValueError("the optimizer changed the structure of its state; create all of it in init_single")
+                raise InputError("the optimizer changed the structure of its state; create all of it in init_single")
             return parameters, self._state.read(), rule.global_norm(gradients) if norm is None else norm
         finally:
             self._structure.restore(before)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from . import lowering, moments, residual, rule
+from .errors import InputError
 from .groups import Group
 from .moments import Stored
 from .residual import Keep
@@ -234,14 +235,14 @@ def check_leaf(path: str, gradient: mx.array, parameter: mx.array, state: Stored
     """Raises an error that names ``path`` for a gradient or a state that does not belong to the parameter."""
     for what, array in (("gradient", gradient), ("first moment", state["m"])):
         if array.shape != parameter.shape:
-            raise ValueError(
+            raise InputError(
                 f"the {what} of {path!r} has shape {array.shape}, but the parameter has {parameter.shape};"
                 " they must be the same"
             )
     if gradient.dtype not in FLOATS:
         raise TypeError(f"the gradient of {path!r} is {gradient.dtype}; it must be float32, bfloat16 or float16")
     if not form.fits(parameter, state):
-        raise ValueError(
+        raise InputError(
             f"the state of {path!r} was made for another dtype or other options;"
             " call optimizer.init(parameters), which converts it"
         )

@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 
 from . import fingerprint
 from .compare import differences, table
+from .errors import InputError
 from .reduce import packed, sum_arrays
 from .stopping import TrainingStopped
 from .watchdog import Watchdog
@@ -55,7 +56,7 @@ def check_alike(group: Group, what: Mapping[str, Any]) -> None:
         if texts[rank] != texts[usual]
     ]
     if tables:
-        raise ValueError(
+        raise InputError(
             "\n".join(tables) + "\nstart all workers from the same weights, options, data and package versions"
         )
 
@@ -144,7 +145,7 @@ def _agreed(group: Group, value: Any, error: Exception | None) -> list[Any]:
     for rank, (_, told) in enumerate(found):
         if told is not None:
             is_os, text = told
-            raise (OSError if is_os else ValueError)(text if rank == 0 else f"rank {rank}: {text}")
+            raise (OSError if is_os else InputError)(text if rank == 0 else f"rank {rank}: {text}")
     return [each for each, _ in found]
 
 
