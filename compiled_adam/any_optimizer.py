@@ -11,6 +11,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_unflatten
 
 from .layout import Structure
+from .options import as_scalar
 
 # A schedule is a function, which cannot be compared; its values at these steps can.
 _SAMPLED = (0, 1, 2, 5, *(factor * 10**power for power in range(1, 6) for factor in (1, 2, 5)))
@@ -35,7 +36,27 @@ def flat_state(optimizer: optim.Optimizer) -> dict[str, mx.array]:
 
 def learning_rate(optimizer: optim.Optimizer) -> mx.array | None:
     """The 0-d learning rate of the (first) optimizer; None if it has none."""
-    return parts(optimizer)[0]._state.get("learning_rate")  # `state` of ours would show the moments for it
+    rate = parts(optimizer)[0]._state.get("learning_rate")  # `state` of ours would show the moments for it
+    return rate if isinstance(rate, mx.array) else None
+
+
+def skipped(optimizer: optim.Optimizer) -> list[mx.array]:
+    """How many updates each of ours has skipped."""
+    counts = [getattr(part, "skipped", None) for part in parts(optimizer)]
+    return [count for count in counts if isinstance(count, mx.array)]
+
+
+def take_numbers(optimizer: optim.Optimizer) -> None:
+    """Makes arrays of a step and of a learning rate that somebody has assigned to the state as Python numbers.
+
+    Raises TypeError for what is none, and for other numbers in the state: a trace would contain them for ever, and what
+    an update makes of them would be lost.
+    """
+    for part in parts(optimizer):
+        state = part._state  # `state` of ours would show the moments for it
+        for name, dtype in (("step", mx.uint64), ("learning_rate", mx.float32)):
+            if name in state and not isinstance(state[name], (mx.array, dict)):
+                state[name] = as_scalar(name, state[name], dtype)
 
 
 def constants(optimizer: optim.Optimizer) -> list[float]:
@@ -66,6 +87,7 @@ def description(optimizer: optim.Optimizer) -> dict[str, Any]:
 def convertible(state: dict[str, mx.array]) -> dict[str, Any]:
     """What two optimizer states must share for one to become the other: shapes of moments, and an integer step."""
     made = {"residual", "m_scale", "v_scale", "learning_rate", "rounding_key", "grad_norm", "skipped"}
+    made |= {"_rounding_key", "_grad_norm", "_skipped"}
     needed = {path: array for path, array in state.items() if path.rsplit(".", 1)[-1] not in made}
     return {
         path: array.shape if path.endswith((".m", ".v")) else ("integer", mx.issubdtype(array.dtype, mx.integer))
