@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_unflatten
 
-from .layout import Structure
+from .layout import Structure, below
 from .options import as_scalar
 
 # A schedule is a function, which cannot be compared; its values at these steps can.
@@ -57,6 +57,35 @@ def take_numbers(optimizer: optim.Optimizer) -> None:
         for name, dtype in (("step", mx.uint64), ("learning_rate", mx.float32)):
             if name in state and not isinstance(state[name], (mx.array, dict)):
                 state[name] = as_scalar(name, state[name], dtype)
+
+
+def begin_anew(optimizer: optim.Optimizer, parameters: Any) -> list[str]:
+    """Makes new state for parameters of another shape than their state was made for; returns their paths."""
+    found = []
+    for part in parts(optimizer):
+        for path, parameter, container, key in list(_with_state(parameters, part.state, "")):
+            fresh: dict[str, Any] = {}
+            part.init_single(parameter, fresh)
+            old = container[key]
+            if any(name in old and old[name].shape != array.shape for name, array in _arrays(fresh)):
+                container[key] = fresh
+                found.append(path)
+    return found
+
+
+def _with_state(parameters: Any, state: Any, prefix: str) -> Iterator[tuple[str, mx.array, Any, Any]]:
+    """Parameters that have a state (path, parameter, container, key)."""
+    for key, value in parameters.items() if isinstance(parameters, dict) else enumerate(parameters):
+        its = below(state, key)
+        if isinstance(value, (dict, list, tuple)):
+            if its is not None:
+                yield from _with_state(value, its, f"{prefix}{key}.")
+        elif isinstance(its, dict) and its:
+            yield f"{prefix}{key}", value, state, key
+
+
+def _arrays(state: dict[str, Any]) -> list[tuple[str, mx.array]]:
+    return [(name, value) for name, value in state.items() if isinstance(value, mx.array)]
 
 
 def constants(optimizer: optim.Optimizer) -> list[float]:

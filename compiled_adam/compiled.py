@@ -23,14 +23,25 @@ class Compiled:
         self._begin()
 
     def _begin(self) -> None:
-        self._traces = 0
-        self._compiled = self._compile(self._trace)
+        function, traces = self._function, [0]
 
-    def _trace(self, *arguments: Any) -> Any:
-        self._traces += 1
-        return self._function(*arguments)
+        def trace(*arguments: Any) -> Any:
+            # Without `self`: in a circle of references what is evicted would stay until Python looks for circles.
+            traces[0] += 1
+            return function(*arguments)
+
+        self._traces, self._compiled = traces, self._compile(trace)
 
     def __call__(self, *arguments: Any) -> Any:
-        if self._traces >= self._most:
+        if self._traces[0] >= self._most:
             self._begin()
         return self._compiled(*arguments)
+
+
+def is_evaluated(array: mx.array) -> bool:
+    """Evaluates an array; False if it has no value, because it depends on what is being traced."""
+    try:
+        mx.eval(array)
+    except ValueError:  # MLX's word for that
+        return False
+    return True

@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 
 from . import batch as batches
 from .at_once import undone_on_error
-from .compiled import Compiled
+from .compiled import Compiled, is_evaluated
 from .errors import InputError
 from .layout import Places, Structure
 from .loss import checked
@@ -114,7 +114,7 @@ class GradientGraphs:
         now = Structure(self._model)
         added = self._structure.added(now)
         trainable = dict(tree_flatten(self._model.trainable_parameters()))
-        refused = [path for path, container, key in added if path in trainable or not _is_constant(container[key])]
+        refused = [path for path, container, key in added if path in trainable or not is_evaluated(container[key])]
         if refused or not self._structure.follow(now, added):
             names = ", ".join(sorted(refused)) or "replaced a container"
             raise InputError(
@@ -126,15 +126,6 @@ class GradientGraphs:
 class _Graph(NamedTuple):
     function: Callable[..., Any]
     changed: list[int]  # indices of the arrays that the forward pass assigns
-
-
-def _is_constant(array: mx.array) -> bool:
-    """Whether an array that was made during a trace has a value already, which is then computed."""
-    try:
-        mx.eval(array)
-    except ValueError:  # MLX's word for: it depends on what is traced
-        return False
-    return True
 
 
 def _operations(arrays: list[mx.array]) -> int:

@@ -87,7 +87,7 @@ class Structure:
 
         Containers without any, such as a list of numbers that grows or a tuple that was put in anew, do not count.
         """
-        if any((now := _below(c, key)) is not None and now is not array for c, key, array in self._constants.values()):
+        if any((now := below(c, key)) is not None and now is not array for c, key, array in self._constants.values()):
             return False
         if all(
             _keys(node) == keys
@@ -104,7 +104,7 @@ class Structure:
         Constants that are other arrays now are among them.
         """
         known = {(id(container), key) for _, container, key in self.leaves}
-        known |= {place for place, (c, key, array) in self._constants.items() if _below(c, key) is array}
+        known |= {place for place, (c, key, array) in self._constants.items() if below(c, key) is array}
         known_in_tuples = {id(node) for _, node, _ in self.in_tuples}
         return [leaf for leaf in now.leaves if (id(leaf[1]), leaf[2]) not in known] + [
             leaf for leaf in now.in_tuples if id(leaf[1]) not in known_in_tuples
@@ -123,7 +123,7 @@ class Structure:
         if mine != its or self._modules() != now._modules() or len(self.added(now)) > len(constants):
             return False
         # What an interrupt leaves of these lines is followed at the next call.
-        self._constants = {place: each for place, each in merged.items() if _below(each[0], each[1]) is not None}
+        self._constants = {place: each for place, each in merged.items() if below(each[0], each[1]) is not None}
         self.in_tuples = now.in_tuples
         self._nodes = now._nodes
         return True
@@ -169,7 +169,7 @@ def along(template: Any, tree: Any, prefix: str = "") -> Iterator[tuple[str, Any
     for key, value in _items(template):
         if isinstance(value, (dict, list, tuple)):
             if value:  # MLX leaves out what is empty when it splits and merges trees
-                yield from along(value, _below(tree, key), f"{prefix}{key}.")
+                yield from along(value, below(tree, key), f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", tree, key
 
@@ -252,7 +252,8 @@ class Aligned:
         self.states.append(state)
 
 
-def _below(node: Any, key: Any) -> Any:
+def below(node: Any, key: Any) -> Any:
+    """What a container has at a key; None if that is nothing."""
     return node[key] if _has(node, key) else None
 
 

@@ -109,10 +109,9 @@ class Slot:
             if not isinstance(array, mx.array):
                 raise TypeError(f"{path!r} has become {type(array).__name__}; assign an mx.array")
             if (array.shape, array.dtype) != (shape, dtype):
-                optimizer = "the same optimizer to keep its moments" if array.shape == shape else "a new optimizer"
                 raise InputError(
                     f"{path!r} has become {array.dtype} of shape {array.shape}; it was {dtype} of shape {shape}:"
-                    f" call make_step again, with {optimizer}"
+                    " call make_step again, with the same optimizer to keep the moments of what has its old shape"
                 )
 
     def assign(self, array: mx.array, assignments: Assignments) -> None:
@@ -156,6 +155,10 @@ class Slot:
             ]
         )
 
+    def places(self) -> list[tuple[Any, Any, mx.array]]:
+        """Where the arrays are, as (container, key, array); nowhere while they are hidden."""
+        return [] if self.hidden else [(container, key, container[key]) for container, key in self._places]
+
     def forget(self) -> None:
         """Takes what is there now for what was written."""
         if not self.hidden:
@@ -191,6 +194,7 @@ class PackedTrees:
         states = [container[key] for _, container, key in along(template, self._root)]
         containers = dict(zip(indices, states, strict=True))
         self._states: list[dict[str, Slot]] = []
+        self._known: list[tuple[Any, Any, mx.array]] = []
         for row in self._rows:
             names = leaves[row[0]].form.names  # nothing else that somebody has put there
             own = [(f"{parameters.paths[i]}.", containers[i]) for i in row]
@@ -223,6 +227,12 @@ class PackedTrees:
         """The state as `read` returns it."""
         states = [{name: slot.read()[0] for name, slot in slots.items()} for slots in self._states]
         return states, self._optimizer.scalars()
+
+    def places(self) -> list[tuple[Any, Any, mx.array]]:
+        """Where arrays of the state are in trees that others see, as (container, key, array); `show` adds to it."""
+        self._known = [place for slots in self._states for slot in slots.values() for place in slot.places()]
+        self._known += [(self._root, key, value) for key, value in self._root.items() if isinstance(value, mx.array)]
+        return self._known
 
     def forget(self) -> None:
         """Weights that are there now belong to the residuals that are there now."""
@@ -261,6 +271,7 @@ class PackedTrees:
         # Evaluated, for another thread may be asking, and what it left unevaluated no other could evaluate.
         mx.async_eval(views)
         assignments.make()
+        self._known += [place for slots in self._states for slot in slots.values() for place in slot.places()]
 
     def named(self, parameters: list[mx.array], state: State) -> list[tuple[str, mx.array]]:
         """The arrays of an update; what has the same last name is the same kind of thing."""

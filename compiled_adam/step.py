@@ -6,6 +6,7 @@ joined lazily and evaluated together: a new sequence length traces the forward a
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -19,7 +20,7 @@ from . import any_optimizer, random_state, reduce, shard, window, workers
 from . import batch as batches
 from .at_once import Assignments, call_all, undone_on_error
 from .compare import Row, differences, table
-from .compiled import Compiled
+from .compiled import Compiled, is_evaluated
 from .errors import InputError
 from .gradient import GradientGraphs
 from .layout import Places, Structure, along, trainable_places
@@ -167,7 +168,7 @@ class TrainStep:
         if self._group is not None:
             workers.check_alike(self._group, {"shard_state": shard_state})  # first: it decides what is communicated
             shard.complete(self._optimizer, self._group)
-        self._bound = self._bind()
+        self._bind()
         if self._group is not None:
             workers.check_model(self._group, model, self.description())
 
@@ -182,9 +183,13 @@ class TrainStep:
     def __call__(self, *args: Any, **kwargs: Any) -> StepResult:
         """One (micro-)batch: ``loss_fn(model, *args, **kwargs)``, its gradient and, at a window's end, the update."""
         batch, signature = batches.flatten(args, kwargs)
-        _evaluate(batch)
-        self._rebind_if_changed()
-        return self._all_or_nothing(partial(self._micro_batch, signature, batch))
+        try:
+            _evaluate(batch)
+            self._rebind_if_changed()
+            return self._all_or_nothing(partial(self._micro_batch, signature, batch))
+        except _Traced:
+            self._take_out_placeholders()
+            raise
 
     def flush(self) -> StepResult | None:
         """Applies a window that is only partly filled, as the mean over what it has; None if it is empty."""
@@ -222,6 +227,21 @@ class TrainStep:
         self._assign(assigned, update, sums, filled, assignments)
         return self._result(loss, aux, update)
 
+    def _take_out_placeholders(self) -> None:
+        """Puts back the arrays in whose place ``mx.compile`` has put others to trace a function that calls this step.
+
+        It does not do so itself after an error, and they cannot be evaluated: the model would be lost.
+        """
+        arrays, state, key = self._known
+        assignments = Assignments()
+        model = [(*place, array) for place, array in zip(self._bound.arrays.places, arrays, strict=True)]
+        for container, index, array in (*model, *state):
+            if not is_evaluated(container[index]):
+                assignments.add(container, index, array)
+        assignments.make()
+        if not is_evaluated(random_state.get()):
+            random_state.assign(key)
+
     def _rest_of_window(self, assignments: Assignments) -> StepResult:
         assert self._window is not None
         gradients, weight, loss = self._window
@@ -256,8 +276,8 @@ class TrainStep:
         skipped = sum(any_optimizer.skipped(self._optimizer), mx.array(0))
         votes = update.sums[2] if update is not None and update.sums else None
         rate = any_optimizer.learning_rate(self._optimizer)
-        state = self._bound.arrays.read(), self._bound.trees.state(), self._window, random_state.get()
-        _evaluate(loss, aux, grad_norm, skipped, votes, rate, state)
+        self._remember()  # before the evaluation, in which the update overwrites the old arrays
+        _evaluate(loss, aux, grad_norm, skipped, votes, rate, self._bound.trees.state(), self._window, *self._known)
         # Other objects than those in the state, so that what is done to these in place does not change a result.
         grad_norm, rate = (None if array is None else array[...] for array in (grad_norm, rate))
         return StepResult(loss, tuple(aux), grad_norm, rate, update is not None, skipped, votes)
@@ -428,7 +448,7 @@ class TrainStep:
 
     # What the graphs are bound to.
 
-    def _bind(self) -> _Bound:
+    def _bind(self) -> None:
         """Finds every array of the model and of the optimizer's state; makes new compiled functions for them."""
         trainable = self._model.trainable_parameters()
         structure = Structure(self._model)
@@ -447,7 +467,10 @@ class TrainStep:
             part = shard.Shard(template, list(parameters.paths), sizes, dtypes, self._group)
         # State exists before the first trace, or that trace would hold for the first step only. Nothing stays lazy, for
         # the first step may be another thread's, which could not evaluate it.
-        self._init(tree_map(lambda i: weights[i], template), part)
+        tree = tree_map(lambda i: weights[i], template)
+        if reshaped := any_optimizer.begin_anew(self._optimizer, tree):
+            warnings.warn(f"the moments of {', '.join(reshaped)} had another shape; they begin anew", stacklevel=4)
+        self._init(tree, part)
         mx.eval(arrays.read(), any_optimizer.states(self._optimizer))
         trees: Trees | PackedTrees
         # Not with other workers: sharded or not, they sum the same norm and use the same kernels, to the last bit.
@@ -469,7 +492,16 @@ class TrainStep:
         add = Compiled(self._trace_add, self._max_traces)
         update = Compiled(self._trace_update, self._max_traces, draws=True)
         paths = {path for path, _, _ in along(trainable, trainable)}
-        return _Bound(structure, parameters, arrays, paths, template, dtypes, part, trees, gradients, add, update)
+        graphs = gradients, add, update
+        self._bound = _Bound(structure, parameters, arrays, paths, template, dtypes, part, trees, *graphs)
+        self._remember()
+
+    def _remember(self) -> None:
+        """Keeps the arrays that are there now, for `_take_out_placeholders`; the old ones are not kept any more.
+
+        They take no memory of their own, except those that somebody replaces, until the next step.
+        """
+        self._known = self._bound.arrays.read(), self._bound.trees.places(), random_state.get()
 
     def _init(self, parameters: Any, part: shard.Shard | None) -> None:
         """Creates what the optimizer's state lacks."""
@@ -501,7 +533,11 @@ class TrainStep:
                 f"layers of the model were replaced after {self._filled} of {self._accumulate} micro-batches, whose"
                 " gradients belong to the old ones; call flush() before you replace layers"
             )
-        self._bound = self._bind()
+        self._bind()
+
+
+class _Traced(InputError):
+    """A step cannot be a part of another transformation."""
 
 
 def _evaluate(*trees: Any) -> None:
@@ -511,9 +547,9 @@ def _evaluate(*trees: Any) -> None:
     except ValueError as error:
         if "transformation" not in str(error):
             raise
-        raise InputError(
+        raise _Traced(
             "a train step was called inside mx.compile, or another transformation of MLX; it is compiled itself: call"
-            " it outside"
+            " it outside. The model is as it was after the last step"
         ) from error
 
 

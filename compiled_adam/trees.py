@@ -51,6 +51,7 @@ class Trees:
             for root in range(len(self._roots))
             if (name := f"{root}.{path}.residual") in places
         }
+        self._shapes = [parameter.shape for parameter in parameters.read()]
         self._written: dict[int, tuple[Written, Written]] = {}  # a parameter and its residual
 
     def intact(self) -> bool:
@@ -73,6 +74,10 @@ class Trees:
     def state(self) -> list[mx.array]:
         """All arrays of the state."""
         return self._state.read()
+
+    def places(self) -> list[tuple[Any, Any, mx.array]]:
+        """Where arrays of the state are in trees that others see, as (container, key, array)."""
+        return [(container, key, container[key]) for container, key in self._state.places]
 
     def forget(self) -> None:
         """Weights that are there now belong to the residuals that are there now."""
@@ -123,7 +128,11 @@ class Trees:
                 norm = rule.global_norm(gradients)
                 new = self._shard.update(self._optimizer, gradients, parameters, norm, after)
             else:
-                new = self._updated(gradients, parameters)
+                try:
+                    new = self._updated(gradients, parameters)
+                except ValueError as error:
+                    self._refuse_other_shapes(parameters, error)
+                    raise
                 known = getattr(self._optimizer, "grad_norm", None)  # ours computes it itself if it clips or skips
                 norm = known if isinstance(known, mx.array) else rule.global_norm(gradients)
             if not self._structure.intact():
@@ -133,6 +142,14 @@ class Trees:
             return new, new_state, norm
 
         return undone_on_error(traced, all_back)
+
+    def _refuse_other_shapes(self, parameters: list[mx.array], error: ValueError) -> None:
+        for path, array, shape in zip(self._parameters.paths, parameters, self._shapes, strict=True):
+            if array.shape != shape:
+                raise InputError(
+                    f"{path!r} has become an array of shape {array.shape}; it was of shape {shape}: call make_step"
+                    " again, with the same optimizer to keep the moments of what has its old shape"
+                ) from error
 
     def _updated(self, gradients: list[mx.array], parameters: list[mx.array]) -> list[mx.array]:
         optimizer = self._optimizer
