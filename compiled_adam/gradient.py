@@ -21,8 +21,8 @@ class GradientGraphs:
     """The gradient of ``loss_fn`` for a model whose arrays stand at ``arrays``, the trainable ones first.
 
     A call returns loss, aux, the arrays that the forward pass has assigned (by their index among ``arrays``), the
-    gradients, and the weight. ``traces`` counts under "grad" and "evicted"; ``assigned`` gets the paths of the arrays
-    that are no parameters, but assigned.
+    gradients, and the weight. ``traces`` counts under "grad" and "evicted"; ``assigned`` gets the arrays that are no
+    parameters, but assigned, by path, as they were before the first such trace.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class GradientGraphs:
         arrays: Places,
         trainable: int,
         traces: dict[str, int],
-        assigned: set[str],
+        assigned: dict[str, mx.array],
     ) -> None:
         self._model, self._loss_fn, self._weighted, self._max_traces = model, loss_fn, weighted, max_traces
         self._structure, self._arrays, self._trainable = structure, arrays, trainable
@@ -81,14 +81,16 @@ class GradientGraphs:
                 rest.extend((aux, [after[i] for i in changed], weight))
                 return loss
 
-            before = self._structure.snapshot()
+            values, before = self._arrays.read(), self._structure.snapshot()
             try:
                 loss, gradients = mx.value_and_grad(forward)(arrays[: self._trainable])
             except BaseException:
                 self._structure.restore(before, attributes=True)
                 raise
             self._structure.restore(before)
-            self._assigned |= {self._arrays.paths[i] for i in changed if i >= self._trainable}
+            for i in changed:
+                if i >= self._trainable:
+                    self._assigned.setdefault(self._arrays.paths[i], values[i])
             aux, after, weight = rest
             return loss, aux, after, gradients, weight
 

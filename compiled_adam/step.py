@@ -6,6 +6,7 @@ joined lazily and evaluated together: a new sequence length traces the forward a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -137,12 +138,13 @@ class TrainStep:
         self.vote = 0.0
         self.traces = {"grad": 0, "accumulate": 0, "update": 0, "evicted": 0}
         self._window, self._filled = cast("window.Window | None", None), 0  # None while it is empty
-        self._assigned: set[str] = set()  # paths of arrays that are no parameters, but that the forward pass assigns
+        # Arrays that are no parameters, but that the forward pass assigns: by path, what each was before that.
+        self._assigned: dict[str, mx.array] = {}
         if self._sharded:
             shard.check(self._optimizer)
         if self._group is not None:
             workers.check_alike(self._group, {"shard_state": shard_state})  # first: it decides what is communicated
-            shard.complete(self._optimizer, self._group)
+            shard.complete(self._optimizer, self._group, model.parameters())
         self._bind()
         if self._group is not None:
             workers.check_model(self._group, model, self.description())
@@ -232,8 +234,8 @@ class TrainStep:
     def own_state(self) -> dict[str, dict[str, mx.array]]:
         """The `state_dict` whose window, and sharded state, is this worker's alone."""
         self._rebind_if_changed()
-        paths = (*self._parameters.paths, *sorted(self._assigned))
-        everything = dict(zip(self._arrays.paths, self._arrays.read(), strict=True))
+        everything = self._everything()
+        paths = (*self._parameters.paths, *sorted(self._assigned.keys() & everything.keys()))
         optimizer = any_optimizer.flat_state(self._optimizer)
         mx.async_eval(optimizer)  # what `init` has just made: another thread, which may save it, could not
         sums = window.to_dict(self._window, self._parameters.paths, self._filled) if self._window is not None else {}
@@ -248,7 +250,9 @@ class TrainStep:
         """Continues from a `state_dict`: the model, the optimizer, the window and MLX's random state become its.
 
         With ``convert`` the optimizer's state may be one of stock MLX's Adam or AdamW, or have moments that are stored
-        in another way; what it lacks (residuals, counters) starts at zero.
+        in another way; what it lacks (residuals, counters) starts at zero. Running statistics and whatever else the
+        forward pass assigns get the dtype that they have there; what is not there, because no batch had been seen,
+        becomes what it was before the first batch.
 
         Raises:
             ValueError: with a table of everything that does not fit; nothing is changed then.
@@ -268,9 +272,12 @@ class TrainStep:
             self._rebind_if_changed()
         else:
             Places(leaves := Structure(self._optimizer.state).leaves).write([state["optimizer"][p] for p, *_ in leaves])
-        for path, container, key in self._structure.leaves:
-            container[key] = state["model"].get(path, container[key])
-        self._assigned |= state["model"].keys() - set(self._parameters.paths)
+        everything = self._everything()
+        for path in state["model"].keys() - set(self._parameters.paths):
+            self._assigned.setdefault(path, everything[path])
+        # What the forward pass assigns is not in a state from before it did: then it becomes what it was.
+        known = {**self._assigned, **state["model"]}
+        self._arrays.write([known.get(path, array) for path, array in everything.items()])
         self._window, self._filled = None, filled
         if filled and self._group is not None and self._group.rank() > 0:
             self._window = window.empty(self._parameters.read())  # the first worker has the sum
@@ -281,16 +288,31 @@ class TrainStep:
     def mismatches(self, state: dict[str, dict[str, mx.array]], *, convert: bool = False) -> list[Row]:
         """What of a `state_dict` does not fit here, as rows (path, here, in the state); empty if it can be loaded."""
         self._rebind_if_changed()
-        everything = dict(zip(self._arrays.paths, self._arrays.read(), strict=True))
-        wanted = {*self._parameters.paths, *self._assigned, *state["model"]} & everything.keys()
-        rows = differences({path: everything[path] for path in wanted}, state["model"])
+        everything = self._everything()
+        # The forward pass may give what it assigns another dtype, and assigns what a state from before lacks.
+        buffers = (everything.keys() & state["model"].keys()) - set(self._parameters.paths)
+        fitting = {path for path in buffers if state["model"][path].shape == everything[path].shape}
+        wanted = {*self._parameters.paths, *buffers} - fitting
+        its_model = {path: array for path, array in state["model"].items() if path not in fitting}
+        rows = differences({path: everything[path] for path in wanted}, its_model)
         if state["window"]:
             own = window.to_dict(window.empty(self._parameters.read()), self._parameters.paths, 1)
             rows += differences(own, state["window"])
         own, its = any_optimizer.flat_state(self._optimizer), self._own(state["optimizer"])
         if convert:
-            return rows + differences(*map(any_optimizer.convertible, (own, its)))
+            return rows + any_optimizer.inconvertible(own, its)
         return rows + differences(own, its)
+
+    def _everything(self) -> dict[str, mx.array]:
+        """Every array of the model by its path."""
+        paths = self._arrays.paths
+        everything = dict(zip(paths, self._arrays.read(), strict=True))
+        if len(everything) < len(paths):
+            twice = next(path for path, count in Counter(paths).items() if count > 1)
+            raise InputError(
+                f"the model has two arrays whose path is {twice!r}, which no state can tell apart; rename one"
+            )
+        return everything
 
     def keeps(self, part: str, path: str) -> bool:
         """Whether this worker has a use for an array of a `state_dict`."""
