@@ -212,6 +212,8 @@ def opened(path: Path, names: Collection[str]) -> Iterator[tuple[Path, dict[str,
 
 
 def _opened_once(path: Path, names: Collection[str], stack: ExitStack) -> tuple[Path, dict[str, FileIO]] | None:
+    if path.is_symlink():
+        raise FileNotFoundError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
     place = path
     try:
         folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
