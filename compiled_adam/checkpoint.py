@@ -215,7 +215,7 @@ def read_checkpoint(
             )
         mx.eval(state)  # before the files are closed
     if state["window"] and state["window"]["batches"].item() != meta["accumulated"]:
-        raise InputError(f"{folder} is damaged: {META} has another number of accumulated batches than its window")
+        raise InputError(f"{found / META} is damaged: it has another number of accumulated batches than the window")
     check_finite(state["model"])
     if others := differences(_packages(), meta["packages"]):
         names = ", ".join(f"{name} {there}" for name, _, there in others)
@@ -251,6 +251,8 @@ def _checked(folder: Path, files: Mapping[str, FileIO]) -> dict[str, Any]:
     with _named(folder / META):
         content = files[META].read(LARGEST + 1)
     meta = parsed(folder / META, content, tuple(FILES.values()), needed)
+    if bool(meta["accumulated"]) != (FILES["window"] in meta["files"]):
+        raise InputError(f"{folder / META} is damaged: it has a window without batches, or batches without a window")
     for name, expected in meta["files"].items():
         path = folder / name
         if name not in files:

@@ -21,6 +21,40 @@ PATIENCE = 60.0  # seconds to wait for a lock that others hold while they rename
 _LONG_AGO = 86400.0  # seconds after which a leftover is one, where the file system has no locks that would tell
 
 
+class Descriptor:
+    """A file or folder that is open until nothing refers to this any more, wherever Ctrl-C comes; with its lock."""
+
+    number = -1
+
+    def __init__(self, path: Path, flags: int = 0) -> None:
+        self.number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags)
+
+    def __del__(self) -> None:
+        if self.number >= 0:
+            os.close(self.number)
+
+    def lock(self) -> bool | None:
+        """Whether the lock is this one's now; None on a file system that has no locks, or none on folders (NFS)."""
+        try:
+            fcntl.flock(self.number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            return False
+        except OSError:
+            return None
+
+    def unlock(self) -> None:
+        with suppress(OSError):
+            fcntl.flock(self.number, fcntl.LOCK_UN)
+
+    def is_at(self, path: Path) -> bool:
+        """Whether a path still means what was opened, and not another of the same name."""
+        try:
+            return os.path.samestat(os.fstat(self.number), os.stat(path))
+        except FileNotFoundError:
+            return False
+
+
 @contextmanager
 def claimed(path: Path, make: Callable[[Path], object]) -> Iterator[Path]:
     """A temporary that ``make`` creates beside ``path``, and that nobody else takes for a leftover.
@@ -30,18 +64,17 @@ def claimed(path: Path, make: Callable[[Path], object]) -> Iterator[Path]:
     """
     for leftover in leftovers(path.parent, re.escape(path.name)):
         remove_abandoned(leftover)
-    descriptor, temporary = -1, path
+    temporary, own = path, None
     try:
-        while descriptor < 0:
+        while own is None:
             # Nobody else's name: it can be removed whatever happens from here on. MLX insists on the suffix of files.
             temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial{path.suffix}")
             try:
                 make(temporary)
             except OSError as error:
-                raise type(error)(
-                    error.errno, f"{path.name} cannot be written: {error.strerror}", str(path.parent)
-                ) from None
-            descriptor = _own(temporary)
+                message = f"{path.name} cannot be written: {error.strerror}"
+                raise type(error)(error.errno, message, str(path.parent)) from None
+            own = _own(temporary)
         yield temporary
     finally:
         try:
@@ -51,8 +84,8 @@ def claimed(path: Path, make: Callable[[Path], object]) -> Iterator[Path]:
             remove(temporary)
             raise
         finally:
-            if descriptor >= 0:
-                os.close(descriptor)
+            if own is not None:
+                own.unlock()  # now, because an error keeps its frames, and so descriptors, for as long as it is kept
 
 
 def leftovers(folder: Path, names: str = r"\d+") -> list[Path]:
@@ -64,15 +97,15 @@ def leftovers(folder: Path, names: str = r"\d+") -> list[Path]:
 def remove_abandoned(leftover: Path) -> None:
     """Removes a temporary, unless the process that made it is alive."""
     with suppress(FileNotFoundError):
-        descriptor = os.open(leftover, os.O_RDONLY | os.O_NONBLOCK)
+        descriptor = Descriptor(leftover)
         try:
-            free = _lock(descriptor)
+            free = descriptor.lock()
             if free is None:
-                free = time.time() - os.fstat(descriptor).st_mtime > _LONG_AGO
+                free = time.time() - os.fstat(descriptor.number).st_mtime > _LONG_AGO
             if free:
                 remove(leftover)
         finally:
-            os.close(descriptor)
+            descriptor.unlock()
 
 
 @contextmanager
@@ -84,29 +117,21 @@ def held(path: Path) -> Iterator[bool]:
     end = time.monotonic() + PATIENCE
     while True:
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+            descriptor = Descriptor(path)
         except FileNotFoundError:
             yield False
             return
         try:
-            free = _lock(descriptor)  # None: without locks, two writers at one moment are on their own
-            if free is not False and is_at(descriptor, path):
+            free = descriptor.lock()  # None: without locks, two writers at one moment are on their own
+            if free is not False and descriptor.is_at(path):
                 yield True
                 return
         finally:
-            os.close(descriptor)
+            descriptor.unlock()
         if time.monotonic() > end:
             raise TimeoutError(f"{path} is held by another process for more than {PATIENCE:.0f} s; try again later")
         if free is False:
             time.sleep(1e-3)
-
-
-def is_at(descriptor: int, path: Path) -> bool:
-    """Whether a path still means what was opened, and not another of the same name."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
 
 
 def remove(path: Path) -> None:
@@ -118,27 +143,13 @@ def remove(path: Path) -> None:
             path.unlink()
 
 
-def _own(temporary: Path) -> int:
-    """A descriptor that keeps the lock of a new temporary; -1 if somebody took it for a leftover before that."""
-    try:
-        descriptor = os.open(temporary, os.O_RDONLY)
-    except FileNotFoundError:
-        return -1
-    if _lock(descriptor) is False or not is_at(descriptor, temporary):
-        os.close(descriptor)
-        return -1
-    return descriptor
-
-
-def _lock(descriptor: int) -> bool | None:
-    """Whether the lock is this caller's now; None on a file system that has no locks, or none on folders (NFS)."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
+def _own(temporary: Path) -> Descriptor | None:
+    """A new temporary with its lock; None if somebody took it for a leftover before that."""
+    with suppress(FileNotFoundError):
+        descriptor = Descriptor(temporary)
+        if descriptor.lock() is not False and descriptor.is_at(temporary):
+            return descriptor
+    return None
 
 
 def _names(folder: Path) -> list[str]:

@@ -21,7 +21,7 @@ from typing import TypedDict
 
 import mlx.core as mx
 
-from .claims import claimed, held, is_at, remove
+from .claims import Descriptor, claimed, held, remove
 from .errors import InputError
 
 
@@ -127,8 +127,10 @@ def _put(new: Path, path: Path) -> None:
                     path.rename(old)
                     put = _renamed(new, path)
                     flush(path.parent)
-                finally:
                     _tidy(path, old)
+                except BaseException:  # also Ctrl-C, at any line of these
+                    _tidy(path, old)
+                    raise
                 continue
         with held(old) as left:
             if left and not path.exists():
@@ -140,14 +142,6 @@ def _put(new: Path, path: Path) -> None:
 
 def _tidy(path: Path, old: Path) -> None:
     """After a replacement, or a part of one: one folder at ``path``, none at ``old``."""
-    try:
-        _tidied(path, old)
-    except BaseException:  # Ctrl-C
-        _tidied(path, old)
-        raise
-
-
-def _tidied(path: Path, old: Path) -> None:
     if old.exists() and (path.exists() or not _renamed(old, path)):
         remove(old)
 
@@ -216,20 +210,19 @@ def _opened_once(path: Path, names: Collection[str], stack: ExitStack) -> tuple[
         raise FileNotFoundError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
     place = path
     try:
-        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        folder = Descriptor(path, os.O_DIRECTORY)
     except FileNotFoundError:
         place = _old(path)
         try:
-            folder = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+            folder = Descriptor(place, os.O_DIRECTORY)
         except FileNotFoundError:
             return None
-    stack.callback(os.close, folder)
     files = {}
     for name in names:
         with suppress(FileNotFoundError):
-            files[name] = stack.enter_context(_regular(place / name, folder))
+            files[name] = stack.enter_context(_regular(place / name, folder.number))
     # What is missing was removed if the folder has lost its place; otherwise it never was there.
-    complete = len(files) == len(names) or (is_at(folder, place) and (place == path or not path.exists()))
+    complete = len(files) == len(names) or (folder.is_at(place) and (place == path or not path.exists()))
     return (place, files) if complete else None
 
 

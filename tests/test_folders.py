@@ -214,7 +214,7 @@ def test_whatever_fails_leaves_the_old_folder_and_nothing_else(error, tmp_path: 
         (durable, "remove", 0, "0"),
         (durable, "_renamed", 0, "0"),
         (durable, "flush", 1, "1"),  # the new one has taken its place
-        (durable, "_tidied", 0, "1"),
+        (durable, "_tidy", 0, "1"),
         (durable, "remove", 1, "1"),
         (claims, "remove", 0, "1"),
     ):
@@ -251,6 +251,60 @@ def test_arrays_that_cannot_be_written_leave_the_old_ones(error, tmp_path: Path,
     assert os.listdir(tmp_path) == [file.name] and mx.load(str(file))["a"].item() == 1
     durable.replace_arrays(file, {"a": mx.array(2)})
     assert os.listdir(tmp_path) == [file.name] and mx.load(str(file))["a"].item() == 2
+
+
+class AtLine:
+    """Raises KeyboardInterrupt before the n-th line that runs in the modules of folders; ``lines`` is how many ran."""
+
+    def __init__(self, n: int) -> None:
+        self.n, self.lines = n, 0
+
+    def __call__(self, frame, event: str, _: object):
+        code = frame.f_code
+        if code.co_filename not in (claims.__file__, durable.__file__) or code.co_name == "__del__":
+            return None  # out of a __del__ Python raises nothing
+        if event == "line":
+            self.lines += 1
+            if self.lines == self.n:
+                raise KeyboardInterrupt
+        return self
+
+    def __enter__(self) -> AtLine:
+        sys.settrace(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(None)
+
+
+@pytest.mark.parametrize("kind", [pytest.param("folder", marks=pytest.mark.slow), "arrays", "discard"])
+def test_an_interrupt_at_any_line(kind: str, tmp_path: Path) -> None:
+    last, file = tmp_path / "last", tmp_path / "adapters.safetensors"
+    n, finished = 0, False
+    while not finished:
+        n += 1
+        write(last, "0")
+        durable.replace_arrays(file, {"a": mx.array(0)})
+        try:
+            with AtLine(n):
+                if kind == "folder":
+                    write(last, "1")
+                elif kind == "arrays":
+                    durable.replace_arrays(file, {"a": mx.array(1)})
+                else:
+                    durable.discard(last)
+            finished = True
+        except KeyboardInterrupt:
+            pass
+        left = set(os.listdir(tmp_path)) - {"last", file.name}
+        if kind != "discard" or last.exists():
+            assert read(last) in ({"0"}, {"1"}), n
+        assert mx.load(str(file))["a"].item() in (0, 1)
+        for each in left:  # what a killed process leaves, too, and goes as that does
+            assert kind == "discard" and each.endswith(".partial")
+            claims.remove_abandoned(tmp_path / each)
+            assert not (tmp_path / each).exists()
+    assert n > 30
 
 
 # Kills.
