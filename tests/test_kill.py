@@ -138,6 +138,7 @@ def half_model(tiny_model: Path, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_killed_runs_end_as_if_nothing_had_happened(half_model: Path, data: Path, tmp_path: Path) -> None:
     full = ("--fine-tune-type", "full", "--optimizer", "adamw", "--moments", "8bit")
     job = Job(tmp_path, "--model", str(half_model), "--data", str(data), *full)
