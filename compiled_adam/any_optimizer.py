@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -11,14 +11,18 @@ import mlx.optimizers as optim
 
 from .compare import Row, differences
 from .errors import InputError
-from .layout import Structure
+from .layout import Structure, below
+from .options import as_scalar
 
 # A schedule is a function, which cannot be compared; its values at these steps can.
 _SAMPLED = (0, 1, 2, 5, *(factor * 10**power for power in range(1, 6) for factor in (1, 2, 5)))
 
 # What the form of storage decides, and what else a state may or may not have.
 _OF_A_FORM = {"residual", "m_scale", "v_scale"}
-_MADE = {"learning_rate", "rounding_key", "grad_norm", "skipped"}
+_MADE = {
+    "learning_rate",
+    *(f"{under}{name}" for under in ("", "_") for name in ("rounding_key", "grad_norm", "skipped")),
+}
 
 
 def states(optimizer: optim.Optimizer) -> list[Any]:
@@ -40,7 +44,56 @@ def flat_state(optimizer: optim.Optimizer) -> dict[str, mx.array]:
 
 def learning_rate(optimizer: optim.Optimizer) -> mx.array | None:
     """The 0-d learning rate of the (first) optimizer; None if it has none."""
-    return parts(optimizer)[0]._state.get("learning_rate")  # `state` of ours would show the moments for it
+    rate = parts(optimizer)[0]._state.get("learning_rate")  # `state` of ours would show the moments for it
+    return rate if isinstance(rate, mx.array) else None
+
+
+def skipped(optimizer: optim.Optimizer) -> list[mx.array]:
+    """How many updates each of ours has skipped."""
+    counts = [getattr(part, "skipped", None) for part in parts(optimizer)]
+    return [count for count in counts if isinstance(count, mx.array)]
+
+
+def take_numbers(optimizer: optim.Optimizer) -> None:
+    """Makes arrays of a step and of a learning rate that somebody has assigned to the state as Python numbers.
+
+    Raises TypeError for what is none, and for other numbers in the state: a trace would contain them for ever, and what
+    an update makes of them would be lost.
+    """
+    for part in parts(optimizer):
+        state = part._state  # `state` of ours would show the moments for it
+        for name, dtype in (("step", mx.uint64), ("learning_rate", mx.float32)):
+            if name in state and not isinstance(state[name], (mx.array, dict)):
+                state[name] = as_scalar(name, state[name], dtype)
+
+
+def begin_anew(optimizer: optim.Optimizer, parameters: Any) -> list[str]:
+    """Makes new state for parameters of another shape than their state was made for; returns their paths."""
+    found = []
+    for part in parts(optimizer):
+        for path, parameter, container, key in list(_with_state(parameters, part.state, "")):
+            fresh: dict[str, Any] = {}
+            part.init_single(parameter, fresh)
+            old = container[key]
+            if any(name in old and old[name].shape != array.shape for name, array in _arrays(fresh)):
+                container[key] = fresh
+                found.append(path)
+    return found
+
+
+def _with_state(parameters: Any, state: Any, prefix: str) -> Iterator[tuple[str, mx.array, Any, Any]]:
+    """Parameters that have a state (path, parameter, container, key)."""
+    for key, value in parameters.items() if isinstance(parameters, dict) else enumerate(parameters):
+        its = below(state, key)
+        if isinstance(value, (dict, list, tuple)):
+            if its is not None:
+                yield from _with_state(value, its, f"{prefix}{key}.")
+        elif isinstance(its, dict) and its:
+            yield f"{prefix}{key}", value, state, key
+
+
+def _arrays(state: dict[str, Any]) -> list[tuple[str, mx.array]]:
+    return [(name, value) for name, value in state.items() if isinstance(value, mx.array)]
 
 
 def constants(optimizer: optim.Optimizer) -> list[float]:

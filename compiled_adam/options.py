@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import numbers
 import re
 from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
 
 from .errors import InputError
 from .lowering import LOWERINGS
@@ -42,6 +46,19 @@ def check_options(
             raise InputError(f"learning_rate_multipliers has the pattern {pattern!r}: {error}") from None
         if not _is_number(factor, 0.0):
             raise InputError(f"learning_rate_multipliers[{pattern!r}] is {factor!r}; it must be a number of at least 0")
+
+
+def as_scalar(name: str, value: Any, dtype: mx.Dtype) -> mx.array:
+    """A 0-d array of a number that is assigned to ``state[name]``. Raises TypeError if it is none."""
+    if hasattr(value, "item") and getattr(value, "shape", None) == ():
+        value = value.item()  # of NumPy
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if mx.issubdtype(dtype, mx.integer):
+        if number and value >= 0 and value == int(value):
+            return mx.array(int(value), dtype)
+    elif number:
+        return mx.array(float(value), dtype)
+    raise TypeError(f"state[{name!r}] is {value!r}; assign a number, or an mx.array of shape ()")
 
 
 def _is_number(value: object, least: float, exclusive: bool = False) -> bool:

@@ -105,5 +105,18 @@ def split(
     return weight, keep(steps.astype(residual.dtype), residual)
 
 
+def of_replaced(residual: mx.array, before: mx.array, weight: mx.array) -> mx.array:
+    """The residual of a ``weight`` that somebody has put in the place of the one ``before``: zero where they differ.
+
+    >>> before, weight = mx.array([1.0, 2.0], mx.bfloat16), mx.array([1.0, 0.0], mx.bfloat16)
+    >>> of_replaced(mx.array([5, 5], mx.int16), before, weight)
+    array([5, 0], dtype=int16)
+    """
+    if (weight.size, weight.dtype) != (before.size, before.dtype) or not belongs_to(weight.dtype, residual):
+        return residual  # an error that the update raises
+    same = weight.view(mx.uint16).reshape(residual.shape) == before.view(mx.uint16).reshape(residual.shape)
+    return mx.where(same, residual, mx.array(*_ZERO[weight.dtype]))
+
+
 def _float16_unit(x: mx.array) -> mx.array:
     return mx.clip(mx.abs(x), 2.0**-14, 65504.0) * (2.0**-11 / 32767)

@@ -48,11 +48,18 @@ class Form(NamedTuple):
         found = state.get("residual")
         return found is not None and found.shape == parameter.shape and residual.belongs_to(parameter.dtype, found)
 
-    def converted(self, parameter: mx.array, state: Stored) -> Stored:
+    def converted(self, path: str, parameter: mx.array, state: Stored) -> Stored:
         """A parameter's state, which may be stock MLX's or another policy's, in this form.
 
-        Raises KeyError for moments that are incomplete. A residual of another dtype's weight is dropped.
+        Raises KeyError for moments that are incomplete, ValueError with the ``path`` for those of another shape. A
+        residual of another dtype's weight is dropped.
         """
+        for name in ("m", "v"):
+            if state[name].shape != parameter.shape:
+                raise InputError(
+                    f"{path!r} has shape {parameter.shape}, but its moments in the optimizer's state have"
+                    f" {state[name].shape}: give the parameter its old shape, or make a new optimizer"
+                )
         if self.fits(parameter, state):
             return state  # the same dictionary: a new one would make every train step with this optimizer trace anew
         if moments.is_stored(state, self.moments, parameter.shape):
@@ -237,7 +244,7 @@ def check_leaf(path: str, gradient: mx.array, parameter: mx.array, state: Stored
         if array.shape != parameter.shape:
             raise InputError(
                 f"the {what} of {path!r} has shape {array.shape}, but the parameter has {parameter.shape};"
-                " they must be the same"
+                " they must be the same: give the parameter its old shape, or make a new optimizer"
             )
     if gradient.dtype not in FLOATS:
         raise TypeError(f"the gradient of {path!r} is {gradient.dtype}; it must be float32, bfloat16 or float16")
