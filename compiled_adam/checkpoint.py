@@ -149,6 +149,8 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Continues ``step`` from a checkpoint; returns the ``extra`` it was saved with.
 
+    Another process may replace the folder meanwhile: what is read is the old checkpoint or the new one.
+
     If the step has a ``group``, all workers call this, and all read; if one cannot, none continues.
 
     Args:
@@ -276,6 +278,8 @@ def _named(file: Path) -> Iterator[None]:
 
 def latest_checkpoint(folder: str | Path, *, warn: Callable[[str], None] = _warn) -> Path:
     """The newest checkpoint in ``folder`` that is whole; names of checkpoints are numbers. Damaged ones are warned of.
+
+    One whose replacement was killed counts, too: the folder is found by `load_checkpoint`, if not under its name.
 
     Raises:
         ValueError: there is none.

@@ -96,7 +96,7 @@ def leftovers(folder: Path, names: str = r"\d+") -> list[Path]:
 
 def remove_abandoned(leftover: Path) -> None:
     """Removes a temporary, unless the process that made it is alive."""
-    with suppress(FileNotFoundError):
+    with suppress(OSError):  # it has gone, or belongs to another user
         descriptor = Descriptor(leftover)
         try:
             free = descriptor.lock()
