@@ -10,10 +10,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 import compiled_adam as ca
-from compiled_adam import any_optimizer
+from compiled_adam import any_optimizer, shard
 from tests.nets import squared_error
 
 
@@ -299,3 +299,25 @@ def test_another_shape_is_an_error_that_names_it(used: bool) -> None:
     with pytest.raises(ValueError, match=r"nothing\.mean +- +float32"):
         step.load_state_dict({**good, "model": good["model"] | {"nothing.mean": mx.zeros(1)}})
     assert_identical(before, flat(step))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_that_was_spread_over_workers_comes_together_by_place(kind: str, monkeypatch) -> None:
+    whole = named(kind, ca.AdamW(1e-2))
+    advance(whole)
+    full = any_optimizer.flat_state(whole.optimizer)
+    mine = {path for i, path in enumerate(sorted({path.rpartition(".")[0] for path in full})) if i % 2}
+
+    optimizer = ca.AdamW(1e-2)
+    template = optimizer.state | tree_map(lambda _: {}, whole.model.parameters())
+    own = {path: array for path, array in full.items() if path.rpartition(".")[0] in mine or "." not in path}
+    optimizer.state = any_optimizer.arranged(template, own)[0]
+    assert any_optimizer.flat_state(optimizer).keys() == own.keys() < full.keys()
+
+    group = mx.distributed.init()
+    monkeypatch.setattr(shard.workers, "gather", lambda group, value: [value, "another worker's"])
+    monkeypatch.setattr(shard.workers, "share", lambda group, state: {"optimizer": full | {"gone.m": mx.array(0)}})
+    shard.complete(optimizer, group, whole.model.parameters())
+    assert_identical(full, any_optimizer.flat_state(optimizer))
+    step = ca.make_step(whole.model, squared_error, optimizer)
+    assert_identical(full, step.state_dict()["optimizer"])
