@@ -32,8 +32,8 @@ class Gradients(NamedTuple):
 class GradientGraphs:
     """The gradient of ``loss_fn`` for a model whose arrays stand at ``arrays``, the trainable ones first.
 
-    ``traces`` counts under "grad" and "evicted"; ``assigned`` gets the paths of the arrays that are no parameters, but
-    assigned.
+    ``traces`` counts under "grad" and "evicted"; ``assigned`` gets the arrays that are no parameters, but assigned, by
+    path, as they were before the first such trace.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class GradientGraphs:
         arrays: Places,
         trainable: int,
         traces: dict[str, int],
-        assigned: set[str],
+        assigned: dict[str, mx.array],
     ) -> None:
         self._model, self._loss_fn, self._weighted, self._max_traces = model, loss_fn, weighted, max_traces
         self._structure, self._arrays, self._trainable = structure, arrays, trainable
@@ -101,7 +101,9 @@ class GradientGraphs:
                 return found
 
             loss, gradients = undone_on_error(traced, put_back)
-            self._assigned |= {self._arrays.paths[i] for i in changed if i >= self._trainable}
+            for i in changed:
+                if i >= self._trainable:
+                    self._assigned.setdefault(self._arrays.paths[i], originals[i])
             aux, after, weight = rest
             return loss, aux, after, gradients, weight
 

@@ -197,6 +197,7 @@ def trainable_places(model: nn.Module) -> tuple[list[tuple[str, Any, Any]], Any]
     """
     trainable = model.trainable_parameters()
     seen: dict[tuple[int, Any], int] = {}
+    paths: set[str] = set()
     places: list[tuple[str, Any, Any]] = []
     for path, container, key in along(trainable, model):
         if not mx.issubdtype(container[key].dtype, mx.inexact):
@@ -205,6 +206,9 @@ def trainable_places(model: nn.Module) -> tuple[list[tuple[str, Any, Any]], Any]
                 " freeze it, for example with model.freeze(recurse=False, keys=[...]) of its module"
             )
         if (id(container), key) not in seen:  # else: tied, the same container under another path
+            if path in paths:
+                raise InputError(f"two parameters have the path {path!r}; rename one, so that their states have places")
+            paths.add(path)
             seen[id(container), key] = len(places)
             places.append((path, container, key))
     if not places:

@@ -19,7 +19,7 @@ from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.trainer import TrainingArgs
 
 from .checkpoint import Contents, check_finite, latest_checkpoint, numbered, prune, read_checkpoint, write_checkpoint
-from .durable import replace_arrays, replacing, save_arrays
+from .durable import present, replace_arrays, replacing, save_arrays
 from .errors import InputError
 from .evaluation import mean_loss
 from .loader import Batches
@@ -389,7 +389,7 @@ class TrainingLoop:
         aside = next(path for i in itertools.count(1) if not (path := self.folder / f"{PREVIOUS}-{i}").exists())
         (aside / CHECKPOINTS).mkdir(parents=True)
         for path in checkpoints:
-            path.rename(aside / CHECKPOINTS / path.name)
+            present(path).rename(aside / CHECKPOINTS / path.name)
         for path in files:
             path.rename(aside / path.name)
         newest = f"; --resume {aside / CHECKPOINTS / checkpoints[-1].name} goes on from there" if checkpoints else ""

@@ -7,6 +7,7 @@ joined lazily and evaluated together: a new sequence length traces the forward a
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -162,12 +163,13 @@ class TrainStep:
         self.traces = {"grad": 0, "accumulate": 0, "update": 0, "evicted": 0}
         self._window: window.Window | None = None  # while it is empty
         self._filled = 0
-        self._assigned: set[str] = set()  # paths of arrays that are no parameters, but that the forward pass assigns
+        # Arrays that are no parameters, but that the forward pass assigns: by path, what each was before that.
+        self._assigned: dict[str, mx.array] = {}
         if self._sharded:
             shard.check(self._optimizer)
         if self._group is not None:
             workers.check_alike(self._group, {"shard_state": shard_state})  # first: it decides what is communicated
-            shard.complete(self._optimizer, self._group)
+            shard.complete(self._optimizer, self._group, model.parameters())
         self._bind()
         if self._group is not None:
             workers.check_model(self._group, model, self.description())
@@ -306,8 +308,8 @@ class TrainStep:
         """The `state_dict` whose window, and sharded state, is this worker's alone."""
         self._rebind_if_changed()
         bound = self._bound
-        paths = (*bound.parameters.paths, *sorted(self._assigned))
-        everything = dict(zip(bound.arrays.paths, bound.arrays.read(), strict=True))
+        everything = self._everything()
+        paths = (*bound.parameters.paths, *sorted(self._assigned.keys() & everything.keys()))
         sums = window.to_dict(self._window, bound.parameters.paths, self._filled) if self._window is not None else {}
         state = {
             "model": {path: everything[path] for path in paths},
@@ -322,7 +324,9 @@ class TrainStep:
         """Continues from a `state_dict`: the model, the optimizer, the window and MLX's random state become its.
 
         With ``convert`` the optimizer's state may be one of stock MLX's Adam or AdamW, or have moments that are stored
-        in another way; what it lacks (residuals, counters) starts at zero.
+        in another way; what it lacks (residuals, counters) starts at zero. Running statistics and whatever else the
+        forward pass assigns get the dtype that they have there; what is not there, because no batch had been seen,
+        becomes what it was before the first batch.
 
         Raises:
             ValueError: with a table of everything that does not fit; nothing is changed then.
@@ -346,10 +350,15 @@ class TrainStep:
         else:
             for path, container, key in Structure(self._optimizer.state).leaves:
                 assignments.add(container, key, state["optimizer"][path][...])
-        for path, container, key in self._bound.structure.leaves:
-            if path in state["model"]:
-                assignments.add(container, key, state["model"][path][...])
         paths = self._bound.parameters.paths
+        everything = self._everything()
+        for path in state["model"].keys() - set(paths) - self._assigned.keys():
+            assignments.add(self._assigned, path, everything[path])
+        # What the forward pass assigns is not in a state from before it did: then it becomes what it was.
+        model = {**self._assigned, **state["model"]}
+        for path, place in zip(everything, self._bound.arrays.places, strict=True):
+            if path in model:
+                assignments.add(*place, model[path][...])
         sums = None
         if filled and self._group is not None and self._group.rank() > 0:
             sums = window.empty(parameters)  # the first worker has the sum
@@ -358,24 +367,38 @@ class TrainStep:
             sums = window.from_dict(state["window"], paths)
         assignments.attribute(self, "_window", sums)
         assignments.attribute(self, "_filled", filled)
-        assignments.attribute(self, "_assigned", self._assigned | (state["model"].keys() - set(paths)))
         self._bound.trees.forget()
         call_all([assignments.ready(), random_state.assignment(state["random"]["key"])])
 
     def mismatches(self, state: dict[str, dict[str, mx.array]], *, convert: bool = False) -> list[Row]:
         """What of a `state_dict` does not fit here, as rows (path, here, in the state); empty if it can be loaded."""
         self._rebind_if_changed()
+        everything = self._everything()
+        # The forward pass may give what it assigns another dtype, and assigns what a state from before lacks.
         bound = self._bound
-        everything = dict(zip(bound.arrays.paths, bound.arrays.read(), strict=True))
-        wanted = {*bound.parameters.paths, *self._assigned, *state["model"]} & everything.keys()
-        rows = differences({path: everything[path] for path in wanted}, state["model"])
+        buffers = (everything.keys() & state["model"].keys()) - set(bound.parameters.paths)
+        fitting = {path for path in buffers if state["model"][path].shape == everything[path].shape}
+        wanted = {*bound.parameters.paths, *buffers} - fitting
+        its_model = {path: array for path, array in state["model"].items() if path not in fitting}
+        rows = differences({path: everything[path] for path in wanted}, its_model)
         if state["window"]:
             own = window.to_dict(window.empty(bound.parameters.read()), bound.parameters.paths, 1)
             rows += differences(own, state["window"])
         own, its = any_optimizer.flat_state(self._optimizer), self._own(state["optimizer"])
         if convert:
-            return rows + differences(*map(any_optimizer.convertible, (own, its)))
+            return rows + any_optimizer.inconvertible(own, its)
         return rows + differences(own, its)
+
+    def _everything(self) -> dict[str, mx.array]:
+        """Every array of the model by its path."""
+        paths = self._bound.arrays.paths
+        everything = dict(zip(paths, self._bound.arrays.read(), strict=True))
+        if len(everything) < len(paths):
+            twice = next(path for path, count in Counter(paths).items() if count > 1)
+            raise InputError(
+                f"the model has two arrays whose path is {twice!r}, which no state can tell apart; rename one"
+            )
+        return everything
 
     def keeps(self, part: str, path: str) -> bool:
         """Whether this worker has a use for an array of a `state_dict`."""

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -21,7 +22,7 @@ from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import compiled_adam as ca
-from compiled_adam import durable, evaluation, loop
+from compiled_adam import checkpoint, durable, evaluation, loop
 from compiled_adam.loader import Batches
 from compiled_adam.run_log import read
 from compiled_adam.stopping import TrainingStopped, is_out_of_memory
@@ -602,6 +603,20 @@ def test_readers_of_adapters_see_a_whole_file(tiny_model: Path, tmp_path: Path, 
     with pytest.raises(TrainingStopped, match="killed in the middle"):
         train(tiny_model, tmp_path, iters=3)
     assert (tmp_path / "adapters.safetensors").read_bytes() == before
+
+
+def test_a_checkpoint_that_a_killed_save_left_under_another_name_is_put_aside_like_others(tmp_path: Path) -> None:
+    for name in ("0000002", ".0000004.old"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "meta.json").write_text(name)
+    said: list[str] = []
+    run = SimpleNamespace(folder=tmp_path, progress=SimpleNamespace(line=said.append))
+    found = loop.TrainingLoop._checkpoints(run)
+    loop.TrainingLoop._put_aside(run, found, [])
+    assert not os.listdir(tmp_path / "checkpoints")
+    aside = tmp_path / "previous-1" / "checkpoints"
+    assert (aside / "0000004" / "meta.json").read_text() == ".0000004.old" and "previous-1" in said[0]
+    assert [path.name for path in checkpoint.numbered(aside)] == ["0000002", "0000004"]
 
 
 # Loops of one's own.
