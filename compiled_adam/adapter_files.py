@@ -90,7 +90,10 @@ def load_adapters(model: nn.Module, folder: str | Path) -> str:
 def check_folder(folder: str | Path) -> None:
     """Raises ValueError for what can be seen to be wrong with a folder of adapters without a model."""
     if not Path(folder).is_dir():
-        raise InputError(f"adapter_path (--adapter-path) is {str(folder)!r}, which is not a folder")
+        raise InputError(
+            f"adapter_path (--adapter-path) is {str(folder)!r}, which is not a folder; an empty one ('') tests the"
+            " model alone"
+        )
     _read_config(Path(folder) / CONFIG)
     read_arrays(Path(folder) / WEIGHTS)
 

@@ -22,15 +22,19 @@ except ImportError as error:
     ) from error
 
 from . import fingerprint, random_state
+from .checkpoint import numbered
 from .durable import locked
 from .errors import InputError
 from .loader import Batches
-from .loop import CONFIG, Options, TrainingLoop, Validation
+from .loop import CHECKPOINTS, CONFIG, Options, TrainingLoop, Validation
+from .lora_values import called, check_timeout, check_whole
 from .progress import TrainingProgress
 from .run_log import LOG, RunLog
 from .step import make_step
 from .stopping import asked_to_stop
 from .workers import Workers
+
+_MANY = 5000  # examples, whose tokenizing takes seconds
 
 
 def train(
@@ -90,8 +94,11 @@ def train(
         save_best: whether to keep the weights with the lowest validation loss in ``best``. Default False.
         early_stop_patience: end after so many validations in a row without a new lowest loss. Default None: never.
         nonfinite_limit: end after so many steps in a row whose loss or gradient is not finite. Default None: never.
-        resume: a checkpoint's folder, or "auto" for the newest whole one in ``checkpoints``. Default None.
-        settings: names and values that results depend on and a resumed run must share. Default None.
+        resume: a checkpoint's folder; or "auto" for the newest whole one in ``checkpoints``, where the run begins anew,
+            and says so, if none was ever written. Default None.
+        settings: names and values that results depend on and a resumed run must share. Default None. With checkpoints
+            they have ``data`` and ``validation data``, too: digests of all tokenized examples, so that all are
+            tokenized before the first step.
         allow: names of settings that may differ from the checkpoint's, as in `load_checkpoint`.
         adapter_config: what mlx-lm needs to load the adapters, for ``adapter_config.json`` beside them; written when
             nothing stands in the way of the training any more. Default None: not written.
@@ -101,35 +108,33 @@ def train(
             a message and exit code 1; more if steps are long, see `Watchdog`. (One that died is noticed at once.)
 
     Raises:
-        ValueError: unusable arguments, as in `make_step`; nothing to resume from; workers that were not started alike.
+        ValueError: unusable arguments, as in `make_step`; a checkpoint that does not exist or fit, or whose folder has
+            none that is whole; workers that were not started alike.
         TrainingStopped: out of memory, ``nonfinite_limit`` was reached, another worker ended, or anything failed in the
             middle (as its ``__cause__``) or at the last save; the message says what was saved.
         KeyboardInterrupt, SystemExit(143): after Ctrl-C or SIGTERM, when everything is saved.
         OSError: another process is training in the folder of the adapters.
     """
     args = mlx_lm_trainer.TrainingArgs() if args is None else args
-    if not 0 < worker_timeout < float("inf"):
-        raise InputError(f"worker_timeout is {worker_timeout!r}; it must be a number of seconds above 0")
-    for name, value, least in (
-        ("batch_size", args.batch_size, 1),
-        ("iters", args.iters, 0),
-        ("grad_accumulation_steps", args.grad_accumulation_steps, 1),
-        ("steps_per_report", args.steps_per_report, 1),
-        ("steps_per_eval", args.steps_per_eval, 1),
-        ("steps_per_save (--save-every)", args.steps_per_save, 1),
-        ("max_seq_length", args.max_seq_length, 2),
-        ("keep_checkpoints", keep_checkpoints, 0),
-        ("keep_adapters", keep_adapters, 1),
-        ("early_stop_patience", early_stop_patience, 1),
-        ("nonfinite_limit", nonfinite_limit, 1),
+    check_timeout(worker_timeout)
+    numbers = {
+        "max_traces": max_traces,
+        "keep_checkpoints": keep_checkpoints,
+        "keep_adapters": keep_adapters,
+        "early_stop_patience": early_stop_patience,
+        "nonfinite_limit": nonfinite_limit,
+    }
+    for name in (
+        *("batch_size", "iters", "val_batches", "grad_accumulation_steps", "steps_per_report", "steps_per_eval"),
+        *("steps_per_save", "max_seq_length", "clear_cache_threshold"),
     ):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise InputError(f"{name} is {value!r}; it must be an integer of at least {least}")
-    if args.val_batches != -1 and args.val_batches < 1:
-        raise InputError(f"val_batches is {args.val_batches}; it must be at least 1, or -1 for all")
+        check_whole(name, getattr(args, name))
+    for name, number in numbers.items():
+        if number is not None or name in ("max_traces", "keep_checkpoints"):
+            check_whole(name, number)
     for name, value in (("save_best", save_best), ("early_stop_patience", early_stop_patience)):
         if value and not val_dataset:
-            raise InputError(f"{name} needs a validation loss, but there is no validation set")
+            raise InputError(f"{called(name)} needs a validation loss, but there is no validation set")
     if (limit := mx.device_info().get("max_recommended_working_set_size")) is not None:
         mx.set_wired_limit(int(limit))  # Metal: keeps weights from being paged out between steps
     if args.grad_checkpoint:
@@ -140,6 +145,8 @@ def train(
         world = mx.distributed.init()
         workers = stack.enter_context(Workers(world, worker_timeout))
         workers.first_does(lambda: _make(folder))
+        anew = resume == "auto" and not workers.first_does(lambda: has_checkpoints(folder))
+        resume = None if anew else resume
         step = make_step(
             model,
             loss,
@@ -165,16 +172,27 @@ def train(
         if val_dataset and isinstance(batches, Batches) and len(val_dataset) < args.batch_size:
             raise InputError(
                 f"the validation set has {len(val_dataset)} examples, fewer than batch_size={args.batch_size};"
-                " give it more, or use a smaller batch size"
+                " give it more, or use a smaller batch_size (--batch-size)"
             )
+        data: dict[str, str | None] = {}
+        if (keep_checkpoints or resume is not None) and isinstance(batches, Batches):
+            if workers.first and len(train_dataset) > _MANY:
+                print(f"tokenizing {len(train_dataset):,} examples, to know them again when a checkpoint is resumed")
+            validated = Batches(val_dataset, 1, args.max_seq_length).rows() if val_dataset else None
+            data["data"] = fingerprint.of_rows(batches.rows())
+            data["validation data"] = None if validated is None else fingerprint.of_rows(validated)
         # What decides which batches come, and after which of them a window ends.
-        settings = dict(settings or {}) | {
-            "batch_size": args.batch_size,
-            "max_seq_length": args.max_seq_length,
-            "examples": len(train_dataset),
-            "validation": [args.steps_per_eval, args.val_batches, len(val_dataset)] if val_dataset else None,
-            "grad_checkpoint": args.grad_checkpoint,  # which asks for dropout's random numbers twice
-        }
+        settings = (
+            dict(settings or {})
+            | data
+            | {
+                "batch_size": args.batch_size,
+                "max_seq_length": args.max_seq_length,
+                "examples": len(train_dataset),
+                "validation": [args.steps_per_eval, args.val_batches, len(val_dataset)] if val_dataset else None,
+                "grad_checkpoint": args.grad_checkpoint,  # which asks for dropout's random numbers twice
+            }
+        )
         options = Options(keep_checkpoints, keep_adapters, save_best, early_stop_patience, nonfinite_limit, settings)
         validation = Validation(val_dataset, loss, iterate_batches)
         # What decides where workers meet, and that the parts they take are of the same batches.
@@ -191,6 +209,8 @@ def train(
         loop = TrainingLoop(step, batches, validation, args, options, progress, asked, training_callback, workers)
         if resume is not None:
             loop.resume(resume, allow)
+        if anew:
+            progress.line(f"there is no checkpoint in {folder / CHECKPOINTS} yet: the run begins anew")
 
         def prepare_folder() -> None:
             if resume is None and (log or keep_checkpoints):
@@ -204,6 +224,13 @@ def train(
 
         workers.first_does(prepare_folder)
         loop.run()
+
+
+def has_checkpoints(folder: Path) -> bool:
+    """Whether a run has ever written a checkpoint beside the adapters in ``folder``, damaged or not."""
+    checkpoints = folder / CHECKPOINTS
+    # The second is what a replacement leaves that was killed between its two renamings.
+    return bool(numbered(checkpoints)) or any(checkpoints.glob(".[0-9]*.old"))
 
 
 def _make(folder: Path) -> None:

@@ -26,12 +26,10 @@ from mlx_lm.utils import load
 
 from . import fingerprint, loader, schedulers
 from .adapter_files import check_folder, load_adapters, load_weights, read_arrays
-from .checkpoint import numbered
 from .errors import InputError
 from .evaluation import mean_loss
 from .groups import decay_matrices
-from .loop import CHECKPOINTS
-from .lora import train
+from .lora import has_checkpoints, train
 from .lora_options import KEPT, YAML_ONLY, check_together, settings
 from .lora_values import OPTIMIZERS, called
 from .progress import TrainingProgress
@@ -92,10 +90,9 @@ def _check_files(args: types.SimpleNamespace) -> None:
     """Raises ValueError for weights that cannot be read; leaves out those that a checkpoint stands for."""
     if not args.train and args.adapter_path:
         check_folder(args.adapter_path)
-    checkpoints = Path(args.adapter_path) / CHECKPOINTS
-    if args.resume and args.resume_adapter_file and numbered(checkpoints):
+    if args.resume and args.resume_adapter_file and has_checkpoints(Path(args.adapter_path)):
         # A loop that starts a run again and again has one command line for the first time and for the others.
-        print(f"note: resume_adapter_file is not used: the run goes on from a checkpoint in {checkpoints}")
+        print(f"note: resume_adapter_file is not used: there is a checkpoint in {args.adapter_path} to go on from")
         args.resume_adapter_file = None
     if args.train and args.resume_adapter_file is not None:
         read_arrays(Path(args.resume_adapter_file))

@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.optimizers as optim
 
-from . import options, schedulers
+from . import loader, options, schedulers
 from .adamw import AdamW
 from .errors import InputError
 from .optimizers import Adam
@@ -32,6 +32,7 @@ _WHOLE: dict[str, tuple[int, dict[int, str]]] = {
     "steps_per_report": (1, {}),
     "steps_per_eval": (1, {}),
     "save_every": (1, {}),
+    "steps_per_save": (1, {}),
     "grad_accumulation_steps": (1, {}),
     "max_seq_length": (2, {}),
     "seed": (0, {}),
@@ -42,7 +43,10 @@ _WHOLE: dict[str, tuple[int, dict[int, str]]] = {
     "early_stop_patience": (1, {}),
     "nonfinite_limit": (1, {}),
 }
-_FLAGS = {"keep_adapters": "--keep-checkpoints"}  # where the name of the flag is not that of the argument
+_FLAGS = {
+    "keep_adapters": "--keep-checkpoints",
+    "steps_per_save": "--save-every",
+}  # where the name of the flag is not that of the argument
 _LONGEST = 1e8  # seconds of a timeout, three years; beyond some centuries Python cannot wait
 _LORA = {"rank": "a whole number of at least 1", "scale": "a finite number other than 0", "dropout": "in [0, 1)"}
 _HF_DATASET = (
@@ -96,6 +100,8 @@ def check(args: types.SimpleNamespace) -> None:
     if args.weight_decay is not None:
         options.check_number(called("weight_decay"), args.weight_decay)
     check_timeout(args.worker_timeout)
+    if args.bucket is not None:
+        loader.geometric(args.bucket)
     if args.lr_schedule is not None:
         schedule = schedulers.from_config(args.lr_schedule)
         schedulers.check_values(schedule, -(-args.iters // args.grad_accumulation_steps))

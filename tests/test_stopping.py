@@ -347,7 +347,7 @@ def test_options_that_cannot_be(tiny_model: Path, tmp_path: Path) -> None:
         examples = dataset(options.pop("count", 12))
         names = ("steps_per_report", "steps_per_eval", "val_batches", "grad_accumulation_steps", "batch_size")
         args = arguments(tmp_path, **{name: options.pop(name) for name in names if name in options})
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=re.escape(message)):
             ca.train(
                 lora(tiny_model),
                 ca.Adam(1e-3),
@@ -358,17 +358,27 @@ def test_options_that_cannot_be(tiny_model: Path, tmp_path: Path) -> None:
                 **options,
             )
 
-    refused("save_best needs a validation loss, but there is no validation set", save_best=True)
-    refused("early_stop_patience needs a validation loss", early_stop_patience=1)
-    refused("early_stop_patience is 0; it must be an integer of at least 1", True, early_stop_patience=0)
-    refused("keep_checkpoints is -1", keep_checkpoints=-1)
-    refused("nonfinite_limit is True", nonfinite_limit=True)
-    refused("steps_per_report is 0", steps_per_report=0)
+    refused("save_best (--save-best) needs a validation loss, but there is no validation set", save_best=True)
+    refused("early_stop_patience (--early-stop-patience) needs a validation loss", early_stop_patience=1)
+    refused(
+        "early_stop_patience (--early-stop-patience) is 0; it must be a whole number of at least 1",
+        True,
+        early_stop_patience=0,
+    )
+    refused("keep_checkpoints (--keep-checkpoints) is -1", keep_checkpoints=-1)
+    refused("nonfinite_limit (--nonfinite-limit) is True", nonfinite_limit=True)
+    refused("steps_per_report (--steps-per-report) is 0", steps_per_report=0)
     refused("a checkpoint needs batches that know their position", batches=trainer.iterate_batches, keep_checkpoints=1)
-    refused("val_batches is 0; it must be at least 1, or -1", True, steps_per_eval=1, val_batches=0)
-    refused("grad_accumulation_steps is 0", grad_accumulation_steps=0)
+    refused(
+        "val_batches (--val-batches) is 0; it must be a whole number of at least 1, or -1 for the whole validation set",
+        True,
+        steps_per_eval=1,
+        val_batches=0,
+    )
+    refused("grad_accumulation_steps (--grad-accumulation-steps) is 0", grad_accumulation_steps=0)
     refused("validation set has 12 examples, fewer than batch_size=24", True, batch_size=24, count=30)
-    refused("there is no checkpoint in", resume="auto")
+    (tmp_path / "checkpoints" / "0000003").mkdir(parents=True)
+    refused("there is no whole checkpoint in", resume="auto")
     refused("nowhere is not a checkpoint", resume=tmp_path / "nowhere")
     ca.save_checkpoint(tmp_path / "own", ca.make_step(lora(tiny_model), trainer.default_loss))
     refused("was saved by another run", resume=tmp_path / "own")
