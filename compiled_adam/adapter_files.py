@@ -44,7 +44,7 @@ def load_weights(model: nn.Module, file: str | Path, *, wanted: Collection[str],
             f"{_peft(arrays)}"
         )
     rows: list[Row] = []
-    for name, array in used.items():
+    for name, array in sorted(used.items()):
         here = parameters[name]
         both_floats = mx.issubdtype(array.dtype, mx.floating) and mx.issubdtype(here.dtype, mx.floating)
         if array.shape != here.shape or not (both_floats or array.dtype == here.dtype):
@@ -52,7 +52,7 @@ def load_weights(model: nn.Module, file: str | Path, *, wanted: Collection[str],
     if rows:
         raise InputError(
             f"{file} does not fit the model; was it made with another rank (lora_parameters), or for another model?\n"
-            + table(("array", "here", "file"), rows)
+            + table(("array", "here", "file"), rows, most=8)
         )
     try:
         check_finite(used)

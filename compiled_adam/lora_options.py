@@ -159,7 +159,7 @@ def _size(text: str) -> int:
     """Bytes from a text such as 4GB, as mlx-lm reads it."""
     try:
         return int(mlx_lm_lora._parse_size(text))
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, ArithmeticError):  # the last of text without a number
         raise argparse.ArgumentTypeError(f"it must be a size such as 500MB or 4GB, not {text!r}") from None
 
 

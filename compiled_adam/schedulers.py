@@ -301,7 +301,7 @@ def from_config(config: Mapping[str, Any]) -> Schedule:
         for i, value in enumerate(arguments):
             check_number(f"arguments[{i}]", value)
         return _with_warmup(function(*arguments), arguments[0], **warmup)
-    except InputError as error:
+    except ValueError as error:  # MLX's own functions check some of their arguments, too
         raise InputError(f"lr_schedule: {error}") from None
 
 
