@@ -139,18 +139,17 @@ class Batches:
         Raises:
             ValueError: it is no position. Nothing is changed then.
         """
-        found = _Position.of(position)
-        count = len(self.members)
+        found, count = _Position.of(position), len(self.members)
         # Positions of version 0.1 do not say how many batches there were.
-        if found.epoch_start is not None and (found.next > count or found.batches not in (None, count)):
+        other = found.next > count or found.batches not in (None, count)
+        if found.epoch_start is not None and other:
             warnings.warn(
                 f"the checkpoint is at batch {found.next} of {found.batches or 'more'} of an epoch, which has {count}"
                 " now: a new epoch begins",
                 stacklevel=2,
             )
-            self._epoch_start = self._order = None
-            self._next = 0
-        elif found.epoch_start is not None:
+        self._epoch_start, self._order, self._next = None, None, 0
+        if found.epoch_start is not None and not other:
             np.random.set_state(found.epoch_start)
             self._begin_epoch()
             self._next = found.next
