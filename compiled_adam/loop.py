@@ -125,7 +125,7 @@ class TrainingLoop:
             self._end_as_asked(number, outcome)
         if self._failed_too_often():
             raise TrainingStopped(
-                f"the loss or gradient was not finite in {self.failures} steps in a row, up to iteration"
+                f"the loss, gradient or learning rate was not finite in {self.failures} steps in a row, up to iteration"
                 f" {self.iteration}; {outcome}. Look at the data, lower the learning rate, or set --max-grad-norm"
             )
         if problems:

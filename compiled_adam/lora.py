@@ -209,6 +209,10 @@ def train(
         loop = TrainingLoop(step, batches, validation, args, options, progress, asked, training_callback, workers)
         if resume is not None:
             loop.resume(resume, allow)
+            if loop.iteration >= args.iters:
+                progress.line(
+                    f"iter {loop.iteration:>5}  all {args.iters} iterations are done; iters (--iters) has more"
+                )
         if anew:
             progress.line(f"there is no checkpoint in {folder / CHECKPOINTS} yet: the run begins anew")
 

@@ -90,7 +90,8 @@ def _check_files(args: types.SimpleNamespace) -> None:
     """Raises ValueError for weights that cannot be read; leaves out those that a checkpoint stands for."""
     if not args.train and args.adapter_path:
         check_folder(args.adapter_path)
-    if args.resume and args.resume_adapter_file and has_checkpoints(Path(args.adapter_path)):
+    alone = mx.distributed.init().size() == 1  # other workers may not have the checkpoints, and all begin alike
+    if alone and args.resume and args.resume_adapter_file and has_checkpoints(Path(args.adapter_path)):
         # A loop that starts a run again and again has one command line for the first time and for the others.
         print(f"note: resume_adapter_file is not used: there is a checkpoint in {args.adapter_path} to go on from")
         args.resume_adapter_file = None

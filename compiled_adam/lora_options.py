@@ -172,9 +172,9 @@ def parser() -> argparse.ArgumentParser:
         "Ctrl-C and SIGTERM finish the step and save. Beside the adapters are log.jsonl, a line of JSON for every step,"
         " and checkpoints, from which --resume goes on exactly."
     )
-    # mlx-lm's defaults of 0 and False would hide the YAML keys.
-    made.set_defaults(clear_cache_threshold=None, trust_remote_code=None)
     for action in made._actions:
+        if action.dest in ("clear_cache_threshold", "trust_remote_code"):
+            action.default = None  # mlx-lm's defaults of 0 and False would hide the YAML keys
         if action.dest == "optimizer":
             action.type = str.lower
         if action.dest == "clear_cache_threshold":
@@ -242,7 +242,8 @@ def parser() -> argparse.ArgumentParser:
         const="auto",
         metavar="PATH",
         help="Go on from this checkpoint, or from the newest whole one beside the adapters (auto, or no value), as if"
-        " the run had never stopped. Default: start anew.",
+        " the run had never stopped; without a path, where no checkpoint was ever written, start anew. Default: start"
+        " anew.",
     )
     loop.add_argument(
         "--allow-change",

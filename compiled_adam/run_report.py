@@ -104,10 +104,13 @@ class Report:
 def failures(before: int, entry: dict[str, Any]) -> int:
     """How many steps in a row were not finite, after one more; ``before`` counts those before it.
 
-    A micro-batch without an update has no gradient norm, so that a finite loss does not say that all is well.
+    A micro-batch without an update has no gradient norm, so that a finite loss does not say that all is well. With a
+    learning rate that is none an update is skipped, or makes the weights not finite.
     """
-    norm = entry["grad_norm"]
+    norm, rate = entry["grad_norm"], entry.get("learning_rate")
     if not math.isfinite(entry["loss"]) or (norm is not None and not math.isfinite(norm)):
+        return before + 1
+    if norm is not None and rate is not None and not 0 <= rate < math.inf:
         return before + 1
     return before if norm is None else 0
 

@@ -15,6 +15,7 @@ from trees import assert_identical, copied
 import compiled_adam as ca
 from compiled_adam.errors import InputError
 from compiled_adam.options import check_schedules
+from compiled_adam.run_report import failures
 
 NAN, INF = math.nan, math.inf
 BAD_RATES = [
@@ -193,3 +194,12 @@ def test_errors_of_a_schedule_itself_stay_what_they_are() -> None:
     optimizer = ca.Adam(lambda step: mx.array([1e-3, 1e-4]))
     with pytest.raises(InputError, match=r"returns an array of shape \(2,\), not one number"):
         optimizer.apply_gradients({"w": mx.ones(3)}, {"w": mx.ones(3)})
+
+
+def test_steps_with_an_unusable_rate_count_as_failures() -> None:
+    entry = {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 0.0}
+    assert failures(2, entry) == 0
+    for bad in (NAN, INF, -1e-3):
+        assert failures(2, entry | {"learning_rate": bad}) == 3
+        assert failures(2, entry | {"learning_rate": bad, "grad_norm": None}) == 2  # of the update before
+    assert failures(2, entry | {"learning_rate": None}) == 0

@@ -46,7 +46,8 @@ def test_one_command_line_for_all_starts(lora: Lora, tmp_path: Path, capsys) -> 
     out = lora("--resume")
     assert f"there is no checkpoint in {out / 'checkpoints'} yet: the run begins anew" in capsys.readouterr().out
     lora("--resume")  # it is through, and stays as it is
-    assert "iter     4  resumed from" in capsys.readouterr().out
+    again = capsys.readouterr().out
+    assert "iter     4  resumed from" in again and "iter     4  all 4 iterations are done" in again
     lora("--resume", "--iters", 8)
     assert "resumed from" in capsys.readouterr().out
     stopped = saved(out)
