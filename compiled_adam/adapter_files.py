@@ -87,6 +87,17 @@ def load_adapters(model: nn.Module, folder: str | Path) -> str:
     return load_weights(model, file, wanted=adapters, allowed=adapters)
 
 
+def other_scale(file: str | Path, parameters: Mapping[str, Any] | None) -> str | None:
+    """A sentence if the configuration beside a file says that its adapters were trained with another scale."""
+    try:
+        kind, _, its = _read_config(Path(file).parent / CONFIG)
+    except InputError:
+        return None  # weights need no configuration
+    if kind == "full" or not parameters or its["scale"] == parameters["scale"]:
+        return None
+    return f"{file} was trained with scale {its['scale']:g}, and this run has {parameters['scale']:g} (lora_parameters)"
+
+
 def check_folder(folder: str | Path) -> None:
     """Raises ValueError for what can be seen to be wrong with a folder of adapters without a model."""
     if not Path(folder).is_dir():

@@ -117,6 +117,8 @@ def train(
     """
     args = mlx_lm_trainer.TrainingArgs() if args is None else args
     check_timeout(worker_timeout)
+    if resume is not None and not (isinstance(resume, (str, Path)) and str(resume)):
+        raise InputError(f"{called('resume')} is {resume!r}; it must be a checkpoint's folder, 'auto' or None")
     numbers = {
         "max_traces": max_traces,
         "keep_checkpoints": keep_checkpoints,

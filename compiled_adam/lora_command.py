@@ -25,7 +25,7 @@ from mlx_lm.tuner.utils import print_trainable_parameters
 from mlx_lm.utils import load
 
 from . import fingerprint, loader, schedulers
-from .adapter_files import check_folder, load_adapters, load_weights, read_arrays
+from .adapter_files import check_folder, load_adapters, load_weights, other_scale, read_arrays
 from .errors import InputError
 from .evaluation import mean_loss
 from .groups import decay_matrices
@@ -236,6 +236,8 @@ def _begin_with(args: types.SimpleNamespace, model: nn.Module) -> None:
     """Puts the weights of ``resume_adapter_file`` into the model, and says how many."""
     every, trained = (list(dict(tree_flatten(tree))) for tree in (model.parameters(), model.trainable_parameters()))
     print(load_weights(model, args.resume_adapter_file, wanted=trained, allowed=every))
+    if note := other_scale(args.resume_adapter_file, args.lora_parameters):
+        print(f"note: {note}")
 
 
 def _checkpoints(args: types.SimpleNamespace) -> int:

@@ -292,7 +292,7 @@ def check_together(args: types.SimpleNamespace) -> list[str]:
             hint = "; --adapter-path says what is tested" if name == "resume_adapter_file" else ""
             raise InputError(f"{called(name)} is an option of training, but there is no --train{hint}")
         if unused := [called(name) for name in _OF_TRAINING if name in given]:
-            notes.append(f"{', '.join(unused)}: of training, not used by --test, which reads adapter_config.json")
+            notes.append(f"{', '.join(unused)}: not used by --test, which reads adapter_config.json")
     if not args.test and "test_batches" in given:
         raise InputError(f"{called('test_batches')} is an option of testing, but there is no --test")
     for name in ("resume", "resume_adapter_file"):

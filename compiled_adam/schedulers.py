@@ -311,7 +311,7 @@ def check_values(schedule: Schedule, updates: int) -> None:
     At most some thousand of them are looked at, evenly spread, and the last one.
     """
     steps = sorted({*range(0, updates, max(1, updates // 4096)), updates - 1})
-    values = mx.broadcast_to(schedule(mx.array(steps)), (len(steps),))
+    values = mx.broadcast_to(schedule(mx.array(steps, mx.float32)), (len(steps),))
     bad = mx.logical_not((values >= 0) & mx.isfinite(values))
     if mx.any(bad).item():
         first = bad.tolist().index(True)  # type: ignore[union-attr]

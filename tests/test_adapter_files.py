@@ -252,3 +252,11 @@ def test_a_folder_that_lacks_something(model: nn.Module, tmp_path: Path) -> None
     (path / "adapters.safetensors").unlink()
     with pytest.raises(InputError, match=r"adapters.safetensors does not exist"):
         adapter_files.check_folder(path)
+
+
+def test_adapters_of_another_scale(model: nn.Module, tmp_path: Path) -> None:
+    file = folder(tmp_path / "a", with_adapters(model)) / "adapters.safetensors"
+    assert adapter_files.other_scale(file, LORA) is None
+    said = adapter_files.other_scale(file, {**LORA, "scale": 20.0})
+    assert said == f"{file} was trained with scale 10, and this run has 20 (lora_parameters)"
+    assert adapter_files.other_scale(tmp_path / "b.safetensors", LORA) is None  # without a configuration

@@ -218,7 +218,7 @@ def test_what_is_given_for_nothing(argv: list[str], message: str) -> None:
 
 def test_what_is_not_used_is_said(tmp_path: Path) -> None:
     (note,) = notes(lora_options.settings(["--test", "--num-layers", "4", "--iters", "9", "--batch-size", "2"]))
-    assert note.startswith("num_layers (--num-layers), iters (--iters): of training, not used by --test")
+    assert note.startswith("num_layers (--num-layers), iters (--iters): not used by --test")
     assert notes(from_yaml(tmp_path, "test_batches: 5", "--train")) == []
     (note,) = notes(from_yaml(tmp_path, "optimizer_config: {sgd: {momentum: 0.9}}", "--train"))
     assert note == "optimizer_config of sgd is not used: the optimizer is adam"

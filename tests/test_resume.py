@@ -165,6 +165,9 @@ def test_the_same_from_python(tiny_model: Path, tmp_path: Path, capsys) -> None:
         args = TrainingArgs(batch_size=2, iters=4, adapter_file=str(tmp_path / "adapters.safetensors"))
         ca.train(model, ca.Adam(1e-3), rows, args=args, keep_checkpoints=1, **options)
 
+    for wrong in (True, "", 3):
+        with pytest.raises(InputError, match="it must be a checkpoint's folder, 'auto' or None"):
+            train(examples, resume=wrong)
     train(examples, resume="auto")
     assert "yet: the run begins anew" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"(?m)^  data +rows "):
