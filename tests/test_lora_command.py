@@ -30,6 +30,8 @@ def job(tiny_model: Path, data: Path, out: str, *more: str) -> list[str]:
         "val-batches": 2,
         "learning-rate": 1e-3,
     }
+    if "schedule.yaml" in more:
+        del options["learning-rate"]  # the schedule says it
     return ["--train", *(word for name, value in options.items() for word in (f"--{name}", str(value))), *more]
 
 
