@@ -21,7 +21,7 @@ except ImportError as error:
         f"fine-tuning needs mlx-lm ({error}); install it with `pip install 'compiled-adam[lm]'`"
     ) from error
 
-from . import fingerprint, random_state
+from . import fingerprint, losses, random_state
 from .checkpoint import numbered
 from .durable import locked
 from .errors import InputError
@@ -29,6 +29,7 @@ from .loader import Batches
 from .loop import CHECKPOINTS, CONFIG, Options, TrainingLoop, Validation
 from .lora_values import called, check_timeout, check_whole
 from .progress import TrainingProgress
+from .rows import located
 from .run_log import LOG, RunLog
 from .step import make_step
 from .stopping import asked_to_stop
@@ -43,7 +44,7 @@ def train(
     train_dataset: Any,
     val_dataset: Any = None,
     args: mlx_lm_trainer.TrainingArgs | None = None,
-    loss: Callable[..., Any] = mlx_lm_trainer.default_loss,
+    loss: Callable[..., Any] = losses.next_token,
     iterate_batches: Callable[..., Any] = Batches,
     training_callback: TrainingCallback | None = None,
     *,
@@ -81,7 +82,8 @@ def train(
         train_dataset: what ``iterate_batches`` takes, by default mlx-lm's ``CacheDataset``.
         val_dataset: the same for validation at the first, the last and every ``steps_per_eval``-th iteration.
         args: ``mlx_lm.tuner.trainer.TrainingArgs``; None means its defaults.
-        loss: ``loss(model, *batch)`` returns the mean loss over tokens and the number of tokens.
+        loss: ``loss(model, *batch)`` returns the mean loss over tokens and the number of tokens. A batch of 0 tokens
+            counts for nothing. Default: `losses.next_token`; mlx-lm's `default_loss` also trains one token of padding.
         iterate_batches: makes the batches, called as mlx-lm calls it; for each worker as many. Default:
             `Batches`, which has mlx-lm's order.
         training_callback: gets ``on_train_loss_report(info)`` and ``on_val_loss_report(info)``.
@@ -110,12 +112,13 @@ def train(
     Raises:
         ValueError: unusable arguments, as in `make_step`; a checkpoint that does not exist or fit, or whose folder has
             none that is whole; workers that were not started alike.
-        TrainingStopped: out of memory, ``nonfinite_limit`` was reached, another worker ended, or anything failed in the
-            middle (as its ``__cause__``) or at the last save; the message says what was saved.
+        TrainingStopped: out of memory, ``nonfinite_limit`` was reached, another worker ended, or the last save failed;
+            the message says what was saved. An error of another kind is raised as it is, after a line about that.
         KeyboardInterrupt, SystemExit(143): after Ctrl-C or SIGTERM, when everything is saved.
         OSError: another process is training in the folder of the adapters.
     """
     args = mlx_lm_trainer.TrainingArgs() if args is None else args
+    train_dataset, val_dataset = located(train_dataset, "train set"), located(val_dataset, "validation set")
     check_timeout(worker_timeout)
     if resume is not None and not (isinstance(resume, (str, Path)) and str(resume)):
         raise InputError(f"{called('resume')} is {resume!r}; it must be a checkpoint's folder, 'auto' or None")

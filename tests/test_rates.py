@@ -197,7 +197,7 @@ def test_errors_of_a_schedule_itself_stay_what_they_are() -> None:
 
 
 def test_steps_with_an_unusable_rate_count_as_failures() -> None:
-    entry = {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 0.0}
+    entry = {"loss": 1.0, "tokens": 5, "grad_norm": 1.0, "learning_rate": 0.0}
     assert failures(2, entry) == 0
     for bad in (NAN, INF, -1e-3):
         assert failures(2, entry | {"learning_rate": bad}) == 3
