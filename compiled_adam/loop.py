@@ -21,7 +21,7 @@ from mlx_lm.tuner.trainer import TrainingArgs
 from .checkpoint import Contents, check_finite, latest_checkpoint, numbered, prune, read_checkpoint, write_checkpoint
 from .durable import replace_arrays, replacing, save_arrays
 from .errors import InputError
-from .evaluation import mean_loss
+from .evaluation import mean_loss, no_targets
 from .loader import Batches
 from .progress import TrainingProgress
 from .run_log import LOG, RunLog, is_log
@@ -83,6 +83,7 @@ class TrainingLoop:
         self.folder = self.adapters.parent
         self.saved, self.resumable = "nothing was saved", ""  # for messages
         self.reader, self.report = StepReader(step), Report()
+        self.told = False  # that no token is trained
         # What a checkpoint has of the loop, beside the report's sums.
         self.iteration = 0  # the last one that is finished
         self.best: dict[str, Any] = {"loss": None, "iteration": None, "stale": 0}
@@ -161,12 +162,19 @@ class TrainingLoop:
                 self._drain()
                 info = self.report.close()
                 self.progress.report(info)
+                self._tell_if_nothing_is_trained(info)
                 self.callback.on_train_loss_report(info)
             if iteration % args.steps_per_save == 0:
                 self._drain()
                 self._save_and_go_on()
         self._drain()
         return None
+
+    def _tell_if_nothing_is_trained(self, info: dict[str, Any]) -> None:
+        """A line, once: otherwise a run that teaches the model nothing looks like one that does."""
+        if not info["trained_tokens"] and not self.told:
+            self.told = True
+            self.warn(f"no token has been trained yet: {no_targets(self.args.max_seq_length)}")
 
     def _stop_signal(self) -> int | None:
         """The signal to stop for. Workers get theirs at different times, and stop when all know, after an update."""
@@ -224,17 +232,25 @@ class TrainingLoop:
             # Made only because the run ends here; if more iterations follow, they are those of a longer run.
             np.random.set_state(random)
         seconds = time.perf_counter() - start
-        self.progress.line(f"iter {iteration:>5}  validation loss {val_loss:.4f}")
+        if val_loss is None:
+            self.progress.line(f"iter {iteration:>5}  no validation loss: {no_targets(args.max_seq_length)}")
+        else:
+            self.progress.line(f"iter {iteration:>5}  validation loss {val_loss:.4f}")
+        known = math.nan if val_loss is None else val_loss
         if self.log is not None:
-            self.log.write({"iteration": iteration, "val_loss": val_loss, "seconds": seconds})
-        self.callback.on_val_loss_report({"iteration": iteration - 1, "val_loss": val_loss, "val_time": seconds})
+            self.log.write({"iteration": iteration, "val_loss": known, "seconds": seconds})
+        self.callback.on_val_loss_report({"iteration": iteration - 1, "val_loss": known, "val_time": seconds})
+        if val_loss is not None:
+            self._compare_with_best(iteration, val_loss)
+        self.reader.restart_clock()
+
+    def _compare_with_best(self, iteration: int, val_loss: float) -> None:
         if math.isfinite(val_loss) and (self.best["loss"] is None or val_loss < self.best["loss"]):
             self.best = {"loss": val_loss, "iteration": iteration, "stale": 0}
             if self.options.save_best:
                 self._going_on(self._save_best)
         else:
             self.best = {**self.best, "stale": self.best["stale"] + 1}
-        self.reader.restart_clock()
 
     def _end_as_asked(self, number: int, outcome: str) -> None:
         message = f"stopped by {signal.Signals(number).name} after iteration {self.iteration}; {outcome}"
@@ -361,7 +377,9 @@ class TrainingLoop:
         try:
             self.batches.restore(extra["data"])
             self.iteration, self.best, self.failures = extra["iteration"], extra["best"], extra["failures"]
-            self.report.sums, self.adapter_files = extra["report"], extra["adapters"]
+            # A checkpoint of an earlier version has counted every iteration's loss.
+            self.report.sums = {"losses": extra["report"]["iterations"], **extra["report"]}
+            self.adapter_files = extra["adapters"]
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} is not a checkpoint of fine-tuning: {error!r}") from None
         self.saved = f"{path} has the state after iteration {self.iteration}"

@@ -21,7 +21,7 @@ except ImportError as error:
         f"fine-tuning needs mlx-lm ({error}); install it with `pip install 'compiled-adam[lm]'`"
     ) from error
 
-from . import fingerprint, random_state
+from . import fingerprint, losses, random_state
 from .durable import locked
 from .errors import InputError
 from .loader import Batches
@@ -39,7 +39,7 @@ def train(
     train_dataset: Any,
     val_dataset: Any = None,
     args: mlx_lm_trainer.TrainingArgs | None = None,
-    loss: Callable[..., Any] = mlx_lm_trainer.default_loss,
+    loss: Callable[..., Any] = losses.next_token,
     iterate_batches: Callable[..., Any] = Batches,
     training_callback: TrainingCallback | None = None,
     *,
@@ -77,7 +77,8 @@ def train(
         train_dataset: what ``iterate_batches`` takes, by default mlx-lm's ``CacheDataset``.
         val_dataset: the same for validation at the first, the last and every ``steps_per_eval``-th iteration.
         args: ``mlx_lm.tuner.trainer.TrainingArgs``; None means its defaults.
-        loss: ``loss(model, *batch)`` returns the mean loss over tokens and the number of tokens.
+        loss: ``loss(model, *batch)`` returns the mean loss over tokens and the number of tokens. A batch of 0 tokens
+            counts for nothing. Default: `losses.next_token`; mlx-lm's `default_loss` also trains one token of padding.
         iterate_batches: makes the batches, called as mlx-lm calls it; for each worker as many. Default:
             `Batches`, which has mlx-lm's order.
         training_callback: gets ``on_train_loss_report(info)`` and ``on_val_loss_report(info)``.

@@ -20,14 +20,14 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.callbacks import TrainingCallback, get_reporting_callbacks
 from mlx_lm.tuner.datasets import CacheDataset, load_dataset
-from mlx_lm.tuner.trainer import TrainingArgs, default_loss, iterate_batches
+from mlx_lm.tuner.trainer import TrainingArgs
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters, print_trainable_parameters
 from mlx_lm.utils import load
 
-from . import fingerprint, loader, schedulers
+from . import fingerprint, loader, losses, schedulers
 from .adamw import AdamW
 from .errors import InputError
-from .evaluation import mean_loss
+from .evaluation import mean_loss, no_targets
 from .groups import decay_matrices
 from .lora import train
 from .lora_options import KEPT, YAML_ONLY, check_together, settings
@@ -197,15 +197,17 @@ def _test(args: types.SimpleNamespace, model: nn.Module, test_set: Any) -> None:
             loss = mean_loss(
                 model,
                 CacheDataset(test_set),
-                default_loss,
+                losses.next_token,
                 before_batch,
                 args.clear_cache_threshold,
                 batch_size=args.batch_size,
                 num_batches=args.test_batches,
                 max_seq_length=args.max_seq_length,
-                iterate_batches=iterate_batches,
+                iterate_batches=loader.Batches,
             )
-        print(f"Test loss {loss:.3f}, Test ppl {math.exp(loss):.3f}.")
+        if loss is None:
+            raise InputError(f"there is no test loss: {no_targets(args.max_seq_length)}")
+        print(f"Test loss {loss:.3f}, Test ppl {math.inf if loss >= 700 else math.exp(loss):.3f}.")
 
 
 def make_trainable(args: types.SimpleNamespace, model: nn.Module) -> None:

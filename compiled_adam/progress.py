@@ -50,12 +50,13 @@ class TrainingProgress:
     def report(self, info: dict[str, Any]) -> None:
         """Prints a training report: the dictionary that callbacks get."""
         rate, norm = info["learning_rate"], info["grad_norm"]
+        loss = f"loss {info['train_loss']:.4f}" if info["tokens_per_second"] > 0 else "no targets"
         self.line(
-            f"iter {info['iteration']:>5}  loss {info['train_loss']:.4f}"
+            f"iter {info['iteration']:>5}  {loss}"
             f"  lr {'-' if rate is None else f'{rate:.2e}'}  norm {'-' if norm is None else f'{norm:.3f}'}"
             f"  {info['tokens_per_second']:,.0f} tokens/s  peak {info['peak_memory']:.2f} GB  traces {info['traces']}"
         )
-        self._bar.update(self._training, status=f"loss {info['train_loss']:.4f}")
+        self._bar.update(self._training, status=loss)
 
     def line(self, text: str) -> None:
         # Without soft_wrap a pipe, which has no width, would get lines broken at 80 columns.

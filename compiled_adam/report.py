@@ -97,7 +97,7 @@ def _summary(run: Run) -> dict[str, Any]:
     tokens = sum(step["tokens"] for step in run.steps)
     return {
         "iterations": last["iteration"],
-        "last training loss": "not finite" if last["loss"] is None else f"{last['loss']:.4f}",
+        "last training loss": _loss_of(last),
         "last validation loss": f"{losses[-1]:.4f}" if losses else "-",
         "best validation loss": f"{min(losses):.4f}" if losses else "-",
         "tokens": f"{tokens:,}",
@@ -107,6 +107,12 @@ def _summary(run: Run) -> dict[str, Any]:
         "peak memory": f"{max(step['memory'] for step in run.steps) / 1e9:.2f} GB",
         "time in steps": f"{seconds / 60:.1f} min",
     }
+
+
+def _loss_of(step: dict[str, Any]) -> str:
+    if not step["tokens"]:
+        return "no targets"
+    return "not finite" if step["loss"] is None else f"{step['loss']:.4f}"
 
 
 def _table(heading: str, runs: Sequence[Run], columns: Sequence[dict[str, Any]]) -> str:

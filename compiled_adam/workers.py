@@ -212,11 +212,15 @@ class Workers:
         """Entries of steps with the ``loss`` and the ``tokens`` of all workers' parts of the batch, in one call."""
         if not self.many or not entries:
             return list(entries)
-        mine = [[e["loss"] * e["tokens"] if e["tokens"] else 0.0, e["tokens"]] for e in entries]
+        mine = [[e["loss"] * e["tokens"], e["tokens"]] if e["tokens"] > 0 else [0.0, 0.0] for e in entries]
         summed = mx.distributed.all_sum(mx.array(mine, mx.float32), group=self.group)
         mx.eval(summed)
         sums = cast(list[list[float]], summed.tolist())
         return [
-            {**entry, "loss": float(loss / tokens) if tokens else float("nan"), "tokens": int(tokens)}
+            {
+                **entry,
+                "loss": loss / tokens if tokens else math.nan,
+                "tokens": int(tokens) if tokens.is_integer() else tokens,
+            }
             for entry, (loss, tokens) in zip(entries, sums, strict=True)
         ]
