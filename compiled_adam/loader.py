@@ -85,7 +85,7 @@ class Batches:
         if len(dataset) < batch_size:
             raise InputError(
                 f"Dataset must have at least batch_size={batch_size} examples but only has {len(dataset)}; use a"
-                " smaller batch size or more data"
+                " smaller batch_size (--batch-size) or more data"
             )
         rank, size = (0, 1) if comm_group is None else (comm_group.rank(), comm_group.size())
         if batch_size % size:
@@ -143,12 +143,7 @@ class Batches:
         return Forecast(len(shapes), padded / tokens - 1)
 
     def _example(self, index: int) -> tuple[list[int], int]:
-        try:
-            item = self._dataset[index]
-        except (IndexError, KeyError, TypeError) as error:  # what mlx-lm makes of an empty text, or a missing key
-            raise InputError(
-                f"example {index} of the data set is empty or incomplete ({error!r}); repair it"
-            ) from error
+        item = self._dataset[index]
         return (item[0], item[1]) if len(item) == 2 and not isinstance(item[0], numbers.Integral) else (item, 0)
 
     def _padded(self, longest: int) -> int:

@@ -98,6 +98,15 @@ class TrainingLoop:
 
     def run(self) -> None:
         """Runs to the last iteration, or until something ends it; then saves."""
+        try:
+            self._run()
+        except KeyboardInterrupt as error:
+            if str(error):
+                raise
+            # The second Ctrl-C, which waits for nothing.
+            raise KeyboardInterrupt(f"stopped at once in iteration {self.iteration + 1}; {self.saved}") from None
+
+    def _run(self) -> None:
         self.step.model.train()
         try:
             ended = self._iterations()
@@ -108,15 +117,18 @@ class TrainingLoop:
                 # What the device was computing is lost, and the weights with it.
                 raise TrainingStopped(
                     f"out of memory in iteration {self.iteration + 1}: {error}; {self.saved}."
-                    " Use a smaller --batch-size or --max-seq-length, or --grad-checkpoint"
+                    " Use a smaller batch_size (--batch-size) or max_seq_length (--max-seq-length), or grad_checkpoint"
+                    " (--grad-checkpoint)"
                 ) from error
             if self.workers.many and is_lost(error):
                 raise
-            # Other workers are somewhere else, and cannot take part in saving.
-            problems = [] if self.workers.many else self._save_all()
-            raise TrainingStopped(
-                f"iteration {self.iteration + 1}: {error}; {self._what_is_saved(problems)}"
-            ) from error
+            if not (self.asked.signal is not None and isinstance(error, RuntimeError)):
+                self._tell_of_failure(error)
+                raise
+            # Ctrl-C ends every process of a terminal: the compiler that MLX was waiting for, too.
+            if self.workers.many:
+                self._end_as_asked(self.asked.signal, self.saved)
+            ended = None
         if ended is not None:
             self.progress.line(ended)
         complete = self._stop_signal() is None and not self._failed_too_often()
@@ -127,10 +139,22 @@ class TrainingLoop:
         if self._failed_too_often():
             raise TrainingStopped(
                 f"the loss or gradient was not finite in {self.failures} steps in a row, up to iteration"
-                f" {self.iteration}; {outcome}. Look at the data, lower the learning rate, or set --max-grad-norm"
+                f" {self.iteration}; {outcome}. Look at the data, lower the learning rate (--learning-rate), or set"
+                " max_grad_norm (--max-grad-norm)"
             )
         if problems:
             raise TrainingStopped(f"the training is over, but {outcome}")
+
+    def _tell_of_failure(self, error: Exception) -> None:
+        """Saves what can be saved, and says what that is: the error itself is not about it."""
+        # Other workers are somewhere else, and cannot take part in saving.
+        problems = [] if self.workers.many else self._save_all()
+        changed = (
+            "; with data that were repaired, it needs --allow-change data, too"
+            if isinstance(error, InputError) and self.resumable
+            else ""
+        )
+        self.progress.line(f"iteration {self.iteration + 1}: {error}; {self._what_is_saved(problems)}{changed}")
 
     def _iterations(self) -> str | None:
         """Returns why it ended early in a way that is not an error."""

@@ -27,6 +27,7 @@ from .errors import InputError
 from .loader import Batches
 from .loop import CONFIG, Options, TrainingLoop, Validation
 from .progress import TrainingProgress
+from .rows import located
 from .run_log import LOG, RunLog
 from .step import make_step
 from .stopping import asked_to_stop
@@ -103,12 +104,13 @@ def train(
 
     Raises:
         ValueError: unusable arguments, as in `make_step`; nothing to resume from; workers that were not started alike.
-        TrainingStopped: out of memory, ``nonfinite_limit`` was reached, another worker ended, or anything failed in the
-            middle (as its ``__cause__``) or at the last save; the message says what was saved.
+        TrainingStopped: out of memory, ``nonfinite_limit`` was reached, another worker ended, or the last save failed;
+            the message says what was saved. An error of another kind is raised as it is, after a line about that.
         KeyboardInterrupt, SystemExit(143): after Ctrl-C or SIGTERM, when everything is saved.
         OSError: another process is training in the folder of the adapters.
     """
     args = mlx_lm_trainer.TrainingArgs() if args is None else args
+    train_dataset, val_dataset = located(train_dataset, "train set"), located(val_dataset, "validation set")
     if not 0 < worker_timeout < float("inf"):
         raise InputError(f"worker_timeout is {worker_timeout!r}; it must be a number of seconds above 0")
     for name, value, least in (
@@ -166,7 +168,7 @@ def train(
         if val_dataset and isinstance(batches, Batches) and len(val_dataset) < args.batch_size:
             raise InputError(
                 f"the validation set has {len(val_dataset)} examples, fewer than batch_size={args.batch_size};"
-                " give it more, or use a smaller batch size"
+                " give it more, or use a smaller batch_size (--batch-size)"
             )
         # What decides which batches come, and after which of them a window ends.
         settings = dict(settings or {}) | {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import types
@@ -19,12 +18,11 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.callbacks import TrainingCallback, get_reporting_callbacks
-from mlx_lm.tuner.datasets import CacheDataset, load_dataset
+from mlx_lm.tuner.datasets import CacheDataset
 from mlx_lm.tuner.trainer import TrainingArgs
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters, print_trainable_parameters
-from mlx_lm.utils import load
 
-from . import fingerprint, loader, losses, schedulers
+from . import fingerprint, loader, lora_data, losses, model_files, schedulers
 from .adamw import AdamW
 from .errors import InputError
 from .evaluation import mean_loss, no_targets
@@ -69,11 +67,10 @@ def run(args: types.SimpleNamespace) -> None:
     callback = get_reporting_callbacks(
         args.report_to, project_name=args.project_name, log_dir=args.adapter_path, config=everything
     )
-    with _readable(f"the model {args.model}"):
-        model, tokenizer = _load(args)
-    train_set, valid_set, test_set = _data(args, tokenizer)
-    if args.test and len(test_set) < args.batch_size:
-        raise InputError(f"the test set has {len(test_set)} examples, fewer than batch_size={args.batch_size}")
+    model, tokenizer = model_files.load(args.model, getattr(args, "trust_remote_code", None))
+    train_set, valid_set, test_set = lora_data.load(args, tokenizer)
+    if args.test:
+        test_set = _test_set(args, test_set)
     if args.train:
         _train(args, model, optimizer, train_set, valid_set, callback)
     elif args.adapter_path:
@@ -83,26 +80,16 @@ def run(args: types.SimpleNamespace) -> None:
         _test(args, model, test_set)
 
 
-def _load(args: types.SimpleNamespace) -> tuple[nn.Module, Any]:
-    if hasattr(args, "trust_remote_code"):
-        trust = args.trust_remote_code
-        model, tokenizer, *_ = load(args.model, tokenizer_config={"trust_remote_code": trust}, trust_remote_code=trust)
-    else:  # mlx-lm before 0.32 has no such flag, and always trusts the tokenizer's code
-        model, tokenizer, *_ = load(args.model, tokenizer_config={"trust_remote_code": True})
-    return model, tokenizer
-
-
-def _data(args: types.SimpleNamespace, tokenizer: Any) -> tuple[Any, Any, Any]:
-    try:
-        return load_dataset(args, tokenizer)
-    except IndexError:  # mlx-lm looks at the first example of each file
-        raise InputError(f"a file in {args.data} has no examples; give it some, or remove it") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"a .jsonl file in {args.data} has a line that is not JSON: {error.doc[:60]!r}") from None
-    except ImportError as error:
+def _test_set(args: types.SimpleNamespace, dataset: Any) -> CacheDataset:
+    """Tokenized before a training: what is wrong with it must not show at the end of a long one."""
+    if len(dataset) < args.batch_size:
         raise InputError(
-            f"data is {args.data!r}, which is no folder; for a data set on Hugging Face install {error.name}"
-        ) from None
+            f"the test set has {len(dataset)} examples, fewer than batch_size={args.batch_size} (--batch-size)"
+        )
+    cached = CacheDataset(dataset)
+    for index in range(len(cached)) if args.train else ():
+        cached[index]
+    return cached
 
 
 @contextmanager
@@ -196,7 +183,7 @@ def _test(args: types.SimpleNamespace, model: nn.Module, test_set: Any) -> None:
 
             loss = mean_loss(
                 model,
-                CacheDataset(test_set),
+                test_set,
                 losses.next_token,
                 before_batch,
                 args.clear_cache_threshold,

@@ -113,10 +113,3 @@ def test_what_cannot_be_used() -> None:
     for ratio in (1.0, 0.5, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="the ratio of the lengths must be above 1"):
             geometric(ratio)
-
-    class Empty(Tokens):
-        def process(self, example):
-            return [][-1]  # what mlx-lm does with an empty text
-
-    with pytest.raises(ValueError, match="example 0 of the data set is empty or incomplete"):
-        next(Batches(CacheDataset(Empty([()])), 1, 100))

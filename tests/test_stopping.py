@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -22,6 +23,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import compiled_adam as ca
 from compiled_adam import durable, loop, losses
+from compiled_adam.errors import InputError
 from compiled_adam.loader import Batches
 from compiled_adam.run_log import read
 from compiled_adam.stopping import TrainingStopped, is_out_of_memory
@@ -576,16 +578,69 @@ def test_adapters_are_saved_where_a_checkpoint_cannot(
         assert stopped.value.code == 143
 
 
-def test_an_error_in_the_middle_saves_what_there_is(tiny_model: Path, tmp_path: Path) -> None:
-    class Broken(Batches):
-        def __next__(self):
-            if self.position()["next"] == 5:
-                raise ValueError("example 3 of the data set is empty")
-            return super().__next__()
+class Sixth(Batches):
+    """Instead of the sixth batch it does something."""
 
-    with pytest.raises(TrainingStopped, match=r"iteration 6: example 3 .*; .*has the weights after iteration 5"):
-        train(tiny_model, tmp_path, iterate_batches=Broken, steps_per_save=100)
+    does: Callable[[], None]
+
+    def __next__(self):
+        if self.position()["next"] == 5:
+            type(self).does()
+        return super().__next__()
+
+
+def sixth(*actions: int | Exception) -> type[Sixth]:
+    """Batches whose sixth sends signals and raises errors, in this order."""
+
+    def does() -> None:
+        for action in actions:
+            if isinstance(action, Exception):
+                raise action
+            os.kill(os.getpid(), action)
+
+    return type("SixthOnce", (Sixth,), {"does": staticmethod(does)})
+
+
+@pytest.mark.parametrize("kind", [InputError, ValueError, KeyError, RuntimeError, ZeroDivisionError])
+def test_an_error_in_the_middle_saves_what_there_is(kind, tiny_model: Path, tmp_path: Path, capsys) -> None:
+    error = kind("example 3 cannot be used")
+
+    # The error itself, and beside it a line that says what there is and how to go on.
+    with pytest.raises(type(error)) as raised:
+        train(tiny_model, tmp_path, iterate_batches=sixth(error), steps_per_save=100)
+    assert raised.value is error
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert re.search(r"iteration 6: '?example 3 .*; .*has the weights after iteration 5, and --resume goes on", line)
+    assert ("--allow-change data" in line) == isinstance(error, InputError)
     assert ca.latest_checkpoint(tmp_path / "checkpoints").name == "0000005"
+
+
+@pytest.mark.parametrize(
+    ("kind", "ended", "message"),
+    [(signal.SIGINT, KeyboardInterrupt, "stopped by SIGINT after iteration 5"), (signal.SIGTERM, SystemExit, "143")],
+)
+def test_what_a_signal_breaks_is_no_error(kind, ended, message: str, tiny_model: Path, tmp_path: Path) -> None:
+    """Ctrl-C reaches every process of a terminal, and so the compiler that MLX waits for, whose failure it raises."""
+    broken = RuntimeError("[Compile::eval_cpu] Failed to compile function")
+    with pytest.raises(ended, match=message):
+        train(tiny_model, tmp_path, iterate_batches=sixth(kind, broken), steps_per_save=100)
+    assert ca.latest_checkpoint(tmp_path / "checkpoints").name == "0000005"
+    # An error that no signal can cause stays one.
+    with pytest.raises(ZeroDivisionError):
+        train(tiny_model, tmp_path, iterate_batches=sixth(kind, ZeroDivisionError()), steps_per_save=100)
+
+
+def test_the_second_ctrl_c_says_what_there_is(tiny_model: Path, tmp_path: Path) -> None:
+    # With Python's own handler, also where the tests run in the background and inherit that Ctrl-C is ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(
+            KeyboardInterrupt, match=r"stopped at once in iteration 6; there is a checkpoint .*iteration 4"
+        ):
+            train(tiny_model, tmp_path, iterate_batches=sixth(signal.SIGINT, signal.SIGINT))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ca.latest_checkpoint(tmp_path / "checkpoints").name == "0000004"
 
 
 def test_readers_of_adapters_see_a_whole_file(tiny_model: Path, tmp_path: Path, monkeypatch) -> None:
