@@ -165,11 +165,19 @@ def _train(
             shard_state=bool(args.shard_state),
             worker_timeout=args.worker_timeout,
         )
-    finally:
-        if args.report and (folder / LOG).exists():
-            from .report import write
+    except BaseException:
+        # What ended the run is to be told, and not that it had no step yet.
+        with contextlib.suppress(InputError, OSError):
+            _report(args, folder)
+        raise
+    _report(args, folder)
 
-            write([folder], folder / "report.html")
+
+def _report(args: types.SimpleNamespace, folder: Path) -> None:
+    if args.report and (folder / LOG).exists():
+        from .report import write
+
+        write([folder], folder / "report.html")
 
 
 def _test(args: types.SimpleNamespace, model: nn.Module, test_set: Any) -> None:

@@ -9,8 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 import compiled_adam
+from compiled_adam import cli
 from compiled_adam.cli import main
+from compiled_adam.errors import InputError
+from compiled_adam.stopping import TrainingStopped
 
 DEMO = ("-m", "compiled_adam.cli", "demo", "--iters", "4", "--pretraining", "2")
 
@@ -94,3 +99,83 @@ def test_version(capsys) -> None:
     except SystemExit as stop:
         assert stop.code == 0
     assert capsys.readouterr().out == f"compiled-adam {compiled_adam.__version__}\n"
+
+
+# What the command makes of errors. `demo` stands for any command here.
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch):
+    """Makes the command raise an error; gives a function that runs it."""
+
+    def run(error: BaseException, *options: str) -> int:
+        def demo(arguments: object) -> None:
+            raise error
+
+        monkeypatch.setattr(cli, "_demo", demo)
+        return main([*options, "demo"])
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (InputError("iters is 0; it must be at least 1"), 2),
+        (FileNotFoundError(2, "No such file or directory", "a/b.jsonl"), 2),
+        (ConnectionError("cannot reach the hub"), 2),
+        (ImportError("drawing needs matplotlib; install it with `pip install x`"), 2),
+        (TrainingStopped("out of memory in iteration 3; nothing was saved"), 1),
+        (KeyboardInterrupt("stopped by SIGINT after iteration 3; all is saved"), 130),
+    ],
+)
+def test_what_a_user_can_mend_is_one_sentence(error: BaseException, code: int, failing, capsys) -> None:
+    assert failing(error) == code
+    assert capsys.readouterr().err == f"compiled-adam: {error}\n"
+
+
+@pytest.mark.parametrize("kind", [ValueError, TypeError, RuntimeError, KeyError, AttributeError, ImportError])
+def test_every_other_error_keeps_its_traceback(kind: type[Exception], failing, capsys) -> None:
+    with pytest.raises(kind, match="a bug"):
+        failing(kind("a bug"))
+    assert capsys.readouterr().err == ""
+
+
+def test_debug_shows_the_traceback_of_any_error(failing) -> None:
+    with pytest.raises(InputError):
+        failing(InputError("iters is 0"), "--debug")
+
+
+@pytest.fixture
+def pythons_own_handler():
+    """Also where the tests run in the background and inherit that Ctrl-C is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_what_ctrl_c_breaks_is_no_error(pythons_own_handler, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """At a terminal it also ends the compiler that MLX is waiting for, and MLX raises before Python sees the signal."""
+
+    def demo(arguments: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            raise RuntimeError("could not load a library") from None
+
+    monkeypatch.setattr(cli, "_demo", demo)
+    assert main(["demo"]) == 130
+    assert capsys.readouterr().err == "compiled-adam: interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_further_ctrl_c_while_the_first_is_told(pythons_own_handler, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tell(message: str) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def demo(arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_demo", demo)
+    monkeypatch.setattr(cli, "_tell", tell)
+    assert main(["demo"]) == 130

@@ -154,7 +154,7 @@ mx.eval(step(*batch()).loss)
         # MLX says when the other one has gone first, at the end.
         disk, extra, missing = [line for line in text.splitlines() if not line.startswith("[ring]")]
         assert disk.startswith(("FileNotFoundError", "OSError")[rank]) and "/proc" in disk
-        assert extra.startswith(("TypeError", "InputError")[rank]) and "not JSON serializable" in extra
+        assert extra.startswith("TypeError") and "not JSON serializable" in extra
         assert missing.removeprefix("InputError ") == ["rank 1: ", ""][rank] + (
             "missing is not a checkpoint: it has no meta.json"
         )

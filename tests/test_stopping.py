@@ -621,7 +621,7 @@ def test_an_error_in_the_middle_saves_what_there_is(kind, tiny_model: Path, tmp_
         train(tiny_model, tmp_path, iterate_batches=sixth(error), steps_per_save=100)
     assert raised.value is error
     line = capsys.readouterr().out.splitlines()[-1]
-    assert re.search(r"iteration 6: '?example 3 .*; .*has the weights after iteration 5, and --resume goes on", line)
+    assert re.search(r"iteration 6: '?example 3 .*; .*has the weights after iteration 5, and .*--resume goes on", line)
     assert ("--allow-change data" in line) == isinstance(error, InputError)
     assert ca.latest_checkpoint(tmp_path / "checkpoints").name == "0000005"
 
