@@ -24,6 +24,7 @@ except ImportError as error:
 from . import fingerprint, random_state
 from .durable import locked
 from .errors import InputError
+from .joining import join
 from .loader import Batches
 from .loop import CONFIG, Options, TrainingLoop, Validation
 from .progress import TrainingProgress
@@ -137,7 +138,7 @@ def train(
 
     folder = Path(args.adapter_file).parent
     with ExitStack() as stack:
-        world = mx.distributed.init()
+        world = join(worker_timeout)
         workers = stack.enter_context(Workers(world, worker_timeout))
         workers.first_does(lambda: _make(folder))
         step = make_step(

@@ -29,6 +29,7 @@ from .adamw import AdamW
 from .errors import InputError
 from .evaluation import mean_loss
 from .groups import decay_matrices
+from .joining import join
 from .lora import train
 from .lora_options import KEPT, YAML_ONLY, check_together, settings
 from .optimizers import Adam
@@ -50,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     args = settings(argv)
-    if mx.distributed.init().rank() == 0:
+    if join(args.worker_timeout).rank() == 0:
         run(args)
     else:
         args.report, args.report_to = False, None
@@ -186,7 +187,7 @@ def _test(args: types.SimpleNamespace, model: nn.Module, test_set: Any) -> None:
     """Prints what mlx-lm prints, and ends if the other workers are gone, as training does."""
     batches = len(test_set) // args.batch_size
     batches = batches if args.test_batches == -1 else min(batches, args.test_batches)
-    with Workers(mx.distributed.init(), args.worker_timeout) as workers:
+    with Workers(join(args.worker_timeout), args.worker_timeout) as workers:
         workers.saved = lambda: "there is no test loss"
         with TrainingProgress(batches, quiet=not workers.first, what="test") as progress:
 

@@ -37,13 +37,13 @@ def workers(count: int, folder: Path, *arguments: str, **environment: str) -> It
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(count)]))
     for rank in range(count):
         (CACHES / str(rank)).mkdir(parents=True, exist_ok=True)
-        own = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TMPDIR": str(CACHES / str(rank)), **environment}
+        own = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TMPDIR": str(CACHES / str(rank))}
         if count > 1:
             own |= {"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)}
         process = subprocess.Popen(
             [sys.executable, *arguments],
             cwd=folder,
-            env={**os.environ, **own},
+            env={**os.environ, **own, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
