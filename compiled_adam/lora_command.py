@@ -24,7 +24,7 @@ from mlx_lm.tuner.trainer import TrainingArgs, default_loss, iterate_batches
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters, print_trainable_parameters
 from mlx_lm.utils import load
 
-from . import fingerprint, loader, schedulers
+from . import fingerprint, loader, model_config, schedulers
 from .adamw import AdamW
 from .errors import InputError
 from .evaluation import mean_loss
@@ -85,6 +85,8 @@ def run(args: types.SimpleNamespace) -> None:
 
 
 def _load(args: types.SimpleNamespace) -> tuple[nn.Module, Any]:
+    if (Path(args.model) / "config.json").exists():
+        model_config.check(model_config.read(args.model))
     if hasattr(args, "trust_remote_code"):
         trust = args.trust_remote_code
         model, tokenizer, *_ = load(args.model, tokenizer_config={"trust_remote_code": trust}, trust_remote_code=trust)
