@@ -8,9 +8,13 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import mlx.core as mx
-import pytest
-from hypothesis import settings
+from tests import kernels
+
+kernels.separate()
+
+import mlx.core as mx  # noqa: E402
+import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 # The same examples every time: a run of the tests must not depend on luck.
 settings.register_profile("fixed", derandomize=True)
@@ -21,6 +25,10 @@ ROOT = Path(__file__).parent.parent
 def python_blocks(page: Path) -> list[str]:
     """The Python code in a Markdown file, which tests run."""
     return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
+
+
+def pytest_sessionfinish() -> None:
+    kernels.keep()
 
 
 @pytest.fixture(autouse=True)

@@ -44,7 +44,7 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, lis
     """For 1, 2 and 4 workers: where they wrote, and what each printed for each job."""
     folder = tmp_path_factory.mktemp("steps")
     program = ("tests.step_worker", json.dumps(JOBS))
-    launch.warm(folder / "warm", *program)
+    launch.warm("steps", folder / "warm", *program)
     found = {}
     for count in (1, 2, 4):
         printed = launch.run(count, folder / str(count), "-m", *program)
@@ -229,7 +229,7 @@ class Fine:
 @pytest.fixture(scope="module")
 def fine(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Fine:
     made = Fine(tmp_path_factory.mktemp("fine"), tiny_model)
-    launch.warm(made.folder, *made.program(*(made.arguments(kind, f"{kind}-warm") for kind in KINDS))[1:])
+    launch.warm("fine", made.folder, *made.program(*(made.arguments(kind, f"{kind}-warm") for kind in KINDS))[1:])
     launch.run(1, made.folder, *made.program(*(made.arguments(kind, f"{kind}-1") for kind in KINDS)))
     return made
 
