@@ -332,6 +332,8 @@ def test_the_second_ctrl_c_acts_at_once() -> None:
         "import time; from compiled_adam.stopping import asked_to_stop\n"
         "with asked_to_stop() as asked:\n"
         "    print('ready', flush=True)\n"
+        "    while asked.signal is None: time.sleep(0.01)\n"
+        "    print('going on', flush=True)\n"
         "    while True: time.sleep(0.01)"
     )
     # With Python's own handler, also where the tests run in the background and inherit that Ctrl-C is ignored.
@@ -339,10 +341,9 @@ def test_the_second_ctrl_c_acts_at_once() -> None:
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
-    assert process.poll() is None
+    assert process.stdout.readline() == "going on\n"
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=60)
     assert "once more to stop at once" in errors and "KeyboardInterrupt" in errors
 
 

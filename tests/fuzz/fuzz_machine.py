@@ -477,7 +477,7 @@ class TrainStepMachine(RuleBasedStateMachine):
     @allowed("set_dtype")
     @rule(seed=seeds)
     def set_dtype(self, seed: int) -> None:
-        """An update of weights of another dtype is refused, where it would lose what belongs to them; they come back."""
+        """An update of weights of another dtype is refused; the old ones come back."""
         RAN["set_dtype"] += 1
         if not self.is_ours or self.shadow.filled + 1 < self.accumulate:
             return
