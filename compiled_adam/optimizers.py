@@ -376,6 +376,7 @@ class Adam(optim.Adam):
         scalars: Stored,
         constants: tuple[Any, ...],
         part: tuple[Any, ...] | None,
+        weight: mx.array | None = None,
     ) -> tuple[list[mx.array], list[Stored], Stored]:
         """What is compiled: `update` of leaves whose groups and forms of storage are found out here, once a trace."""
         self._traces += 1
@@ -384,7 +385,15 @@ class Adam(optim.Adam):
             check_leaf(*leaf)
         groups = [self._group(path, p) for path, p in zip(paths, parameters, strict=True)]
         return update(
-            gradients, parameters, states, scalars, groups, forms, Constants(*constants), Part(*part) if part else None
+            gradients,
+            parameters,
+            states,
+            scalars,
+            groups,
+            forms,
+            Constants(*constants),
+            Part(*part) if part else None,
+            weight,
         )
 
     def update_leaves(
@@ -394,13 +403,15 @@ class Adam(optim.Adam):
         parameters: list[mx.array],
         states: list[Stored],
         scalars: Stored,
+        weight: mx.array | None,
     ) -> tuple[list[mx.array], list[Stored], Stored]:
         """The new parameters, states and ``scalars``, which is the rest of the state; for a graph that is traced.
 
-        A leaf may stand for several that are updated alike: its path is that of any of them.
+        A leaf may stand for several that are updated alike: its path is that of any of them. If the ``weight`` is 0,
+        the gradients count as 0.
         """
         scalars = scalars | self._scheduled(scalars["step"])
-        return self._trace(paths, gradients, parameters, states, scalars, self._constants(), None)
+        return self._trace(paths, gradients, parameters, states, scalars, self._constants(), None, weight)
 
     def streams(self, parameters: list[mx.array]) -> list[mx.Stream]:
         """Where `update_leaves` will update each."""

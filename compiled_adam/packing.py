@@ -295,12 +295,14 @@ class PackedTrees:
         packed, streams = [], self._optimizer.streams(parameters)
         for row, stream in zip(self._rows, streams, strict=True):
             with mx.stream(stream):  # that of its update, so that neither waits for the other stream
-                flat = _flat([gradients[i] for i in row])
-                packed.append(flat if weight is None else counted(flat, weight))
+                packed.append(_flat([gradients[i] for i in row]))
         states, scalars = state
-        new = self._optimizer.update_leaves(self._paths, packed, parameters, states, scalars)
+        new = self._optimizer.update_leaves(self._paths, packed, parameters, states, scalars, weight)
         norm = new[2].get("grad_norm")  # it knows it if it clips or skips
-        return new[0], new[1:], rule.global_norm(packed, streams) if norm is None else norm
+        if norm is None:
+            norm = rule.global_norm(packed, streams)
+            norm = norm if weight is None else counted(norm, weight)
+        return new[0], new[1:], norm
 
 
 def _flat(arrays: Sequence[mx.array]) -> mx.array:
