@@ -225,7 +225,7 @@ def update_leaf(
     MLX fuses a value into a kernel only if all that uses it is in that kernel or is an output. So what is selected is
     selected first, and everything after it uses the selected value.
     """
-    if c.counts is not None and c.clip is not None and form.compensated:
+    if c.counts is not None and c.clip is not None and form.compensated and not inplace:
         # With these there is one level more than MLX fuses: a kernel of its own, or it would make four.
         gradient = rule.unfused(counted(gradient, c.counts))
         c = c._replace(counts=None)
