@@ -183,6 +183,11 @@ def test_who_waits_for_a_lock_gives_up(tmp_path: Path, monkeypatch: pytest.Monke
     with claims.held(tmp_path / "last"), pytest.raises(TimeoutError, match="last is held by another process"):
         write(tmp_path / "last", "1")
     assert read(tmp_path / "last") == {"0"} and os.listdir(tmp_path) == ["last"]
+    # Who is still removing what was replaced would remove what is moved there next.
+    (tmp_path / ".last.old").mkdir()
+    with claims.held(tmp_path / ".last.old"), pytest.raises(TimeoutError, match=r"\.last\.old is held by another"):
+        write(tmp_path / "last", "1")
+    assert read(tmp_path / "last") == {"0"} and sorted(os.listdir(tmp_path)) == [".last.old", "last"]
 
 
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
