@@ -18,7 +18,7 @@ except ImportError as error:
         sys.exit(f"compiled-adam: {_what}")  # the command, `doctor` above all: a sentence and not a traceback
     raise ImportError(_what) from error
 
-from . import schedulers
+from . import losses, schedulers
 from .adamw import AdamW
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from .groups import decay_matrices
@@ -37,6 +37,7 @@ __all__ = [
     "decay_matrices",
     "latest_checkpoint",
     "load_checkpoint",
+    "losses",
     "make_step",
     "save_checkpoint",
     "schedulers",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 from .errors import InputError
 from .groups import DecayFilter
 from .optimizers import Adam, LearningRate
+from .options import check_number
 
 
 class AdamW(Adam):
@@ -58,7 +58,6 @@ class AdamW(Adam):
         )
         if decay_filter is not None and not callable(decay_filter):
             raise InputError(f"decay_filter is {decay_filter!r}; it must be a function of (path, parameter), or None")
-        if not 0 <= float(weight_decay) < math.inf:
-            raise InputError(f"weight_decay is {weight_decay!r}; it must be a number of at least 0")
+        check_number("weight_decay", weight_decay)
         self.weight_decay = weight_decay
         self._decay_filter = decay_filter

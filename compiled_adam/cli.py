@@ -4,22 +4,35 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
 from . import __version__
+from .errors import InputError
 from .stopping import TrainingStopped
+from .streams import lenient_streams
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit code.
 
     0; 1 for training that could not go on, or by `doctor`'s word could not begin; 2 for input that cannot be used;
-    130 after Ctrl-C, 143 after SIGTERM.
+    130 after Ctrl-C, 143 after SIGTERM. An error of another kind is a fault of the program, and is raised.
     """
+    with lenient_streams():
+        try:
+            with _Interrupts() as interrupts:
+                return _run(argv, interrupts)
+        except KeyboardInterrupt:  # a further one, while the first was being told
+            return 130
+
+
+def _run(argv: Sequence[str] | None, interrupts: _Interrupts) -> int:
     parser = _parser()
     # What follows `lora` and `plan` is for mlx-lm's parser, whose import takes a second; `schedule` has a parser for
     # each name.
@@ -29,25 +42,53 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         code: int | None = arguments.command(arguments)
-        sys.stdout.flush()
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        if isinstance(error, BrokenPipeError):
-            # The reader (head, less) has left; Python would complain once more when it flushes at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
-        if arguments.debug:
-            raise
-        print(f"compiled-adam: {error}", file=sys.stderr)
-        return 2
-    except TrainingStopped as error:
-        if arguments.debug:
-            raise
-        print(f"compiled-adam: {error}", file=sys.stderr)
-        return 1
+        return code or 0
     except KeyboardInterrupt as error:
-        print(f"compiled-adam: {error}" if str(error) else "compiled-adam: interrupted", file=sys.stderr)
+        _tell(str(error) or "interrupted")
         return 130
-    return code or 0
+    except Exception as error:
+        if interrupts.seen and isinstance(error, RuntimeError) and not isinstance(error, TrainingStopped):
+            # Ctrl-C ends every process of a terminal, as the compiler that MLX is waiting for: its failure came first.
+            _tell("interrupted")
+            return 130
+        if arguments.debug or not _is_told(error):
+            raise
+        _tell(str(error))
+        return 1 if isinstance(error, TrainingStopped) else 2
+
+
+class _Interrupts:
+    """A context in which Ctrl-C raises KeyboardInterrupt as ever, and ``seen`` says whether there was one."""
+
+    seen = False
+
+    def __enter__(self) -> _Interrupts:
+        # Only in place of Python's own handler, not of one of a caller.
+        self._ours = (
+            threading.current_thread() is threading.main_thread()
+            and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        )
+        if self._ours:
+            signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.seen = True
+        signal.default_int_handler(number, frame)
+
+
+def _is_told(error: Exception) -> bool:
+    """Whether an error is about something that a user can mend, so that its message alone says enough."""
+    missing_package = isinstance(error, ImportError) and "install" in str(error)  # with what to install
+    return isinstance(error, (InputError, OSError, TrainingStopped)) or missing_package
+
+
+def _tell(message: str) -> None:
+    print(f"compiled-adam: {message}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

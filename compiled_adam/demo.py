@@ -16,13 +16,13 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from mlx_lm.tuner.datasets import CacheDataset, TextDataset
-from mlx_lm.tuner.trainer import TrainingArgs, default_loss, evaluate, iterate_batches
+from mlx_lm.tuner.trainer import TrainingArgs, evaluate, iterate_batches
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import get_total_parameters, load, save_config
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from . import demo_bf16, schedulers
+from . import demo_bf16, losses, schedulers
 from .adamw import AdamW
 from .errors import InputError
 from .lora import train
@@ -163,7 +163,7 @@ def _dataset(texts: list[str], tokenizer: Any) -> CacheDataset:
 
 def _pretrain(model: nn.Module, dataset: Any, iterations: int) -> None:
     learning_rate = schedulers.cosine(5e-3, iterations + 1, warmup=iterations // 10)
-    step = make_step(model, default_loss, AdamW(learning_rate, bias_correction=True), weighted=True)
+    step = make_step(model, losses.next_token, AdamW(learning_rate, bias_correction=True), weighted=True)
     batches = iterate_batches(dataset, batch_size=4, max_seq_length=256, loop=True)
     with TrainingProgress(iterations) as progress:
         for iteration, batch in zip(range(1, iterations + 1), batches, strict=False):
@@ -174,4 +174,4 @@ def _pretrain(model: nn.Module, dataset: Any, iterations: int) -> None:
 
 
 def _validation_loss(model: nn.Module, dataset: Any) -> float:
-    return evaluate(model, dataset, batch_size=4, num_batches=-1)
+    return evaluate(model, dataset, batch_size=4, num_batches=-1, loss=losses.next_token)

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
-from mlx_lm.tuner.trainer import default_loss, evaluate, iterate_batches
+from mlx_lm.tuner.trainer import evaluate, iterate_batches
 from mlx_lm.utils import load
 
+from . import losses
 from .adamw import AdamW
 from .progress import TrainingProgress
 from .step import make_step
@@ -43,15 +44,15 @@ def compare(model: Path, train_set: Any, valid_set: Any, updates: int, seed: int
             network, *_ = load(str(model))
             network.set_dtype(mx.bfloat16)  # all begin with the same weights
             network.set_dtype(dtype)
-            before = evaluate(network, valid_set, batch_size=4, num_batches=-1)
+            before = evaluate(network, valid_set, batch_size=4, num_batches=-1, loss=losses.next_token)
             network.train()
             np.random.seed(seed)  # the order of the batches
-            step = make_step(network, default_loss, optimizer(LEARNING_RATE, bias_correction=True), weighted=True)
+            step = make_step(network, losses.next_token, optimizer(LEARNING_RATE, bias_correction=True), weighted=True)
             batches = iterate_batches(train_set, batch_size=1, max_seq_length=256, loop=True)
             for _, batch in zip(range(updates), batches, strict=False):
                 step(*batch)
                 progress.advance()
-            after = evaluate(network, valid_set, batch_size=4, num_batches=-1)
+            after = evaluate(network, valid_set, batch_size=4, num_batches=-1, loss=losses.next_token)
             results[name] = Losses(before, after)
             progress.line(f"{name:<32}validation loss {before:.4f} -> {after:.4f}")
     return results

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -33,13 +33,15 @@ def geometric(ratio: float) -> Padding:
     The series is 32, 32 ratio, 32 ratio^2, ...; padding adds at most ``ratio - 1`` of a length to mlx-lm's.
 
     Raises:
-        ValueError: the ratio is not above 1.
+        ValueError: the ratio is not from 1.01 to 1000.
 
     >>> sorted({geometric(1.5)(length) for length in range(1, 1000)})
     [33, 65, 97, 129, 193, 257, 385, 577, 833, 1249]
     """
-    if not 1 < ratio < float("inf"):
-        raise InputError(f"bucket is {ratio!r}; the ratio of the lengths must be above 1, such as 1.25")
+    if isinstance(ratio, bool) or not isinstance(ratio, numbers.Real) or not 1.01 <= ratio <= 1000:
+        raise InputError(
+            f"bucket (--bucket) is {ratio!r}; the ratio of the lengths must be above 1, such as 1.25 (1.01 to 1000)"
+        )
 
     def padded(length: int) -> int:
         size = 32.0
@@ -85,7 +87,7 @@ class Batches:
         if len(dataset) < batch_size:
             raise InputError(
                 f"Dataset must have at least batch_size={batch_size} examples but only has {len(dataset)}; use a"
-                " smaller batch size or more data"
+                " smaller batch_size (--batch-size) or more data"
             )
         rank, size = (0, 1) if comm_group is None else (comm_group.rank(), comm_group.size())
         if batch_size % size:
@@ -121,15 +123,41 @@ class Batches:
 
     def position(self) -> dict[str, Any]:
         """Where this is, as JSON can hold it: `restore` of it gives the batches that come next."""
-        return {"epoch_start": self._epoch_start, "next": self._next, "random": _as_json(np.random.get_state())}
+        return {
+            "epoch_start": self._epoch_start,
+            "next": self._next,
+            "random": _as_json(np.random.get_state()),
+            "batches": len(self.members),
+        }
 
-    def restore(self, position: dict[str, Any]) -> None:
-        """Goes to a `position`, and puts NumPy's random state to what it was there; no batch is made for that."""
-        if position["epoch_start"] is not None:
-            np.random.set_state(position["epoch_start"])
+    def restore(self, position: Any) -> None:
+        """Goes to a `position`, and puts NumPy's random state to what it was there; no batch is made for that.
+
+        If an epoch has another number of batches now (other examples, another batch size), the order that the position
+        is in does not exist any more: the next epoch begins, and a warning says so.
+
+        Raises:
+            ValueError: it is no position. Nothing is changed then.
+        """
+        found, count = _Position.of(position), len(self.members)
+        # Positions of version 0.1 do not say how many batches there were.
+        other = found.next > count or found.batches not in (None, count)
+        if found.epoch_start is not None and other:
+            warnings.warn(
+                f"the checkpoint is at batch {found.next} of {found.batches or 'more'} of an epoch, which has {count}"
+                " now: a new epoch begins",
+                stacklevel=2,
+            )
+        self._epoch_start, self._order, self._next = None, None, 0
+        if found.epoch_start is not None and not other:
+            np.random.set_state(found.epoch_start)
             self._begin_epoch()
-            self._next = position["next"]
-        np.random.set_state(position["random"])
+            self._next = found.next
+        np.random.set_state(found.random)
+
+    def rows(self) -> Iterator[tuple[list[int], int]]:
+        """Every example of the data set, in its own order: tokens, and where the loss begins; tokenizes all of them."""
+        return map(self._example, range(len(self._dataset)))
 
     def forecast(self) -> Forecast:
         """What an epoch's shapes are; tokenizes the whole data set."""
@@ -143,12 +171,7 @@ class Batches:
         return Forecast(len(shapes), padded / tokens - 1)
 
     def _example(self, index: int) -> tuple[list[int], int]:
-        try:
-            item = self._dataset[index]
-        except (IndexError, KeyError, TypeError) as error:  # what mlx-lm makes of an empty text, or a missing key
-            raise InputError(
-                f"example {index} of the data set is empty or incomplete ({error!r}); repair it"
-            ) from error
+        item = self._dataset[index]
         return (item[0], item[1]) if len(item) == 2 and not isinstance(item[0], numbers.Integral) else (item, 0)
 
     def _padded(self, longest: int) -> int:
@@ -180,6 +203,49 @@ class Forecast(NamedTuple):
     overhead: float  # padding, as a part of the tokens
 
 
+class _Position(NamedTuple):
+    """What `Batches.position` gave, checked."""
+
+    epoch_start: Any  # NumPy's random state from which the order was drawn; None before the first batch
+    next: int
+    random: Any
+    batches: int | None
+
+    @classmethod
+    def of(cls, position: Any) -> _Position:
+        if not isinstance(position, Mapping):
+            raise InputError(f"the position in the data is {str(position)[:60]!r}, not what a checkpoint has")
+        start, batches = position.get("epoch_start"), position.get("batches")
+        found = cls(start, position.get("next", 0), position.get("random"), batches)
+        counts = (found.next,) if batches is None else (found.next, batches)
+        if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in counts):
+            raise InputError(f"the position in the data is batch {found.next!r} of {batches!r}, which is none")
+        if start is None and found.next:
+            raise InputError(f"the position in the data is batch {found.next} of an epoch that has not begun")
+        for state in (found.random, *(() if start is None else (start,))):
+            if not _is_state(state):
+                raise InputError(f"the position in the data has {str(state)[:60]!r} for a random state of NumPy")
+        return found
+
+
 def _as_json(state: Any) -> list[Any]:
     name, keys, *rest = state
     return [name, keys.tolist(), *rest]
+
+
+def _is_state(state: Any) -> bool:
+    """Whether this is a state that `_as_json` made; NumPy believes some that it cannot draw numbers from."""
+    if not isinstance(state, list) or len(state) != 5 or state[0] != "MT19937":
+        return False
+    _, keys, place, has_gauss, gauss = state
+    return (
+        isinstance(keys, list)
+        and len(keys) == 624
+        and all(type(key) is int and 0 <= key < 2**32 for key in keys)
+        and type(place) is int
+        and 0 <= place <= 624
+        and type(has_gauss) is int
+        and has_gauss in (0, 1)
+        and isinstance(gauss, (int, float))
+        and math.isfinite(gauss)
+    )

@@ -21,7 +21,7 @@ from mlx_lm.tuner.trainer import TrainingArgs
 from .checkpoint import Contents, check_finite, latest_checkpoint, numbered, prune, read_checkpoint, write_checkpoint
 from .durable import present, replace_arrays, replacing, save_arrays
 from .errors import InputError
-from .evaluation import mean_loss
+from .evaluation import mean_loss, no_targets
 from .loader import Batches
 from .progress import TrainingProgress
 from .run_log import LOG, RunLog, is_log
@@ -83,6 +83,7 @@ class TrainingLoop:
         self.folder = self.adapters.parent
         self.saved, self.resumable = "nothing was saved", ""  # for messages
         self.reader, self.report = StepReader(step), Report()
+        self.told = False  # that no token is trained
         # What a checkpoint has of the loop, beside the report's sums.
         self.iteration = 0  # the last one that is finished
         self.best: dict[str, Any] = {"loss": None, "iteration": None, "stale": 0}
@@ -97,6 +98,15 @@ class TrainingLoop:
 
     def run(self) -> None:
         """Runs to the last iteration, or until something ends it; then saves."""
+        try:
+            self._run()
+        except KeyboardInterrupt as error:
+            if str(error):
+                raise
+            # The second Ctrl-C, which waits for nothing.
+            raise KeyboardInterrupt(f"stopped at once in iteration {self.iteration + 1}; {self.saved}") from None
+
+    def _run(self) -> None:
         self.step.model.train()
         try:
             ended = self._iterations()
@@ -107,15 +117,18 @@ class TrainingLoop:
                 # What the device was computing is lost, and the weights with it.
                 raise TrainingStopped(
                     f"out of memory in iteration {self.iteration + 1}: {error}; {self.saved}."
-                    " Use a smaller --batch-size or --max-seq-length, or --grad-checkpoint"
+                    " Use a smaller batch_size (--batch-size) or max_seq_length (--max-seq-length), or grad_checkpoint"
+                    " (--grad-checkpoint)"
                 ) from error
             if self.workers.many and is_lost(error):
                 raise
-            # Other workers are somewhere else, and cannot take part in saving.
-            problems = [] if self.workers.many else self._save_all()
-            raise TrainingStopped(
-                f"iteration {self.iteration + 1}: {error}; {self._what_is_saved(problems)}"
-            ) from error
+            if not (self.asked.signal is not None and isinstance(error, RuntimeError)):
+                self._tell_of_failure(error)
+                raise
+            # Ctrl-C ends every process of a terminal: the compiler that MLX was waiting for, too.
+            if self.workers.many:
+                self._end_as_asked(self.asked.signal, self.saved)
+            ended = None
         if ended is not None:
             self.progress.line(ended)
         complete = self._stop_signal() is None and not self._failed_too_often()
@@ -125,11 +138,23 @@ class TrainingLoop:
             self._end_as_asked(number, outcome)
         if self._failed_too_often():
             raise TrainingStopped(
-                f"the loss or gradient was not finite in {self.failures} steps in a row, up to iteration"
-                f" {self.iteration}; {outcome}. Look at the data, lower the learning rate, or set --max-grad-norm"
+                f"the loss, gradient or learning rate was not finite in {self.failures} steps in a row, up to iteration"
+                f" {self.iteration}; {outcome}. Look at the data, lower the learning rate (--learning-rate), or set"
+                " max_grad_norm (--max-grad-norm)"
             )
         if problems:
             raise TrainingStopped(f"the training is over, but {outcome}")
+
+    def _tell_of_failure(self, error: Exception) -> None:
+        """Saves what can be saved, and says what that is: the error itself is not about it."""
+        # Other workers are somewhere else, and cannot take part in saving.
+        problems = [] if self.workers.many else self._save_all()
+        changed = (
+            """; with data that were repaired, it needs allow=["data"] or --allow-change data, too"""
+            if isinstance(error, InputError) and self.resumable
+            else ""
+        )
+        self.progress.line(f"iteration {self.iteration + 1}: {error}; {self._what_is_saved(problems)}{changed}")
 
     def _iterations(self) -> str | None:
         """Returns why it ended early in a way that is not an error."""
@@ -161,12 +186,19 @@ class TrainingLoop:
                 self._drain()
                 info = self.report.close()
                 self.progress.report(info)
+                self._tell_if_nothing_is_trained(info)
                 self.callback.on_train_loss_report(info)
             if iteration % args.steps_per_save == 0:
                 self._drain()
                 self._save_and_go_on()
         self._drain()
         return None
+
+    def _tell_if_nothing_is_trained(self, info: dict[str, Any]) -> None:
+        """A line, once: otherwise a run that teaches the model nothing looks like one that does."""
+        if not info["trained_tokens"] and not self.told:
+            self.told = True
+            self.warn(f"no token has been trained yet: {no_targets(self.args.max_seq_length)}")
 
     def _stop_signal(self) -> int | None:
         """The signal to stop for. Workers get theirs at different times, and stop when all know, after an update."""
@@ -224,17 +256,25 @@ class TrainingLoop:
             # Made only because the run ends here; if more iterations follow, they are those of a longer run.
             np.random.set_state(random)
         seconds = time.perf_counter() - start
-        self.progress.line(f"iter {iteration:>5}  validation loss {val_loss:.4f}")
+        if val_loss is None:
+            self.progress.line(f"iter {iteration:>5}  no validation loss: {no_targets(args.max_seq_length)}")
+        else:
+            self.progress.line(f"iter {iteration:>5}  validation loss {val_loss:.4f}")
+        known = math.nan if val_loss is None else val_loss
         if self.log is not None:
-            self.log.write({"iteration": iteration, "val_loss": val_loss, "seconds": seconds})
-        self.callback.on_val_loss_report({"iteration": iteration - 1, "val_loss": val_loss, "val_time": seconds})
+            self.log.write({"iteration": iteration, "val_loss": known, "seconds": seconds})
+        self.callback.on_val_loss_report({"iteration": iteration - 1, "val_loss": known, "val_time": seconds})
+        if val_loss is not None:
+            self._compare_with_best(iteration, val_loss)
+        self.reader.restart_clock()
+
+    def _compare_with_best(self, iteration: int, val_loss: float) -> None:
         if math.isfinite(val_loss) and (self.best["loss"] is None or val_loss < self.best["loss"]):
             self.best = {"loss": val_loss, "iteration": iteration, "stale": 0}
             if self.options.save_best:
                 self._going_on(self._save_best)
         else:
             self.best = {**self.best, "stale": self.best["stale"] + 1}
-        self.reader.restart_clock()
 
     def _end_as_asked(self, number: int, outcome: str) -> None:
         message = f"stopped by {signal.Signals(number).name} after iteration {self.iteration}; {outcome}"
@@ -325,7 +365,7 @@ class TrainingLoop:
         self._note_checkpoint()
 
     def _note_checkpoint(self) -> None:
-        self.resumable = f", and --resume goes on from iteration {self.iteration}"
+        self.resumable = f', and resume="auto" or --resume goes on from iteration {self.iteration}'
         self.saved = f"there is a checkpoint in {self.folder / CHECKPOINTS}{self.resumable}"
 
     def _save_best(self) -> None:
@@ -361,7 +401,9 @@ class TrainingLoop:
         try:
             self.batches.restore(extra["data"])
             self.iteration, self.best, self.failures = extra["iteration"], extra["best"], extra["failures"]
-            self.report.sums, self.adapter_files = extra["report"], extra["adapters"]
+            # A checkpoint of an earlier version has counted every iteration's loss.
+            self.report.sums = {"losses": extra["report"]["iterations"], **extra["report"]}
+            self.adapter_files = extra["adapters"]
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} is not a checkpoint of fine-tuning: {error!r}") from None
         self.saved = f"{path} has the state after iteration {self.iteration}"
@@ -392,5 +434,9 @@ class TrainingLoop:
             present(path).rename(aside / CHECKPOINTS / path.name)
         for path in files:
             path.rename(aside / path.name)
-        newest = f"; --resume {aside / CHECKPOINTS / checkpoints[-1].name} goes on from there" if checkpoints else ""
+        newest = (
+            f"; resume=... or --resume {aside / CHECKPOINTS / checkpoints[-1].name} goes on from there"
+            if checkpoints
+            else ""
+        )
         self.progress.line(f"what an earlier run left is in {aside}{newest}")

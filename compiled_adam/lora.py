@@ -21,16 +21,22 @@ except ImportError as error:
         f"fine-tuning needs mlx-lm ({error}); install it with `pip install 'compiled-adam[lm]'`"
     ) from error
 
-from . import fingerprint, random_state
+from . import fingerprint, losses, random_state
+from .checkpoint import numbered
 from .durable import locked
 from .errors import InputError
+from .joining import join
 from .loader import Batches
-from .loop import CONFIG, Options, TrainingLoop, Validation
+from .loop import CHECKPOINTS, CONFIG, Options, TrainingLoop, Validation
+from .lora_values import called, check_timeout, check_whole
 from .progress import TrainingProgress
+from .rows import located
 from .run_log import LOG, RunLog
 from .step import make_step
 from .stopping import asked_to_stop
 from .workers import Workers
+
+_MANY = 5000  # examples, whose tokenizing takes seconds
 
 
 def train(
@@ -39,7 +45,7 @@ def train(
     train_dataset: Any,
     val_dataset: Any = None,
     args: mlx_lm_trainer.TrainingArgs | None = None,
-    loss: Callable[..., Any] = mlx_lm_trainer.default_loss,
+    loss: Callable[..., Any] = losses.next_token,
     iterate_batches: Callable[..., Any] = Batches,
     training_callback: TrainingCallback | None = None,
     *,
@@ -77,7 +83,8 @@ def train(
         train_dataset: what ``iterate_batches`` takes, by default mlx-lm's ``CacheDataset``.
         val_dataset: the same for validation at the first, the last and every ``steps_per_eval``-th iteration.
         args: ``mlx_lm.tuner.trainer.TrainingArgs``; None means its defaults.
-        loss: ``loss(model, *batch)`` returns the mean loss over tokens and the number of tokens.
+        loss: ``loss(model, *batch)`` returns the mean loss over tokens and the number of tokens. A batch of 0 tokens
+            counts for nothing. Default: `losses.next_token`; mlx-lm's `default_loss` also trains one token of padding.
         iterate_batches: makes the batches, called as mlx-lm calls it; for each worker as many. Default:
             `Batches`, which has mlx-lm's order.
         training_callback: gets ``on_train_loss_report(info)`` and ``on_val_loss_report(info)``.
@@ -90,8 +97,11 @@ def train(
         save_best: whether to keep the weights with the lowest validation loss in ``best``. Default False.
         early_stop_patience: end after so many validations in a row without a new lowest loss. Default None: never.
         nonfinite_limit: end after so many steps in a row whose loss or gradient is not finite. Default None: never.
-        resume: a checkpoint's folder, or "auto" for the newest whole one in ``checkpoints``. Default None.
-        settings: names and values that results depend on and a resumed run must share. Default None.
+        resume: a checkpoint's folder; or "auto" for the newest whole one in ``checkpoints``, where the run begins anew,
+            and says so, if none was ever written. Default None.
+        settings: names and values that results depend on and a resumed run must share. Default None. With checkpoints
+            they have ``data`` and ``validation data``, too: digests of all tokenized examples, so that all are
+            tokenized before the first step.
         allow: names of settings that may differ from the checkpoint's, as in `load_checkpoint`.
         adapter_config: what mlx-lm needs to load the adapters, for ``adapter_config.json`` beside them; written when
             nothing stands in the way of the training any more. Default None: not written.
@@ -101,35 +111,36 @@ def train(
             a message and exit code 1; more if steps are long, see `Watchdog`. (One that died is noticed at once.)
 
     Raises:
-        ValueError: unusable arguments, as in `make_step`; nothing to resume from; workers that were not started alike.
-        TrainingStopped: out of memory, ``nonfinite_limit`` was reached, another worker ended, or anything failed in the
-            middle (as its ``__cause__``) or at the last save; the message says what was saved.
+        ValueError: unusable arguments, as in `make_step`; a checkpoint that does not exist or fit, or whose folder has
+            none that is whole; workers that were not started alike.
+        TrainingStopped: out of memory, ``nonfinite_limit`` was reached, another worker ended, or the last save failed;
+            the message says what was saved. An error of another kind is raised as it is, after a line about that.
         KeyboardInterrupt, SystemExit(143): after Ctrl-C or SIGTERM, when everything is saved.
         OSError: another process is training in the folder of the adapters.
     """
     args = mlx_lm_trainer.TrainingArgs() if args is None else args
-    if not 0 < worker_timeout < float("inf"):
-        raise InputError(f"worker_timeout is {worker_timeout!r}; it must be a number of seconds above 0")
-    for name, value, least in (
-        ("batch_size", args.batch_size, 1),
-        ("iters", args.iters, 0),
-        ("grad_accumulation_steps", args.grad_accumulation_steps, 1),
-        ("steps_per_report", args.steps_per_report, 1),
-        ("steps_per_eval", args.steps_per_eval, 1),
-        ("steps_per_save (--save-every)", args.steps_per_save, 1),
-        ("max_seq_length", args.max_seq_length, 2),
-        ("keep_checkpoints", keep_checkpoints, 0),
-        ("keep_adapters", keep_adapters, 1),
-        ("early_stop_patience", early_stop_patience, 1),
-        ("nonfinite_limit", nonfinite_limit, 1),
+    train_dataset, val_dataset = located(train_dataset, "train set"), located(val_dataset, "validation set")
+    check_timeout(worker_timeout)
+    if resume is not None and not (isinstance(resume, (str, Path)) and str(resume)):
+        raise InputError(f"{called('resume')} is {resume!r}; it must be a checkpoint's folder, 'auto' or None")
+    numbers = {
+        "max_traces": max_traces,
+        "keep_checkpoints": keep_checkpoints,
+        "keep_adapters": keep_adapters,
+        "early_stop_patience": early_stop_patience,
+        "nonfinite_limit": nonfinite_limit,
+    }
+    for name in (
+        *("batch_size", "iters", "val_batches", "grad_accumulation_steps", "steps_per_report", "steps_per_eval"),
+        *("steps_per_save", "max_seq_length", "clear_cache_threshold"),
     ):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise InputError(f"{name} is {value!r}; it must be an integer of at least {least}")
-    if args.val_batches != -1 and args.val_batches < 1:
-        raise InputError(f"val_batches is {args.val_batches}; it must be at least 1, or -1 for all")
+        check_whole(name, getattr(args, name))
+    for name, number in numbers.items():
+        if number is not None or name in ("max_traces", "keep_checkpoints"):
+            check_whole(name, number)
     for name, value in (("save_best", save_best), ("early_stop_patience", early_stop_patience)):
         if value and not val_dataset:
-            raise InputError(f"{name} needs a validation loss, but there is no validation set")
+            raise InputError(f"{called(name)} needs a validation loss, but there is no validation set")
     if (limit := mx.device_info().get("max_recommended_working_set_size")) is not None:
         mx.set_wired_limit(int(limit))  # Metal: keeps weights from being paged out between steps
     if args.grad_checkpoint:
@@ -137,9 +148,11 @@ def train(
 
     folder = Path(args.adapter_file).parent
     with ExitStack() as stack:
-        world = mx.distributed.init()
+        world = join(worker_timeout)
         workers = stack.enter_context(Workers(world, worker_timeout))
         workers.first_does(lambda: _make(folder))
+        anew = resume == "auto" and not workers.first_does(lambda: has_checkpoints(folder))
+        resume = None if anew else resume
         step = make_step(
             model,
             loss,
@@ -165,16 +178,27 @@ def train(
         if val_dataset and isinstance(batches, Batches) and len(val_dataset) < args.batch_size:
             raise InputError(
                 f"the validation set has {len(val_dataset)} examples, fewer than batch_size={args.batch_size};"
-                " give it more, or use a smaller batch size"
+                " give it more, or use a smaller batch_size (--batch-size)"
             )
+        data: dict[str, str | None] = {}
+        if (keep_checkpoints or resume is not None) and isinstance(batches, Batches):
+            if workers.first and len(train_dataset) > _MANY:
+                print(f"tokenizing {len(train_dataset):,} examples, to know them again when a checkpoint is resumed")
+            validated = Batches(val_dataset, 1, args.max_seq_length).rows() if val_dataset else None
+            data["data"] = fingerprint.of_rows(batches.rows())
+            data["validation data"] = None if validated is None else fingerprint.of_rows(validated)
         # What decides which batches come, and after which of them a window ends.
-        settings = dict(settings or {}) | {
-            "batch_size": args.batch_size,
-            "max_seq_length": args.max_seq_length,
-            "examples": len(train_dataset),
-            "validation": [args.steps_per_eval, args.val_batches, len(val_dataset)] if val_dataset else None,
-            "grad_checkpoint": args.grad_checkpoint,  # which asks for dropout's random numbers twice
-        }
+        settings = (
+            dict(settings or {})
+            | data
+            | {
+                "batch_size": args.batch_size,
+                "max_seq_length": args.max_seq_length,
+                "examples": len(train_dataset),
+                "validation": [args.steps_per_eval, args.val_batches, len(val_dataset)] if val_dataset else None,
+                "grad_checkpoint": args.grad_checkpoint,  # which asks for dropout's random numbers twice
+            }
+        )
         options = Options(keep_checkpoints, keep_adapters, save_best, early_stop_patience, nonfinite_limit, settings)
         validation = Validation(val_dataset, loss, iterate_batches)
         # What decides where workers meet, and that the parts they take are of the same batches.
@@ -191,6 +215,12 @@ def train(
         loop = TrainingLoop(step, batches, validation, args, options, progress, asked, training_callback, workers)
         if resume is not None:
             loop.resume(resume, allow)
+            if loop.iteration >= args.iters:
+                progress.line(
+                    f"iter {loop.iteration:>5}  all {args.iters} iterations are done; iters (--iters) has more"
+                )
+        if anew:
+            progress.line(f"there is no checkpoint in {folder / CHECKPOINTS} yet: the run begins anew")
 
         def prepare_folder() -> None:
             if resume is None and (log or keep_checkpoints):
@@ -204,6 +234,13 @@ def train(
 
         workers.first_does(prepare_folder)
         loop.run()
+
+
+def has_checkpoints(folder: Path) -> bool:
+    """Whether a run has ever written a checkpoint beside the adapters in ``folder``, damaged or not."""
+    checkpoints = folder / CHECKPOINTS
+    # The second is what a replacement leaves that was killed between its two renamings.
+    return bool(numbered(checkpoints)) or any(checkpoints.glob(".[0-9]*.old"))
 
 
 def _make(folder: Path) -> None:

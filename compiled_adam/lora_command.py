@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import types
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,21 +17,22 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.callbacks import TrainingCallback, get_reporting_callbacks
-from mlx_lm.tuner.datasets import CacheDataset, load_dataset
-from mlx_lm.tuner.trainer import TrainingArgs, default_loss, iterate_batches
-from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters, print_trainable_parameters
-from mlx_lm.utils import load
+from mlx_lm.tuner.datasets import CacheDataset
+from mlx_lm.tuner.trainer import TrainingArgs
+from mlx_lm.tuner.utils import print_trainable_parameters
 
-from . import fingerprint, loader, schedulers
-from .adamw import AdamW
+from . import fingerprint, loader, lora_data, losses, model_files, schedulers
+from .adapter_files import check_folder, load_adapters, load_weights, other_scale, read_arrays
 from .errors import InputError
-from .evaluation import mean_loss
+from .evaluation import mean_loss, no_targets
 from .groups import decay_matrices
-from .lora import train
+from .joining import join
+from .lora import has_checkpoints, train
 from .lora_options import KEPT, YAML_ONLY, check_together, settings
-from .optimizers import Adam
+from .lora_values import OPTIMIZERS, called
 from .progress import TrainingProgress
 from .run_log import LOG
+from .trainable import add_adapters, check_layers, unfreeze_last
 from .workers import Workers
 
 # Options that decide which numbers a run computes, beside the optimizer's and those that `train` knows.
@@ -50,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     args = settings(argv)
-    if mx.distributed.init().rank() == 0:
+    if join(args.worker_timeout).rank() == 0:
         run(args)
     else:
         args.report, args.report_to = False, None
@@ -60,58 +59,53 @@ def main(argv: Sequence[str]) -> None:
 
 def run(args: types.SimpleNamespace) -> None:
     """One job: training, testing, or both."""
-    check_together(args)
+    for note in check_together(args):
+        print(f"note: {note}")
     if args.report:
         from . import report  # noqa: F401, says now rather than after the training that matplotlib is missing
-    optimizer = make_optimizer(args)  # before the model is loaded, which takes longer
+    # Before the model is loaded, which takes longer.
+    optimizer = make_optimizer(args)
+    _check_files(args)
     np.random.seed(args.seed)
     everything: Any = vars(args)
     callback = get_reporting_callbacks(
         args.report_to, project_name=args.project_name, log_dir=args.adapter_path, config=everything
     )
-    with _readable(f"the model {args.model}"):
-        model, tokenizer = _load(args)
-    train_set, valid_set, test_set = _data(args, tokenizer)
-    if args.test and len(test_set) < args.batch_size:
-        raise InputError(f"the test set has {len(test_set)} examples, fewer than batch_size={args.batch_size}")
+    model, tokenizer = model_files.load(args.model, getattr(args, "trust_remote_code", None))
+    train_set, valid_set, test_set = lora_data.load(args, tokenizer)
+    if args.test:
+        test_set = _test_set(args, test_set)
     if args.train:
         _train(args, model, optimizer, train_set, valid_set, callback)
     elif args.adapter_path:
-        with _readable(f"the adapters in {args.adapter_path}"):
-            load_adapters(model, args.adapter_path)
+        print(load_adapters(model, args.adapter_path))
     if args.test:
         _test(args, model, test_set)
 
 
-def _load(args: types.SimpleNamespace) -> tuple[nn.Module, Any]:
-    if hasattr(args, "trust_remote_code"):
-        trust = args.trust_remote_code
-        model, tokenizer, *_ = load(args.model, tokenizer_config={"trust_remote_code": trust}, trust_remote_code=trust)
-    else:  # mlx-lm before 0.32 has no such flag, and always trusts the tokenizer's code
-        model, tokenizer, *_ = load(args.model, tokenizer_config={"trust_remote_code": True})
-    return model, tokenizer
+def _check_files(args: types.SimpleNamespace) -> None:
+    """Raises ValueError for weights that cannot be read; leaves out those that a checkpoint stands for."""
+    if not args.train and args.adapter_path:
+        check_folder(args.adapter_path)
+    alone = join(args.worker_timeout).size() == 1  # other workers may not have the checkpoints, and all begin alike
+    if alone and args.resume and args.resume_adapter_file and has_checkpoints(Path(args.adapter_path)):
+        # A loop that starts a run again and again has one command line for the first time and for the others.
+        print(f"note: resume_adapter_file is not used: there is a checkpoint in {args.adapter_path} to go on from")
+        args.resume_adapter_file = None
+    if args.train and args.resume_adapter_file is not None:
+        read_arrays(Path(args.resume_adapter_file))
 
 
-def _data(args: types.SimpleNamespace, tokenizer: Any) -> tuple[Any, Any, Any]:
-    try:
-        return load_dataset(args, tokenizer)
-    except IndexError:  # mlx-lm looks at the first example of each file
-        raise InputError(f"a file in {args.data} has no examples; give it some, or remove it") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"a .jsonl file in {args.data} has a line that is not JSON: {error.doc[:60]!r}") from None
-    except ImportError as error:
+def _test_set(args: types.SimpleNamespace, dataset: Any) -> CacheDataset:
+    """Tokenized before a training: what is wrong with it must not show at the end of a long one."""
+    if len(dataset) < args.batch_size:
         raise InputError(
-            f"data is {args.data!r}, which is no folder; for a data set on Hugging Face install {error.name}"
-        ) from None
-
-
-@contextmanager
-def _readable(what: str) -> Iterator[None]:
-    """What mlx-lm raises for files that are missing, damaged or not what they should be becomes a ValueError."""
-    try:
-        yield
-    except (RuntimeError, KeyError, AttributeError) as error:
-        raise InputError(f"{what} cannot be loaded: {type(error).__name__}: {error}") from error
+            f"the test set has {len(dataset)} examples, fewer than batch_size={args.batch_size} (--batch-size)"
+        )
+    cached = CacheDataset(dataset)
+    for index in range(len(cached)) if args.train else ():
+        cached[index]
+    return cached
 
 
 def _train(
@@ -126,8 +120,7 @@ def _train(
     mx.random.seed(args.seed)
     make_trainable(args, model)
     if args.resume_adapter_file is not None:
-        with _readable(f"resume_adapter_file {args.resume_adapter_file}"):
-            model.load_weights(args.resume_adapter_file, strict=False)
+        _begin_with(args, model)
     print_trainable_parameters(model)
     folder = Path(args.adapter_path)
     padding = loader.multiple_of_32 if args.bucket is None else loader.geometric(args.bucket)
@@ -165,28 +158,34 @@ def _train(
             resume=args.resume,
             settings={
                 "model": base,
-                "data": _fingerprint(Path(args.data), "train") or args.data,
-                "validation data": _fingerprint(Path(args.data), "valid"),
                 **{name: getattr(args, name, None) for name in _OF_THE_RESULT},
             },
             allow=args.allow_change or (),
-            adapter_config={name: value for name, value in vars(args).items() if name != "given"},
+            adapter_config={name: value for name, value in vars(args).items() if name not in ("given", "in_file")},
             reduce_dtype=args.reduce_dtype,
             shard_state=bool(args.shard_state),
             worker_timeout=args.worker_timeout,
         )
-    finally:
-        if args.report and (folder / LOG).exists():
-            from .report import write
+    except BaseException:
+        # What ended the run is to be told, and not that it had no step yet.
+        with contextlib.suppress(InputError, OSError):
+            _report(args, folder)
+        raise
+    _report(args, folder)
 
-            write([folder], folder / "report.html")
+
+def _report(args: types.SimpleNamespace, folder: Path) -> None:
+    if args.report and (folder / LOG).exists():
+        from .report import write
+
+        write([folder], folder / "report.html")
 
 
 def _test(args: types.SimpleNamespace, model: nn.Module, test_set: Any) -> None:
     """Prints what mlx-lm prints, and ends if the other workers are gone, as training does."""
     batches = len(test_set) // args.batch_size
     batches = batches if args.test_batches == -1 else min(batches, args.test_batches)
-    with Workers(mx.distributed.init(), args.worker_timeout) as workers:
+    with Workers(join(args.worker_timeout), args.worker_timeout) as workers:
         workers.saved = lambda: "there is no test loss"
         with TrainingProgress(batches, quiet=not workers.first, what="test") as progress:
 
@@ -196,40 +195,41 @@ def _test(args: types.SimpleNamespace, model: nn.Module, test_set: Any) -> None:
 
             loss = mean_loss(
                 model,
-                CacheDataset(test_set),
-                default_loss,
+                test_set,
+                losses.next_token,
                 before_batch,
                 args.clear_cache_threshold,
                 batch_size=args.batch_size,
                 num_batches=args.test_batches,
                 max_seq_length=args.max_seq_length,
-                iterate_batches=iterate_batches,
+                iterate_batches=loader.Batches,
             )
-        print(f"Test loss {loss:.3f}, Test ppl {math.exp(loss):.3f}.")
+        if loss is None:
+            raise InputError(f"there is no test loss: {no_targets(args.max_seq_length)}")
+        print(f"Test loss {loss:.3f}, Test ppl {math.inf if loss >= 700 else math.exp(loss):.3f}.")
 
 
 def make_trainable(args: types.SimpleNamespace, model: nn.Module) -> None:
     """Freezes a model, but for what the job trains: adapters that are added, or its last layers."""
     model.freeze()
-    if args.num_layers > len(model.layers):
-        raise InputError(f"num_layers is {args.num_layers}, but the model has {len(model.layers)} layers")
+    check_layers(model, args.num_layers)
     if args.fine_tune_type == "full":
-        for layer in model.layers[-max(args.num_layers, 0) :]:
-            layer.unfreeze()
+        unfreeze_last(model, args.num_layers)
         args.lora_parameters = None
     else:
-        dora = args.fine_tune_type == "dora"
-        with _readable(f"lora_parameters {args.lora_parameters}"):
-            linear_to_lora_layers(model, args.num_layers, args.lora_parameters, use_dora=dora)
+        add_adapters(model, args.num_layers, args.lora_parameters, dora=args.fine_tune_type == "dora")
+
+
+def _begin_with(args: types.SimpleNamespace, model: nn.Module) -> None:
+    """Puts the weights of ``resume_adapter_file`` into the model, and says how many."""
+    every, trained = (list(dict(tree_flatten(tree))) for tree in (model.parameters(), model.trainable_parameters()))
+    print(load_weights(model, args.resume_adapter_file, wanted=trained, allowed=every))
+    if note := other_scale(args.resume_adapter_file, args.lora_parameters):
+        print(f"note: {note}")
 
 
 def _checkpoints(args: types.SimpleNamespace) -> int:
     return KEPT if args.keep_checkpoints is None else args.keep_checkpoints
-
-
-def _fingerprint(folder: Path, name: str) -> str | None:
-    file = folder / f"{name}.jsonl"
-    return fingerprint.of_file(file) if file.exists() else None
 
 
 def _print_forecast(args: types.SimpleNamespace, dataset: Any) -> None:
@@ -245,9 +245,9 @@ def _print_forecast(args: types.SimpleNamespace, dataset: Any) -> None:
 
 def make_optimizer(args: types.SimpleNamespace) -> optim.Optimizer:
     """The optimizer of a job: ours for adam and adamw, mlx-lm's for the others, for which our options are errors."""
-    name = args.optimizer.lower()
-    config = dict((args.optimizer_config or {}).get(name) or {})
-    rate = schedulers.from_config(args.lr_schedule) if args.lr_schedule else args.learning_rate
+    name = args.optimizer
+    config = args.optimizer_config.get(name, {})
+    rate = args.learning_rate if args.lr_schedule is None else schedulers.from_config(args.lr_schedule)
     options = {
         key: getattr(args, key)
         for key in ("max_grad_norm", "skip_nonfinite", "moments", "weight_decay", "bias_correction")
@@ -256,18 +256,13 @@ def make_optimizer(args: types.SimpleNamespace) -> optim.Optimizer:
     if name != "adamw":
         for key in ("weight_decay", "decay_matrices_only"):
             if getattr(args, key) is not None:
-                raise InputError(f"{key} is an option of adamw, but the optimizer is {name}")
-    try:
-        if name in ("adam", "adamw"):
-            options = {"bias_correction": True, "skip_nonfinite": True, **config, **options}
-            if args.decay_matrices_only:
-                options["decay_filter"] = decay_matrices
-            return (Adam if name == "adam" else AdamW)(rate, **options)
-        if options:
-            raise InputError(f"{next(iter(options))} is an option of adam and adamw, but the optimizer is {name}")
-        others = {"muon": optim.Muon, "sgd": optim.SGD, "adafactor": optim.Adafactor}
-        if name not in others:
-            raise InputError(f"optimizer is {name!r}; it must be one of adam, adamw, {', '.join(others)}")
-        return others[name](learning_rate=rate, **config)
-    except TypeError as error:
-        raise InputError(f"optimizer_config of {name}: {error}") from None
+                raise InputError(f"{called(key)} is an option of adamw, but the optimizer is {name}")
+    if name in ("adam", "adamw"):
+        options = {"bias_correction": True, "skip_nonfinite": True, **config, **options}
+        if args.decay_matrices_only:
+            options["decay_filter"] = decay_matrices
+    elif options:
+        raise InputError(f"{called(next(iter(options)))} is an option of adam and adamw, but the optimizer is {name}")
+    else:
+        options = config
+    return OPTIMIZERS[name](learning_rate=rate, **options)

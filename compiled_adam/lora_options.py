@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
 import types
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
 import yaml
 from mlx_lm import lora as mlx_lm_lora
 
+from . import lora_values
 from .errors import InputError
+from .lora_values import FEATURES, called
 from .moments import POLICIES
 from .reduce import DTYPES
 
@@ -39,36 +42,57 @@ OURS: dict[str, Any] = {
 }
 KEPT = 2  # checkpoints, unless --keep-checkpoints says otherwise
 # Keys that mlx-lm reads from YAML only.
-YAML_ONLY = {"hf_dataset", "prompt_feature", "completion_feature", "text_feature", "chat_feature"}
+YAML_ONLY = {"hf_dataset", *FEATURES}
+# Options of mlx-lm that a test does not read.
+_OF_TRAINING = (
+    *("fine_tune_type", "optimizer", "num_layers", "iters", "val_batches", "learning_rate", "steps_per_report"),
+    *("steps_per_eval", "grad_accumulation_steps", "save_every", "grad_checkpoint"),
+)
 
 
 def settings(argv: Sequence[str], made: argparse.ArgumentParser | None = None) -> types.SimpleNamespace:
-    """Command line before YAML before defaults, as in mlx-lm; an unknown YAML key is a ValueError that names it.
+    """Command line before YAML before defaults, as in mlx-lm; ValueError for an unknown YAML key, or a bad value.
 
-    ``made`` is a `parser` with more options; default: without. ``given`` has the names of our options that the command
-    line has.
+    ``made`` is a `parser` with more options; default: without. ``given`` has the names of the options that the command
+    line has, ``in_file`` those of the YAML file.
     """
     found = vars((made or parser()).parse_args(argv))
-    given = sorted(name for name in OURS if found[name] is not None)
+    given = sorted(name for name in found if found[name] is not None)
     defaults = {**mlx_lm_lora.CONFIG_DEFAULTS, **OURS}
-    if found["config"]:
-        with open(found["config"]) as file:
-            try:
-                config = yaml.load(file, mlx_lm_lora.yaml_loader) or {}
-            except (yaml.YAMLError, UnicodeDecodeError) as error:
-                raise InputError(f"{found['config']} is not YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(config, dict):
-            raise InputError(f"{found['config']} is not a mapping of options to values")
-        if unknown := sorted(str(key) for key in config.keys() - defaults.keys() - found.keys() - YAML_ONLY):
-            raise InputError(f"{found['config']} has the unknown key {unknown[0]!r}; --help lists the options")
-        config = _checked(config, found["config"])
-        for key, value in config.items():
+    config = _read(found["config"], {*defaults, *found, *YAML_ONLY} - {"config"}) if found["config"] else {}
+    for values in (config, defaults):
+        for key, value in values.items():
             if found.get(key) is None:
                 found[key] = value
-    for key, value in defaults.items():
-        if found.get(key) is None:
-            found[key] = value
-    return types.SimpleNamespace(**found, given=given)
+    args = types.SimpleNamespace(**found, given=given, in_file=sorted(config))
+    lora_values.check(args)
+    return args
+
+
+class _OnlyOnce(mlx_lm_lora.yaml_loader):
+    """mlx-lm's loader, which would take the last of two equal keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [key for key in keys if keys.count(key) > 1 and key != "<<"]:
+            raise yaml.YAMLError(f"the key {twice[0]!r} is there twice; remove one of them")
+        return super().construct_mapping(node, deep)
+
+
+def _read(file: str, known: Set[str]) -> dict[str, Any]:
+    """The options in a YAML file, checked."""
+    try:
+        with open(file) as stream:
+            config = yaml.load(stream, _OnlyOnce) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{file} is not a mapping of options to values")
+    if unknown := sorted(str(key) for key in config.keys() - known):
+        near = difflib.get_close_matches(unknown[0].replace("-", "_"), known, 1)
+        hint = f"is {near[0]} meant? " if near else ""
+        raise InputError(f"{file} has the unknown key {unknown[0]!r}; {hint}--help lists the options")
+    return {key: value for key, value in _checked(config, file).items() if value is not None}
 
 
 def _checked(config: dict[str, Any], file: str) -> dict[str, Any]:
@@ -101,6 +125,10 @@ def _checked(config: dict[str, Any], file: str) -> dict[str, Any]:
                 wrong = "a whole number"
         elif action.type is float:
             wrong = None if number else "a number"
+            if isinstance(value, str) and _is_float(value):
+                wrong = "a number, without quotes"
+        elif action.dest == "optimizer" and isinstance(value, str) and value.lower() in lora_values.OPTIMIZERS:
+            checked["optimizer"] = value.lower()  # as mlx-lm does
         elif action.choices is not None:
             wrong = None if value in action.choices else f"one of {', '.join(map(str, action.choices))}"
         elif action.dest == "allow_change":
@@ -109,6 +137,9 @@ def _checked(config: dict[str, Any], file: str) -> dict[str, Any]:
             wrong = "text"
         if wrong:
             raise InputError(f"{file}: {action.dest} is {value!r}; it must be {wrong}")
+    for key in FEATURES:
+        if config.get(key) is not None and not isinstance(config[key], str):
+            raise InputError(f"{file}: {key} is {config[key]!r}; it must be text")
     for key in ("optimizer_config", "lora_parameters", "lr_schedule", "hf_dataset"):
         value, kinds = config.get(key), (dict, list) if key == "hf_dataset" else dict
         if value is not None and not isinstance(value, kinds):
@@ -116,11 +147,19 @@ def _checked(config: dict[str, Any], file: str) -> dict[str, Any]:
     return checked
 
 
+def _is_float(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _size(text: str) -> int:
     """Bytes from a text such as 4GB, as mlx-lm reads it."""
     try:
         return int(mlx_lm_lora._parse_size(text))
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, ArithmeticError):  # the last of text without a number
         raise argparse.ArgumentTypeError(f"it must be a size such as 500MB or 4GB, not {text!r}") from None
 
 
@@ -133,8 +172,11 @@ def parser() -> argparse.ArgumentParser:
         "Ctrl-C and SIGTERM finish the step and save. Beside the adapters are log.jsonl, a line of JSON for every step,"
         " and checkpoints, from which --resume goes on exactly."
     )
-    made.set_defaults(clear_cache_threshold=None)  # mlx-lm's default of 0 would hide the YAML key
     for action in made._actions:
+        if action.dest in ("clear_cache_threshold", "trust_remote_code"):
+            action.default = None  # mlx-lm's defaults of 0 and False would hide the YAML keys
+        if action.dest == "optimizer":
+            action.type = str.lower
         if action.dest == "clear_cache_threshold":
             action.type = _size
             action.help = (
@@ -200,7 +242,8 @@ def parser() -> argparse.ArgumentParser:
         const="auto",
         metavar="PATH",
         help="Go on from this checkpoint, or from the newest whole one beside the adapters (auto, or no value), as if"
-        " the run had never stopped. Default: start anew.",
+        " the run had never stopped; without a path, where no checkpoint was ever written, start anew. Default: start"
+        " anew.",
     )
     loop.add_argument(
         "--allow-change",
@@ -236,20 +279,70 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def check_together(args: types.SimpleNamespace) -> None:
-    """Raises ValueError for options that contradict each other."""
+def check_together(args: types.SimpleNamespace) -> list[str]:
+    """Raises ValueError for options that contradict each other, or that the command line has for nothing.
+
+    Returns sentences about options that mlx-lm accepts and that are not used.
+    """
+    given, notes = set(args.given), []
     if not args.train and not args.test:
         raise InputError("there is nothing to do; give --train, --test or both")
-    of_training = [name for name in args.given if name != "worker_timeout"]
-    if not args.train and of_training:
-        raise InputError(f"{of_training[0]} is an option of training, but there is no --train")
-    if args.resume and args.resume_adapter_file:
-        raise InputError("resume continues a run and resume_adapter_file begins one with old weights; give one of them")
+    if not args.train:
+        for name in sorted(given & {*OURS, "resume_adapter_file"} - {"worker_timeout"}):
+            hint = "; --adapter-path says what is tested" if name == "resume_adapter_file" else ""
+            raise InputError(f"{called(name)} is an option of training, but there is no --train{hint}")
+        if unused := [called(name) for name in _OF_TRAINING if name in given]:
+            notes.append(f"{', '.join(unused)}: not used by --test, which reads adapter_config.json")
+    if not args.test and "test_batches" in given:
+        raise InputError(f"{called('test_batches')} is an option of testing, but there is no --test")
+    for name in ("resume", "resume_adapter_file"):
+        if getattr(args, name) == "":
+            raise InputError(f"{called(name)} is empty; give a path, or leave it out")
+    if args.resume not in (None, "auto") and args.resume_adapter_file:
+        raise InputError(
+            "resume continues a run and resume_adapter_file begins one with old weights; give one of them, or --resume"
+            " without a path: the run then begins with these weights, unless there is a checkpoint"
+        )
     if args.allow_change and not args.resume:
         raise InputError("allow_change is about a checkpoint's settings, but there is no --resume")
     if args.decay_matrices_only and args.weight_decay == 0:
         raise InputError("decay_matrices_only chooses what decays, but weight_decay is 0; leave one of them out")
+    # What wins is what mlx-lm takes. In one file both may stand: mlx-lm's own example has all of them.
+    for loser, winner, meaning in (
+        ("learning_rate", "lr_schedule", "which sets the learning rate"),
+        ("data", "hf_dataset", "which says where the data are"),
+        *((feature, "hf_dataset", "which has a key of this name itself") for feature in FEATURES),
+    ):
+        if not getattr(args, winner, None):
+            continue
+        if loser in given:
+            raise InputError(f"{called(loser)} is given beside {winner}, {meaning}; give one of them")
+        if loser in args.in_file:
+            notes.append(f"{loser} is not used beside {winner}, {meaning}")
+    if args.train:
+        notes += _unused_by_optimizer(args)
     for what in ("model", "data"):
         value = str(getattr(args, what))
+        if what == "data" and getattr(args, "hf_dataset", None):
+            continue
         if not Path(value).exists() and (value.startswith((".", "/", "~")) or value.count("/") > 1):
             raise InputError(f"{what} is {value!r}, which does not exist and is not a name on Hugging Face either")
+    return notes
+
+
+def _unused_by_optimizer(args: types.SimpleNamespace) -> list[str]:
+    notes = [
+        f"optimizer_config of {name} is not used: the optimizer is {args.optimizer}"
+        for name, config in args.optimizer_config.items()
+        if config and name != args.optimizer
+    ]
+    own = args.optimizer_config.get(args.optimizer, {})
+    rate = "lr_schedule" if args.lr_schedule else "learning_rate"
+    if args.optimizer == "adafactor" and own.get("relative_step", True) and rate in {*args.given, *args.in_file}:
+        notes.append(
+            f"{rate} is not used: adafactor computes a rate of its own, unless optimizer_config has"
+            " {adafactor: {relative_step: false}}"
+        )
+    if args.fine_tune_type == "full" and "lora_parameters" in args.in_file:
+        notes.append("lora_parameters is not used: fine_tune_type is full")
+    return notes

@@ -20,7 +20,8 @@ from .groups import ALL_ALIKE, DecayFilter, Group, check_patterns, group
 from .layout import Aligned, along
 from .lowering import of_leaves
 from .moments import STOCHASTIC, Stored
-from .options import as_scalar, check_options
+from .options import as_scalar, assigned_rate, check_numbers, check_options, scheduled
+from .options import learning_rate as checked_rate
 from .update import FLOATS, Constants, Form, Part, check_leaf, update, update_leaf
 
 MOST_SUBSETS = 16  # of the parameters, whose compiled updates are kept
@@ -50,7 +51,9 @@ class Adam(optim.Adam):
     traces nothing. Inside a caller's ``mx.compile`` it becomes a part of the caller's graph.
 
     Args:
-        learning_rate: a number, or a function of the step (0-d array, 0 at the first update) that returns one.
+        learning_rate: a number of at least 0, or a function of the step (0-d array, 0 at the first update) that
+            returns one. In a compiled step the function is traced, so that ``if``, ``min`` and ``math`` must be
+            ``mx.where``, ``mx.minimum`` and ``mx``'s functions there.
         betas: decay rates of the two moments, each in [0, 1). Default (0.9, 0.999).
         eps: added to the denominator, >= 0. Default 1e-8.
         bias_correction: divide the moments by ``1 - beta^t``. Default False, as in MLX.
@@ -63,8 +66,9 @@ class Adam(optim.Adam):
         max_grad_norm: the gradients are scaled so that their global norm, computed in float32, is at most this.
             Default None: no clipping.
         skip_nonfinite: when the global norm is not a number or infinite (also that of finite gradients beyond 1e19),
-            parameters, moments, residuals, rounding key and ``step`` keep their values bit for bit, and ``skipped``
-            goes up by one. Default False.
+            or the learning rate of a schedule is not a number, infinite or negative, parameters, moments, residuals,
+            rounding key and ``step`` keep their values bit for bit, and ``skipped`` goes up by one. Without it an
+            update is made with such a rate: weights become NaN, or move uphill. Default False.
         learning_rate_multipliers: ``{pattern: factor}``: the learning rate of parameters whose path the regular
             expression matches (``re.search``) is multiplied by the factor. Default None.
         lowering: how the update becomes kernels: "fused", one for each parameter, fewest bytes; "inplace", one for
@@ -101,12 +105,12 @@ class Adam(optim.Adam):
         learning_rate_multipliers: Mapping[str, float] | None = None,
         lowering: str = "auto",
     ) -> None:
-        if len(betas) != 2:
-            raise InputError(f"betas is {betas!r}; it must be two numbers")
+        learning_rate = checked_rate(learning_rate)
+        check_numbers(betas, eps, bias_correction)
         self._keeper: Keeper | None = None
         self._places = {"step": "step", "learning_rate": "learning_rate"}  # of scalars in the state
         super().__init__(learning_rate, betas, eps, bias_correction)  # type: ignore[arg-type]  # MLX says list
-        self.learning_rate = self.state["learning_rate"]  # float32, whatever a schedule returns
+        self._state["learning_rate"] = mx.array(self._state["learning_rate"], mx.float32)  # whatever a schedule returns
         check_options(moments, compensated, max_grad_norm, skip_nonfinite, learning_rate_multipliers, lowering)
         self.weight_decay = 0.0
         self._traces = 0
@@ -153,8 +157,7 @@ class Adam(optim.Adam):
 
     @learning_rate.setter
     def learning_rate(self, learning_rate: float | mx.array) -> None:
-        # Always float32: an int or a float64 would change the dtype of an input, and so trace anew.
-        self._state["learning_rate"] = mx.array(learning_rate, mx.float32)
+        self._state["learning_rate"] = assigned_rate(learning_rate)
 
     @property
     def traces(self) -> int:
@@ -188,9 +191,10 @@ class Adam(optim.Adam):
         A Python number that was assigned to the step or to the learning rate becomes an array, here and in the state.
         """
         state = self._state
-        for name, dtype in (("step", mx.uint64), ("learning_rate", mx.float32)):
-            if not isinstance(state.get(name), (mx.array, type(None))):
-                state[name] = as_scalar(name, state[name], dtype)
+        if not isinstance(state["step"], mx.array):
+            state["step"] = as_scalar("step", state["step"], mx.uint64)
+        if not isinstance(rate := state.get("learning_rate"), (mx.array, type(None))):
+            state["learning_rate"] = assigned_rate(rate)
         return {name: state[place] for name, place in self._places.items() if place in state}
 
     def assign_scalars(self, scalars: Stored, assignments: Assignments) -> None:
@@ -422,7 +426,7 @@ class Adam(optim.Adam):
         return any(getattr(type(self), name) is not getattr(Adam, name) for name in names)
 
     def _scheduled(self, step: mx.array) -> Stored:
-        return {name: mx.array(f(step), mx.float32) for name, f in self._schedulers.items()}
+        return {name: scheduled(name, f, step) for name, f in self._schedulers.items()}
 
     def _constants(self) -> Constants:
         # Arguments of the compiled update rather than attributes it reads, so that changing one takes effect.

@@ -1,11 +1,11 @@
-"""What the keyword options of `Adam` may be."""
+"""What the arguments of `Adam` and `AdamW` may be."""
 
 from __future__ import annotations
 
 import math
 import numbers
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -61,7 +61,132 @@ def as_scalar(name: str, value: Any, dtype: mx.Dtype) -> mx.array:
     raise TypeError(f"state[{name!r}] is {value!r}; assign a number, or an mx.array of shape ()")
 
 
+def check_numbers(betas: Any, eps: Any, bias_correction: Any) -> None:
+    """Raises ValueError for an argument of MLX's own Adam that is out of its range, naming it."""
+    if not hasattr(betas, "__len__") or isinstance(betas, (str, Mapping)) or len(betas) != 2:
+        raise InputError(f"betas is {betas!r}; it must be two numbers")
+    for i, beta in enumerate(betas):
+        if not _is_number(beta, 0.0) or beta >= 1:
+            raise InputError(
+                f"beta{i + 1} of betas is {beta!r}; it must be a number of at least 0 and less than 1{_hint(beta)}"
+            )
+    check_number("eps (epsilon)", eps)
+    if not isinstance(_plain(bias_correction), bool):
+        raise InputError(f"bias_correction is {bias_correction!r}; it must be True or False")
+
+
+def check_number(name: str, value: object) -> None:
+    """Raises ValueError unless ``value`` is a finite number of at least 0."""
+    if not _is_number(value, 0.0):
+        raise InputError(f"{name} is {value!r}; it must be a number of at least 0, and finite{_hint(value)}")
+
+
+def learning_rate(value: Any, name: str = "learning_rate") -> float | mx.array | Callable[[mx.array], Any]:
+    """A learning rate as MLX takes it: a number of at least 0 that float32 can hold, or a function of the step.
+
+    A 0-d array, of MLX or NumPy, is a number. One that is traced has no value yet, and is taken as it is.
+
+    Raises:
+        ValueError: it is none of these, with the name and the value.
+
+    >>> import numpy as np
+    >>> learning_rate(np.float32(0.5)), learning_rate(0)
+    (0.5, 0.0)
+    """
+    if callable(value):
+        return value
+    number: Any = value
+    if hasattr(value, "shape") and hasattr(value, "item"):
+        if value.shape != ():
+            raise InputError(f"{name} is an array of shape {value.shape}; it must be one number, or a 0-d array")
+        try:
+            number = value.item()
+        except ValueError as error:
+            if not is_tracing(error):
+                raise
+            return value
+    if isinstance(number, bool) or not isinstance(number, numbers.Real) or not 0 <= float(number) <= _LARGEST:
+        raise InputError(
+            f"{name} is {number!r}; it must be a finite number of at least 0, or a schedule{_hint(number)}"
+        )
+    return value if isinstance(value, mx.array) else float(number)
+
+
+def assigned_rate(value: Any) -> mx.array:
+    """A learning rate that replaces another: a 0-d float32 array. ValueError as for `learning_rate`."""
+    if callable(value):
+        raise InputError(
+            f"learning_rate is {_described(value)}, a function; a schedule is an argument of the optimizer, what is"
+            " assigned is a number"
+        )
+    # Always float32: an int or a float64 would change the dtype of an input, and so trace anew.
+    rate: Any = learning_rate(value)
+    return mx.array(rate, mx.float32)
+
+
+def scheduled(name: str, schedule: Callable[[mx.array], Any], step: mx.array) -> mx.array:
+    """The value of a schedule at a step, as a 0-d float32 array.
+
+    Raises:
+        ValueError: inside a trace, where the step has no value yet, the schedule asks for it (``if``, ``min``,
+            ``math.cos``); or it returns something else than one number. The message names the schedule.
+    """
+    try:
+        value = mx.array(schedule(step), mx.float32)
+    except ValueError as error:
+        if not is_tracing(error):
+            raise
+        raise InputError(
+            f"the {name} schedule {_described(schedule)} needs the value of the step in Python (if, min, max, math,"
+            " numpy, int or float do), which a compiled step does not have: write it with mx.where, mx.minimum,"
+            " mx.maximum and mx.cos, or use one of compiled_adam.schedulers"
+        ) from error
+    if value.ndim:
+        raise InputError(
+            f"the {name} schedule {_described(schedule)} returns an array of shape {value.shape}, not one number"
+        )
+    return value
+
+
+def check_schedules(schedules: Mapping[str, Callable[[mx.array], Any]]) -> None:
+    """Raises ValueError, naming it, for a schedule of an optimizer that cannot be a part of a compiled step."""
+    for name, schedule in schedules.items():
+        mx.compile(lambda step, name=name, schedule=schedule: scheduled(name, schedule, step))(mx.array(0, mx.uint64))
+
+
+def is_tracing(error: ValueError) -> bool:
+    """Whether this is MLX's error for reading an array that has no value yet, because it is being traced."""
+    return str(error).startswith("[eval] Attempting to eval an array during function transformations")
+
+
+_LARGEST = 3.4028234663852886e38  # of float32
+
+
+def _described(schedule: Callable[..., Any]) -> str:
+    """A function's name and where it is written."""
+    name = getattr(schedule, "__qualname__", type(schedule).__name__)
+    code = getattr(schedule, "__code__", None)
+    return f"{name} ({code.co_filename}:{code.co_firstlineno})" if code is not None else name
+
+
+def _hint(value: object) -> str:
+    """For what a YAML file has in quotes."""
+    if not isinstance(value, str):
+        return ""
+    try:
+        float(value)
+    except ValueError:
+        return ""
+    return ", and this is text: write it without quotes"
+
+
 def _is_number(value: object, least: float, exclusive: bool = False) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    number = _plain(value)
+    if isinstance(number, bool) or not isinstance(number, numbers.Real):
         return False
-    return least <= value < math.inf and not (exclusive and value == least)
+    return least <= float(number) < math.inf and not (exclusive and number == least)
+
+
+def _plain(value: Any) -> Any:
+    """The Python number that a 0-d array of MLX or NumPy holds; anything else as it is."""
+    return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value

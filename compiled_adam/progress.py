@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from types import TracebackType
 from typing import Any
@@ -10,19 +9,15 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-
-class _Console(Console):
-    """A console whose reader may leave (``| head``): the run goes on without it, where rich would end the process."""
-
-    def on_broken_pipe(self) -> None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+from .streams import lenient
 
 
 class TrainingProgress:
     """A context in which a loop of ``total`` steps, in a word ``what``, advances a bar and reports lines that stay."""
 
     def __init__(self, total: int, quiet: bool = False, what: str = "train") -> None:
-        self._console = _Console(quiet=quiet)
+        # A run goes on if its reader leaves (``| head``), or the disk is full.
+        self._console = Console(file=lenient(sys.stdout), quiet=quiet)
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -50,12 +45,13 @@ class TrainingProgress:
     def report(self, info: dict[str, Any]) -> None:
         """Prints a training report: the dictionary that callbacks get."""
         rate, norm = info["learning_rate"], info["grad_norm"]
+        loss = f"loss {info['train_loss']:.4f}" if info["tokens_per_second"] > 0 else "no targets"
         self.line(
-            f"iter {info['iteration']:>5}  loss {info['train_loss']:.4f}"
+            f"iter {info['iteration']:>5}  {loss}"
             f"  lr {'-' if rate is None else f'{rate:.2e}'}  norm {'-' if norm is None else f'{norm:.3f}'}"
             f"  {info['tokens_per_second']:,.0f} tokens/s  peak {info['peak_memory']:.2f} GB  traces {info['traces']}"
         )
-        self._bar.update(self._training, status=f"loss {info['train_loss']:.4f}")
+        self._bar.update(self._training, status=loss)
 
     def line(self, text: str) -> None:
         # Without soft_wrap a pipe, which has no width, would get lines broken at 80 columns.

@@ -39,11 +39,12 @@ class StepReader:
             return []
         (iteration, result, traces, seconds), self._waiting = self._waiting, None
         votes = {} if result.votes is None else {"votes": result.votes.item()}
+        tokens = _number(result.aux[0])  # a loss of one's own may count in Python
         return [
             {
                 "iteration": iteration,
-                "loss": result.loss.item(),
-                "tokens": _number(result.aux[0]),  # a loss of one's own may count in Python
+                "loss": result.loss.item() if tokens > 0 else math.nan,  # the mean of nothing
+                "tokens": tokens,
                 "grad_norm": None if result.grad_norm is None else result.grad_norm.item(),
                 "learning_rate": None if result.learning_rate is None else result.learning_rate.item(),
                 "skipped": result.skipped.item(),
@@ -72,10 +73,13 @@ class Report:
         self._open()
 
     def _open(self) -> None:
-        self.sums |= {"loss": 0.0, "tokens": 0, "iterations": 0, "seconds": 0.0}
+        self.sums |= {"loss": 0.0, "losses": 0, "tokens": 0, "iterations": 0, "seconds": 0.0}
 
     def add(self, entry: dict[str, Any]) -> None:
-        for name in ("loss", "tokens", "seconds"):
+        if entry["tokens"] > 0:  # otherwise there is no loss
+            self.sums["loss"] += entry["loss"]
+            self.sums["losses"] += 1
+        for name in ("tokens", "seconds"):
             self.sums[name] += entry[name]
         self.sums["iterations"] += 1
         self.sums["trained_tokens"] += entry["tokens"]
@@ -84,12 +88,15 @@ class Report:
         self._last = entry
 
     def close(self) -> dict[str, Any]:
-        """The dictionary for callbacks: mlx-lm's, and three more keys; starts the next report."""
+        """The dictionary for callbacks: mlx-lm's, and three more keys; starts the next report.
+
+        The training loss is the mean over those iterations that had a token to train, nan if none had.
+        """
         sums, last = dict(self.sums), self._last
         self._open()
         return {
             "iteration": last["iteration"],
-            "train_loss": sums["loss"] / sums["iterations"],
+            "train_loss": sums["loss"] / sums["losses"] if sums["losses"] else math.nan,
             "learning_rate": last["learning_rate"],
             "iterations_per_second": sums["iterations"] / sums["seconds"],
             "tokens_per_second": sums["tokens"] / sums["seconds"],
@@ -104,12 +111,16 @@ class Report:
 def failures(before: int, entry: dict[str, Any]) -> int:
     """How many steps in a row were not finite, after one more; ``before`` counts those before it.
 
-    A micro-batch without an update has no gradient norm, so that a finite loss does not say that all is well.
+    A micro-batch without an update has no gradient norm, so that a finite loss does not say that all is well. Nor does
+    one without tokens, which has no loss and the gradient 0, unless it ends a window in which others have some. With a
+    learning rate that is none an update is skipped, or makes the weights not finite.
     """
-    norm = entry["grad_norm"]
-    if not math.isfinite(entry["loss"]) or (norm is not None and not math.isfinite(norm)):
+    norm, tokens, rate = entry["grad_norm"], entry["tokens"], entry.get("learning_rate")
+    if (tokens > 0 and not math.isfinite(entry["loss"])) or (norm is not None and not math.isfinite(norm)):
         return before + 1
-    return before if norm is None else 0
+    if norm is not None and rate is not None and not 0 <= rate < math.inf:
+        return before + 1
+    return before if norm is None or (tokens <= 0 and norm == 0) else 0
 
 
 def _number(value: Any) -> Any:

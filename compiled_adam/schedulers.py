@@ -22,6 +22,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 
 from .errors import InputError
+from .options import check_number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,7 +37,7 @@ def constant(value: float, *, warmup: int = 0, warmup_init: float = 0.0) -> Sche
     >>> round(constant(0.5)(7).item(), 6)
     0.5
     """
-    _rate("value", value)
+    check_number("value", value)
     return _with_warmup(lambda step: mx.array(value, mx.float32), value, warmup, warmup_init)
 
 
@@ -123,7 +124,7 @@ def inverse_sqrt(peak: float, timescale: int | None = None, *, warmup: int = 0, 
     >>> [round(inverse_sqrt(1.0, warmup=100)(step).item(), 6) for step in (50, 100, 400)]
     [0.5, 1.0, 0.5]
     """
-    _rate("peak", peak)
+    check_number("peak", peak)
     _count("warmup", warmup, 0)
     if timescale is None:
         if warmup == 0:
@@ -187,7 +188,7 @@ def one_cycle(
     >>> [round(one_cycle(1.0, 100)(step).item(), 6) for step in (0, 15, 30, 65, 100)]
     [0.04, 0.52, 1.0, 0.500002, 4e-06]
     """
-    _rate("peak", peak)
+    check_number("peak", peak)
     _count("steps", steps, 1)
     warmup = round(0.3 * steps) if warmup is None else warmup
     warmup_init = peak / 25 if warmup_init is None else warmup_init
@@ -285,20 +286,39 @@ def from_config(config: Mapping[str, Any]) -> Schedule:
         raise InputError(f"lr_schedule has the key {unknown[0]!r}; the keys are {', '.join(_CONFIG_KEYS)}")
     name, arguments = config.get("name"), config.get("arguments")
     if name not in (*_MLX, *_OURS):
-        raise InputError(f"name is {name!r}; it must be one of {', '.join((*_MLX, *_OURS))}")
+        raise InputError(f"lr_schedule: name is {name!r}; it must be one of {', '.join((*_MLX, *_OURS))}")
     if not isinstance(arguments, Sequence) or isinstance(arguments, str) or not arguments:
-        raise InputError(f"arguments is {arguments!r}; it must be a list that begins with the learning rate")
+        raise InputError(f"lr_schedule: arguments is {arguments!r}; it must be a list that begins with a learning rate")
     warmup = {key: config[key] for key in ("warmup", "warmup_init") if config.get(key) is not None}
     function, keywords = (_MLX[name], {}) if name in _MLX else (_OURS[name], warmup)
     try:
         inspect.signature(function).bind(*arguments, **keywords)
     except TypeError as error:
-        raise InputError(f"arguments is {arguments!r}, which does not fit {name}: {error}") from None
-    if name in _OURS:
-        return function(*arguments, **keywords)
-    for i, value in enumerate(arguments):
-        _rate(f"arguments[{i}]", value)
-    return _with_warmup(function(*arguments), arguments[0], **warmup)
+        raise InputError(f"lr_schedule: arguments is {arguments!r}, which does not fit {name}: {error}") from None
+    try:
+        if name in _OURS:
+            return function(*arguments, **keywords)
+        for i, value in enumerate(arguments):
+            check_number(f"arguments[{i}]", value)
+        return _with_warmup(function(*arguments), arguments[0], **warmup)
+    except ValueError as error:  # MLX's own functions check some of their arguments, too
+        raise InputError(f"lr_schedule: {error}") from None
+
+
+def check_values(schedule: Schedule, updates: int) -> None:
+    """Raises ValueError, naming the update, if one of the first ``updates`` values is no learning rate.
+
+    At most some thousand of them are looked at, evenly spread, and the last one.
+    """
+    steps = sorted({*range(0, updates, max(1, updates // 4096)), updates - 1})
+    values = mx.broadcast_to(schedule(mx.array(steps, mx.float32)), (len(steps),))
+    bad = mx.logical_not((values >= 0) & mx.isfinite(values))
+    if mx.any(bad).item():
+        first = bad.tolist().index(True)  # type: ignore[union-attr]
+        raise InputError(
+            f"lr_schedule gives the learning rate {values[first].item():g} at update {steps[first]} of {updates};"
+            " change its arguments so that every rate is finite and at least 0"
+        )
 
 
 def _with_warmup(
@@ -310,7 +330,7 @@ def _with_warmup(
 ) -> Schedule:
     """``warmup_init`` to ``peak`` along ``ramp`` over ``warmup`` steps, then ``decay`` of the steps since."""
     _count("warmup", warmup, 0)
-    _rate("warmup_init", warmup_init)
+    check_number("warmup_init", warmup_init)
 
     def schedule(step: Step) -> mx.array:
         step = _float(step)
@@ -337,8 +357,8 @@ def _half_cosine(t: mx.array) -> mx.array:
 
 
 def _decay_length(peak: float, steps: int, end: float, warmup: int) -> int:
-    _rate("peak", peak)
-    _rate("end", end)
+    check_number("peak", peak)
+    check_number("end", end)
     _count("steps", steps, 1)
     _count("warmup", warmup, 0)
     if warmup >= steps:
@@ -347,20 +367,15 @@ def _decay_length(peak: float, steps: int, end: float, warmup: int) -> int:
 
 
 def _falling(peak: float, decay_rate: float, end: float) -> None:
-    _rate("peak", peak)
-    _rate("end", end)
+    check_number("peak", peak)
+    check_number("end", end)
     _positive("decay_rate", decay_rate)
     if decay_rate > 1:
         raise InputError(f"decay_rate is {decay_rate!r}; it must be at most 1")
 
 
-def _rate(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < math.inf:
-        raise InputError(f"{name} is {value!r}; it must be a finite number of at least 0")
-
-
 def _positive(name: str, value: float) -> None:
-    _rate(name, value)
+    check_number(name, value)
     if value == 0:
         raise InputError(f"{name} is {value!r}; it must be greater than 0")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import threading
@@ -10,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+from .streams import say
 
 
 class TrainingStopped(RuntimeError):
@@ -39,7 +40,7 @@ def asked_to_stop() -> Iterator[Asked]:
         for each, handler in previous.items():
             signal.signal(each, handler)
         # Not print: the signal may have come in the middle of another one.
-        os.write(2, b"\nfinishing the step, then saving; once more to stop at once\n")
+        say("\nfinishing the step, then saving; once more to stop at once\n")
 
     for number in (int(signal.SIGINT), int(signal.SIGTERM)):
         previous[number] = signal.signal(number, note)

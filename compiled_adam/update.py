@@ -147,7 +147,9 @@ def update(
         streams = [how.stream for how in lowerings]
         new["grad_norm"] = norm = rule.global_norm(gradients, streams) if part is None else part.norm
         clip = None if constants.max_grad_norm is None else rule.clip_factor(norm, constants.max_grad_norm)
-        finite = rule.unfused(mx.isfinite(norm)) if constants.skip_nonfinite else None
+        if constants.skip_nonfinite:
+            rate = new["learning_rate"]  # of a schedule, which may return anything
+            finite = rule.unfused(mx.isfinite(norm) & mx.isfinite(rate) & (rate >= 0))
     keys: list[mx.array | None] = [None] * len(parameters)
     if "rounding_key" in scalars:
         places, total = (range(len(parameters)), len(parameters)) if part is None else (part.places, part.total)

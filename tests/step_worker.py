@@ -62,12 +62,17 @@ def masked_error(model: nn.Module, x: mx.array, mask: mx.array) -> tuple[mx.arra
     return error.sum() / tokens, tokens
 
 
-def batch(index: int, poisoned: bool) -> tuple[mx.array, mx.array]:
-    """Rows of which some count; in every third batch none of the odd ones does. In a poisoned one row 1 is nan."""
+def batch(index: int, poisoned: bool, empty: bool) -> tuple[mx.array, mx.array]:
+    """Rows of which some count; in every third batch none of the odd ones does; in an ``empty`` one none at all.
+
+    In a poisoned one row 1 is nan.
+    """
     chance = np.random.default_rng(index)
     x, mask = chance.standard_normal((ROWS, 4)).astype(np.float32), chance.random((ROWS, 1)) < 0.6
     if index % 3 == 2:
         mask[1::2] = False
+    if empty:
+        mask[:] = False
     if poisoned:
         x[1], mask[1] = np.nan, True
     return mx.array(x), mx.array(mask)
@@ -103,7 +108,7 @@ def job(name: str, options: dict[str, Any]) -> dict[str, Any]:
     count_calls.counts.clear()
     losses, norms, votes = [], [], []
     for index in range(options.get("first", 0), options.get("batches", 6)):
-        x, mask = batch(index, index == options.get("poisoned"))
+        x, mask = batch(index, index == options.get("poisoned"), index == options.get("empty"))
         step.vote = float(rank + 1 if index == 1 else 0)
         result = step(x[rank::size], mask[rank::size])
         tokens = result.aux[0].astype(mx.float32)

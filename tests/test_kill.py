@@ -19,7 +19,7 @@ from tests.conftest import ROOT
 ITERS = 24
 OPTIONS = [
     "--train",
-    *["--iters", str(ITERS), "--batch-size", "2", "--num-layers", "2", "--learning-rate", "1e-3"],
+    *["--iters", str(ITERS), "--batch-size", "2", "--num-layers", "2"],
     *["--val-batches", "1", "--steps-per-eval", "7", "--steps-per-report", "4", "--save-every", "2"],
     *["--grad-accumulation-steps", "3", "-c", "dropout.yaml", "--max-grad-norm", "1.0"],
 ]

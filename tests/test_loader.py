@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import warnings
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.tuner.datasets import CacheDataset
 from mlx_lm.tuner.trainer import iterate_batches
 
+from compiled_adam.errors import InputError
 from compiled_adam.loader import Batches, Forecast, geometric, multiple_of_32
 
 
@@ -114,9 +117,74 @@ def test_what_cannot_be_used() -> None:
         with pytest.raises(ValueError, match="the ratio of the lengths must be above 1"):
             geometric(ratio)
 
-    class Empty(Tokens):
-        def process(self, example):
-            return [][-1]  # what mlx-lm does with an empty text
 
-    with pytest.raises(ValueError, match="example 0 of the data set is empty or incomplete"):
-        next(Batches(CacheDataset(Empty([()])), 1, 100))
+# Positions that are none, or of another number of batches.
+
+
+def begun(count: int, taken: int, batch_size: int = 4) -> Batches:
+    np.random.seed(5)
+    batches = Batches(examples(count), batch_size, 200, loop=True)
+    for _ in range(taken):
+        next(batches)
+    return batches
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_position_past_the_end_is_the_beginning_of_an_epoch(old: bool) -> None:
+    position = begun(40, taken=8).position()
+    if old:
+        del position["batches"]  # as version 0.1 wrote it
+    begun(40, taken=8)  # NumPy is where it was there
+    expected = Batches(examples(23), 4, 200, loop=True)
+    following = [next(expected) for _ in range(12)]
+    batches = begun(23, taken=2)
+    message = "batch 8 of more of an epoch, which has 5 now" if old else "batch 8 of 10 of an epoch, which has 5 now"
+    with pytest.warns(UserWarning, match=message):
+        batches.restore(position)
+    assert all(same(next(batches), each) for each in following)
+
+
+def test_another_number_of_batches_begins_an_epoch_and_the_end_of_one_is_a_place() -> None:
+    position = begun(23, taken=2).position()
+    batches = begun(40, taken=0)
+    with pytest.warns(UserWarning, match="batch 2 of 5 of an epoch, which has 10 now: a new epoch begins"):
+        batches.restore(position)
+    assert batches.position()["next"] == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for taken in (0, 4, 5):
+            batches = begun(23, taken)
+            position, expected = batches.position(), next(batches)
+            other = begun(23, 1)
+            other.restore(position)
+            assert same(next(other), expected)
+
+
+GOOD = begun(23, taken=2).position()
+
+
+@pytest.mark.parametrize(
+    "position",
+    [
+        *(None, [], "here", 3, {}),
+        *({**GOOD, "next": wrong} for wrong in (-1, 1.5, "2", None, True)),
+        *({**GOOD, "batches": wrong} for wrong in (-1, 1.5, "2", True)),
+        {**GOOD, "epoch_start": None},
+        *({**GOOD, name: wrong} for name in ("random", "epoch_start") for wrong in ("x", [], {}, 3, ["MT19937"])),
+        *(
+            {**GOOD, name: [*GOOD[name][:place], wrong, *GOOD[name][place + 1 :]]}
+            for name in ("random", "epoch_start")
+            for place, wrong in (
+                *((0, "PCG64"), (0, 3), (1, []), (1, [0] * 623), (1, [-1] * 624), (1, [2**32] * 624), (1, ["a"] * 624)),
+                *((2, 625), (2, -1), (2, 10**30), (2, "1"), (3, 2), (3, None), (4, "x"), (4, float("nan"))),
+            )
+        ),
+    ],
+    ids=lambda position: str(position)[-60:],
+)
+def test_a_position_that_is_none(position) -> None:
+    batches = begun(23, taken=3)
+    before = batches.position()
+    with pytest.raises(InputError, match="the position in the data"):
+        batches.restore(position)
+    assert batches.position() == before

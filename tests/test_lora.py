@@ -71,6 +71,7 @@ def run(train, tiny_model: Path, kind: str, optimizer, folder: Path, **changes):
         train_dataset=train_set,
         val_dataset=valid_set,
         args=arguments(folder, **changes),
+        loss=trainer.default_loss,  # with which the two are compared; ours does not train the padding
         training_callback=recorder,
     )
     return model, recorder

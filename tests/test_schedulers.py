@@ -191,3 +191,12 @@ def test_numpy_numbers_are_numbers() -> None:
 def test_bad_arguments_are_named_with_their_value(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_values_that_are_no_learning_rate() -> None:
+    schedulers.check_values(schedulers.constant(1e-3), 1)
+    schedulers.check_values(schedulers.cosine(1e-3, 100), 10**12)
+    with pytest.raises(ValueError, match="the learning rate inf at update 12348 of 50000; change"):
+        schedulers.check_values(lambda step: mx.where(step >= 12340, math.inf, 1.0), 50_000)
+    with pytest.raises(ValueError, match="the learning rate -1 at update 99 of 100"):
+        schedulers.check_values(lambda step: mx.where(step == 99, -1.0, 1.0), 100)

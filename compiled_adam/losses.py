@@ -1,0 +1,44 @@
+"""Loss functions for language models: the mean over the tokens that are to be predicted, and how many there are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+def next_token(model: Any, tokens: mx.array, lengths: mx.array) -> tuple[mx.array, mx.array]:
+    """The mean cross entropy of each token from ``offset`` to the end of its example, given those before it.
+
+    ``-sum log softmax(logits)[target] / targets`` in float32. Called as ``mlx_lm.tuner.trainer.default_loss``, from
+    which it differs in one thing: that one also trains the first token of the padding after each example.
+
+    Args:
+        model: ``model(tokens)`` returns logits of shape (batch, length, vocabulary).
+        tokens: int32, (batch, length), padded at the end with anything.
+        lengths: int32, (batch, 2): for each example ``offset`` and ``end``. Its targets are the tokens at ``offset``,
+            ..., ``end - 1``, but for the one at 0, which nothing comes before; none if ``offset`` is ``end`` or more.
+
+    Returns:
+        The loss and the number of targets, 0-d. Without any target both are 0, and so is the gradient.
+
+    >>> uniform = lambda tokens: mx.zeros((*tokens.shape, 8))
+    >>> loss, targets = next_token(uniform, mx.array([[5, 6, 7, 0, 0]]), mx.array([[0, 3]]))
+    >>> targets.item(), round(loss.item(), 4)  # 6 and 7, and log(8)
+    (2, 2.0794)
+    """
+    positions = mx.arange(1, tokens.shape[1])
+    trained = (positions >= lengths[:, 0:1]) & (positions < lengths[:, 1:])
+    targets = trained.sum()
+    # A choice and not a product: what is computed for the padding must not count even if it is not a number.
+    losses = mx.where(trained, cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]), 0.0)
+    return losses.sum() / mx.maximum(targets, 1), targets
+
+
+def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
+    """``logsumexp(logits) - logits[target]`` over the last axis, in float32 whatever the dtype of ``logits``."""
+    fused = getattr(mx.fast, "cross_entropy", None)
+    if fused is not None and mx.default_device() == mx.gpu:
+        return fused(logits, targets)  # a kernel with float32 inside; a float32 copy of the logits would be large
+    return nn.losses.cross_entropy(logits.astype(mx.float32), targets)
