@@ -1,6 +1,6 @@
 # make demo   the main job on an embedded example      make test    the test suite
 # make check  everything CI asks for                   make bench   time the update on this machine
-# make test-long  the tests that take many minutes
+# make test-fast  the tests that take little time       make test-long  those that take many minutes
 # make clean  remove what the above created
 
 PYTHON ?= python3
@@ -15,7 +15,11 @@ else
 EXTRAS := lm,dev,cpu
 endif
 
-.PHONY: demo test test-long check lint types doctest bench clean
+# Two processes, each of one thread of OpenBLAS, if that is preloaded. Their kernels: tests/kernels.py.
+TEST := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest
+JOBS ?= 2
+
+.PHONY: demo test test-fast test-long check lint types doctest bench clean
 .DEFAULT_GOAL := check
 
 .venv/installed: pyproject.toml
@@ -29,10 +33,13 @@ demo: .venv/installed
 	$(BIN)/compiled-adam demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(TEST) -n $(JOBS) --dist loadfile
+
+test-fast: .venv/installed
+	$(TEST) -n $(JOBS) --dist loadfile -m 'not slow and not long'
 
 test-long: .venv/installed
-	$(BIN)/python -m pytest -m long
+	$(TEST) -m long
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .

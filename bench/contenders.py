@@ -134,7 +134,8 @@ class InStep(OnMLX):
 
     def __init__(self, optimizer: ca.Adam, parameters: Tree, gradients: Tree) -> None:
         super().__init__(optimizer, parameters, gradients)
-        self._trees = PackedTrees(optimizer, Places([(name, parameters, name) for name in parameters]))
+        places = Places([(name, parameters, name) for name in parameters])
+        self._trees = PackedTrees(optimizer, places, {name: i for i, name in enumerate(parameters)})
         self._update = mx.compile(self._traced)
 
     def _traced(self, gradients: list[mx.array], parameters: list[mx.array], state: Any) -> Any:

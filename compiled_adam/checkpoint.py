@@ -6,28 +6,28 @@ them ``window.safetensors`` if micro-batches were accumulated. ``meta.json`` has
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
+import re
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from io import SEEK_END, FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from . import any_optimizer, workers
+from .claims import leftovers, remove_abandoned
 from .compare import differences, table
-from .durable import flush, present, record, recorded, replacing, save_arrays
+from .durable import discard, flush, opened, present, record, recorded, remove_old, replacing, save_arrays
 from .errors import InputError
 from .fingerprint import packages
+from .meta import FORMAT, LARGEST, META, as_json, parsed
+from .meta import sealed as _sealed
 from .step import TrainStep
 
-FORMAT = 1
-META = "meta.json"
-_SEAL = ',\n "sha256": "'
 FILES = {"model": "weights.safetensors", "optimizer": "optimizer.safetensors", "window": "window.safetensors"}
 # Options that decide what the optimizer's state consists of: to change one is to convert the state.
 _OF_THE_STATE = {"optimizer", "moments", "compensated", "max_grad_norm", "skip_nonfinite"}
@@ -55,12 +55,16 @@ def save_checkpoint(
         folder: the checkpoint; an older one of this name is replaced, other folders are refused.
         step: what `make_step` made. Its model's trainable parameters and whatever else the forward pass assigns, its
             optimizer's state, a partly filled window and MLX's random state are stored.
-        extra: what the caller needs to continue (data position, best loss, ...), as JSON can hold it. Default None.
+        extra: what the caller needs to continue (data position, best loss, ...), as JSON can hold it: keys become text,
+            tuples lists, and what is infinite or not a number stays that. Default None.
         settings: options of the caller that results depend on, by name; `load_checkpoint` compares them. Default None.
+
+    Several processes or threads may save to one folder: each checkpoint is whole, and the last one stays.
 
     Raises:
         OSError: it could not be written (disk full, no permission); an older checkpoint is still there then.
-        ValueError: the folder has something else, or weights are infinite or not a number.
+        ValueError: the folder has something else, or weights are infinite or not a number; ``extra`` or ``settings``
+            refer to themselves, are nested too deep or too large, have two keys of one text, or the name of an option.
         TypeError: ``extra`` or ``settings`` cannot be stored as JSON.
     """
     state = step.state_dict(everywhere=False)  # something that all workers take part in
@@ -81,7 +85,7 @@ def write_checkpoint(
 ) -> None:
     """`save_checkpoint` of the ``state_dict`` of ``step``, by this process alone."""
     folder = Path(folder)
-    if folder.exists() and not (folder.is_dir() and ((folder / META).exists() or not any(folder.iterdir()))):
+    if _is_something_else(folder):
         raise InputError(f"{folder} exists and is not a checkpoint; name another folder")
     mx.eval(state)
     meta = {
@@ -90,13 +94,9 @@ def write_checkpoint(
         "updates": _updates(step),
         "accumulated": state["window"]["batches"].item() if state["window"] else 0,
         "random": state["random"]["key"].tolist(),
-        "settings": dict(settings or {}) | step.description(),
-        "extra": dict(extra or {}),
+        "settings": _settings(settings, step),
+        "extra": as_json("extra", extra or {}),
     }
-    try:
-        meta = json.loads(json.dumps(meta))  # what will be read: of text keys, lists instead of tuples
-    except TypeError as error:
-        raise TypeError(f"extra and settings are stored as JSON, but {error}; use numbers, strings, lists") from None
     records = {}
     with replacing(folder) as temporary, ThreadPoolExecutor() as pool:
         # The largest first: its record is still being made while the others are written.
@@ -109,6 +109,21 @@ def write_checkpoint(
         meta["files"] = {name: future.result() for name, future in records.items()}
         (temporary / META).write_text(_sealed(meta), encoding="utf-8")
         flush(temporary / META)
+
+
+def _settings(settings: Mapping[str, Any] | None, step: TrainStep) -> dict[str, Any]:
+    """The caller's settings and the step's options, as they are read again."""
+    theirs, own = as_json("settings", settings or {}), step.description()
+    if both := theirs.keys() & own.keys():
+        raise InputError(f"settings has {min(both)!r}, which is the name of an option of the step; name it otherwise")
+    return theirs | as_json("the description of the step", own)
+
+
+def _is_something_else(folder: Path) -> bool:
+    """Whether there is something that no checkpoint may replace: a file, or a folder that is neither one nor empty."""
+    with suppress(FileNotFoundError, NotADirectoryError), opened(folder, [META]) as (found, files):
+        return META not in files and any(found.iterdir())
+    return folder.exists()
 
 
 def check_finite(arrays: Mapping[str, mx.array]) -> None:
@@ -133,6 +148,8 @@ def load_checkpoint(
     warn: Callable[[str], None] = _warn,
 ) -> dict[str, Any]:
     """Continues ``step`` from a checkpoint; returns the ``extra`` it was saved with.
+
+    Another process may replace the folder meanwhile: what is read is the old checkpoint or the new one.
 
     If the step has a ``group``, all workers call this, and all read; if one cannot, none continues.
 
@@ -180,24 +197,27 @@ def read_checkpoint(
     warn: Callable[[str], None] = _warn,
 ) -> Contents:
     """What `load_checkpoint` continues ``step`` from; it is not changed."""
-    folder = Path(folder)
-    meta = check_checkpoint(folder)
-    folder = present(folder)
-    state = {part: _load(folder / name) if name in meta["files"] else {} for part, name in FILES.items()}
-    state["random"] = {"key": mx.array(meta["random"], mx.uint32)}
-    here = json.loads(json.dumps(dict(settings or {}) | step.description()))
-    if unknown := set(allow) - here.keys() - meta["settings"].keys():
-        raise InputError(f"there is no setting {min(unknown)!r} to allow; there are {', '.join(sorted(here))}")
-    rows = differences(here, meta["settings"])
-    changed = {name for name, *_ in rows} & set(allow)
-    convert = bool({name.split(".")[-1] for name in changed} & _OF_THE_STATE)
-    rows = [row for row in rows if row[0] not in changed] + step.mismatches(state, convert=convert)
-    if rows:
-        raise InputError(
-            f"{folder} was saved by another run:\n{table(('what', 'here', 'checkpoint'), rows)}\n"
-            "make it the same, or allow what may change by its name (allow=..., --allow-change)"
-        )
-    mx.eval(state)
+    with _opened(Path(folder)) as (found, files):
+        meta = _checked(found, files)
+        state = {
+            part: _load(found / name, files[name]) if name in meta["files"] else {} for part, name in FILES.items()
+        }
+        state["random"] = {"key": mx.array(meta["random"], mx.uint32)}
+        here = _settings(settings, step)
+        if unknown := set(allow) - here.keys() - meta["settings"].keys():
+            raise InputError(f"there is no setting {min(unknown)!r} to allow; there are {', '.join(sorted(here))}")
+        rows = differences(here, meta["settings"])
+        changed = {name for name, *_ in rows} & set(allow)
+        convert = bool({name.split(".")[-1] for name in changed} & _OF_THE_STATE)
+        rows = [row for row in rows if row[0] not in changed] + step.mismatches(state, convert=convert)
+        if rows:
+            raise InputError(
+                f"{folder} was saved by another run:\n{table(('what', 'here', 'checkpoint'), rows)}\n"
+                "make it the same, or allow what may change by its name (allow=..., --allow-change)"
+            )
+        mx.eval(state)  # before the files are closed
+    if state["window"] and state["window"]["batches"].item() != meta["accumulated"]:
+        raise InputError(f"{found / META} is damaged: it has another number of accumulated batches than the window")
     check_finite(state["model"])
     if others := differences(_packages(), meta["packages"]):
         names = ", ".join(f"{name} {there}" for name, _, there in others)
@@ -208,96 +228,113 @@ def read_checkpoint(
 
 def check_checkpoint(folder: Path) -> dict[str, Any]:
     """The content of ``meta.json``, after every file was compared with it. Raises ValueError that names the damage."""
-    folder = present(folder)
-    file = folder / META
-    if not file.is_file():
+    with _opened(folder) as (found, files):
+        return _checked(found, files)
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[tuple[Path, dict[str, FileIO]]]:
+    """`durable.opened` for the files of a checkpoint."""
+    with ExitStack() as stack:
+        try:
+            found = stack.enter_context(opened(folder, [META, *FILES.values()]))
+        except FileNotFoundError:
+            raise InputError(f"{folder} is not a checkpoint: there is no such folder") from None
+        except NotADirectoryError:
+            raise InputError(f"{folder} is not a checkpoint: it has no {META}") from None
+        yield found
+
+
+def _checked(folder: Path, files: Mapping[str, FileIO]) -> dict[str, Any]:
+    """What `check_checkpoint` returns, of files that are open; ``folder`` is where they were found."""
+    if META not in files:
         raise InputError(f"{folder} is not a checkpoint: it has no {META}")
-    try:
-        text = file.read_text(encoding="utf-8")
-        meta = json.loads(text)
-        del meta["sha256"]
-        files = dict(meta["files"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file} is damaged: {error!r}") from None
-    if text != _seal(text.rpartition(_SEAL)[0]):
-        raise InputError(f"{file} is damaged: it is not what was written")
-    if meta.get("format") != FORMAT:
-        raise InputError(
-            f"{folder} has format {meta.get('format')}; this version reads {FORMAT}, so update compiled_adam"
-        )
-    random = meta.get("random")
-    if not all(isinstance(meta.get(name), dict) for name in ("settings", "packages", "extra")) or not (
-        isinstance(random, list) and len(random) == 2 and all(isinstance(word, int) for word in random)
-    ):
-        raise InputError(f"{file} is not one that compiled_adam wrote: it has no settings, packages, extra or random")
-    if unknown := files.keys() - FILES.values():
-        raise InputError(f"{file} names the file {min(unknown)!r}, which no checkpoint has")
-    if missing := {FILES["model"], FILES["optimizer"]} - files.keys():
-        raise InputError(f"{file} does not name {min(missing)}")
-    for name, expected in files.items():
+    needed = (FILES["model"], FILES["optimizer"])
+    with _named(folder / META):
+        content = files[META].read(LARGEST + 1)
+    meta = parsed(folder / META, content, tuple(FILES.values()), needed)
+    if bool(meta["accumulated"]) != (FILES["window"] in meta["files"]):
+        raise InputError(f"{folder / META} is damaged: it has a window without batches, or batches without a window")
+    for name, expected in meta["files"].items():
         path = folder / name
-        if not path.is_file():
+        if name not in files:
             raise InputError(f"{path} is missing")
-        size = expected.get("bytes") if isinstance(expected, dict) else None
-        if path.stat().st_size != size:
-            raise InputError(f"{path} is damaged: it has {path.stat().st_size} bytes instead of {size}")
-        if record(path) != expected:
-            raise InputError(f"{path} is damaged: its SHA-256 is not the one in {META}")
+        with _named(path):
+            if (size := files[name].seek(0, SEEK_END)) != expected["bytes"]:
+                raise InputError(f"{path} is damaged: it has {size} bytes instead of {expected['bytes']}")
+            if record(files[name]) != expected:
+                raise InputError(f"{path} is damaged: its SHA-256 is not the one in {META}")
     return meta
+
+
+@contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """An error of the operating system gets the name of the file that is being read."""
+    try:
+        yield
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(file)) from None
 
 
 def latest_checkpoint(folder: str | Path, *, warn: Callable[[str], None] = _warn) -> Path:
     """The newest checkpoint in ``folder`` that is whole; names of checkpoints are numbers. Damaged ones are warned of.
+
+    One whose replacement was killed counts, too: the folder is found by `load_checkpoint`, if not under its name.
 
     Raises:
         ValueError: there is none.
     """
     folder = Path(folder)
     found = numbered(folder)
-    for path in reversed(found):
-        try:
-            check_checkpoint(path)
-            return path
-        except (ValueError, OSError) as error:
-            warn(f"{error}; trying the checkpoint before it")
-    raise InputError(f"there is no {'whole ' if found else ''}checkpoint in {folder}")
+    while True:
+        for path in reversed(found):
+            try:
+                check_checkpoint(path)
+                return path
+            except (ValueError, OSError) as error:
+                if path in numbered(folder):  # else: another process has pruned it, because there is a newer one
+                    warn(f"{error}; trying the checkpoint before it")
+        if found == (found := numbered(folder)):
+            raise InputError(f"there is no {'whole ' if found else ''}checkpoint in {folder}")
 
 
 def numbered(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, the oldest first."""
+    """The checkpoints in a folder, the oldest first; where each is found, `durable.present` says."""
     if not folder.is_dir():
         return []
-    return sorted((p for p in folder.iterdir() if p.name.isdecimal() and p.is_dir()), key=lambda p: int(p.name))
+    names = (re.fullmatch(r"(\d+)|\.(\d+)\.old", path.name) for path in folder.iterdir())
+    paths = {folder / (name[1] or name[2]) for name in names if name}
+    return sorted((path for path in paths if present(path).is_dir()), key=lambda path: (int(path.name), path.name))
 
 
 def prune(folder: Path, keep: int) -> list[Path]:
-    """Removes all but the newest ``keep`` checkpoints, once the newest is known to be whole; returns what went."""
-    for leftover in folder.glob(".[0-9]*.partial"):
-        shutil.rmtree(leftover)  # of a process that was killed while it wrote
-    *older, newest = numbered(folder)
-    check_checkpoint(newest)
-    gone = older[: max(0, len(older) + 1 - keep)]
-    for path in gone:
-        shutil.rmtree(path)
-    return gone
+    """Removes all but the newest ``keep`` checkpoints, once the newest is known to be whole; returns what went.
+
+    Also what killed processes have left of checkpoints that they wrote or removed. Others may prune at the same time.
+    """
+    for leftover in leftovers(folder):
+        remove_abandoned(leftover)
+    while found := numbered(folder):
+        try:
+            check_checkpoint(found[-1])
+            break
+        except InputError:
+            if found[-1:] == numbered(folder)[-1:]:  # else: another process has pruned it, because there is a newer one
+                raise
+    for path in found:
+        remove_old(path)
+    return [path for path in found[: max(0, len(found) - max(keep, 1))] if discard(path)]
 
 
-def _load(file: Path) -> dict[str, mx.array]:
+def _load(file: Path, stream: FileIO) -> dict[str, mx.array]:
+    """The arrays of an open file, which must stay open until they are evaluated."""
+    stream.seek(0)
     try:
-        arrays = mx.load(str(file))
+        arrays = mx.load(stream, format="safetensors")
     except RuntimeError as error:
         raise InputError(f"{file} cannot be read: {error}") from None
     assert isinstance(arrays, dict)
     return arrays
-
-
-def _sealed(meta: Mapping[str, Any]) -> str:
-    """``meta`` as JSON with the SHA-256 of its own text as the last entry."""
-    return _seal(json.dumps(meta, indent=1).removesuffix("\n}"))
-
-
-def _seal(text: str) -> str:
-    return f'{text}{_SEAL}{hashlib.sha256(text.encode()).hexdigest()}"\n}}\n'
 
 
 def _packages() -> dict[str, str]:

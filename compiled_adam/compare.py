@@ -36,7 +36,7 @@ def table(columns: Row, rows: Sequence[Row], most: int = 20) -> str:
       eps   1e-08  1e-06
       and 1 more
     """
-    shown = [columns, *rows[:most]]
+    shown = [[_printable(cell) for cell in row] for row in (columns, *rows[:most])]
     widths = [max(len(row[i]) for row in shown) for i in range(3)]
     lines = ["  " + _line(row, widths) for row in shown]
     return "\n".join([*lines, f"  and {len(rows) - most} more"] if len(rows) > most else lines)
@@ -44,6 +44,11 @@ def table(columns: Row, rows: Sequence[Row], most: int = 20) -> str:
 
 def _line(row: Iterable[str], widths: Iterable[int]) -> str:
     return "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def _printable(cell: str) -> str:
+    """One line that every terminal can show: a name in a damaged file may be anything."""
+    return cell if cell.isprintable() else repr(cell)[1:-1]
 
 
 def _shown(value: Any) -> str:

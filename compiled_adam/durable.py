@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
+import secrets
 import shutil
+import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from io import FileIO
 from pathlib import Path
 from typing import TypedDict
 
 import mlx.core as mx
+
+from .claims import Descriptor, claimed, held, remove
+from .errors import InputError
 
 
 class Record(TypedDict):
@@ -24,19 +32,22 @@ class Record(TypedDict):
     sha256: str
 
 
-def record(file: Path, written: threading.Event | None = None) -> Record:
-    """The size and SHA-256 of a file; of one that is still growing, until ``written`` is set."""
+def record(file: Path | FileIO, written: threading.Event | None = None) -> Record:
+    """The size and SHA-256 of a file, which may be open; of one that is still growing, until ``written`` is set."""
+    if isinstance(file, Path):
+        with FileIO(file) as stream:
+            return record(stream, written)
     digest, size, block = hashlib.sha256(), 0, memoryview(bytearray(1 << 20))
-    with open(file, "rb", buffering=0) as stream:
-        while True:
-            complete = written is None or written.is_set()  # asked before the end of the file is met
-            if count := stream.readinto(block):
-                digest.update(block[:count])
-                size += count
-            elif complete:
-                return Record(bytes=size, sha256=digest.hexdigest())
-            else:
-                time.sleep(1e-3)
+    file.seek(0)
+    while True:
+        complete = written is None or written.is_set()  # asked before the end of the file is met
+        if count := file.readinto(block):
+            digest.update(block[:count])
+            size += count
+        elif complete:
+            return Record(bytes=size, sha256=digest.hexdigest())
+        else:
+            time.sleep(1e-3)
 
 
 @contextmanager
@@ -65,33 +76,169 @@ def save_arrays(file: Path, arrays: dict[str, mx.array]) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary folder beside ``path`` that takes its place at the end, flushed to disk; on an error it goes."""
-    path = Path(os.path.realpath(path))  # a link stays one
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists() and _old(path).exists():
-        _old(path).rename(path)  # a replacement was killed between its two renamings
-    temporary = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
-    temporary.mkdir()
-    try:
+    """A temporary folder beside ``path`` that takes its place at the end, flushed to disk; on an error it goes.
+
+    Others may replace the same folder at the same time: each folder is whole, and the last one stays.
+
+    Raises:
+        ValueError: something else than a folder is in the way.
+        OSError: it could not be written.
+    """
+    path = _target(path)
+    with claimed(path, Path.mkdir) as temporary:
         yield temporary
         flush(temporary)
-        if path.exists():
-            shutil.rmtree(_old(path), ignore_errors=True)
-            path.rename(_old(path))
-        temporary.rename(path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if not path.exists() and _old(path).exists():
-            _old(path).rename(path)
-        raise
-    flush(path.parent)
-    shutil.rmtree(_old(path), ignore_errors=True)
+        _put(temporary, path)
+
+
+def _target(path: Path) -> Path:
+    """Where to write ``path``, whose parent exists then: links stay links, so that is where they lead to."""
+    for each in (path, *path.parents):
+        # Also: a link to a disk that is not there must not fill this one.
+        if each.is_symlink() and not each.exists() and not (end := Path(os.path.realpath(each))).parent.is_dir():
+            raise InputError(
+                f"{each} is a link to {end}, and there is no folder {end.parent}; make it, or mend the link"
+            )
+    real = Path(os.path.realpath(path))
+    if real.is_symlink():
+        raise InputError(f"{path} is a link that leads in a circle; remove it")
+    if real.exists() and not real.is_dir():
+        raise InputError(f"{real} is not a folder; move it away, or name another folder")
+    if os.path.ismount(real):
+        raise InputError(f"{real} is where a disk is mounted, and cannot be replaced; name a folder in it")
+    real.parent.mkdir(parents=True, exist_ok=True)
+    return real
+
+
+def _put(new: Path, path: Path) -> None:
+    """Renames the folder ``new``, which this process has claimed, to ``path``, in place of what is there.
+
+    In two renamings, because no system replaces a folder in one everywhere. Between them, and after a kill there, what
+    was at ``path`` is at `_old`, where readers look next. Of several writers, the one that holds the folder at
+    ``path`` moves it; and `_old` is removed only by one that holds it while there is another at ``path``.
+    """
+    old, put = _old(path), False
+    while not put:
+        with held(path) as there:
+            if there:
+                with held(old):
+                    remove(old)
+                try:
+                    path.rename(old)
+                    put = _renamed(new, path)
+                    flush(path.parent)
+                    _tidy(path, old)
+                except BaseException:  # also Ctrl-C, at any line of these
+                    _tidy(path, old)
+                    raise
+                continue
+        with held(old) as left:
+            if left and not path.exists():
+                old.rename(path)  # a replacement was killed between its two renamings
+                continue
+        put = _renamed(new, path)
+        flush(path.parent)
+
+
+def _tidy(path: Path, old: Path) -> None:
+    """After a replacement, or a part of one: one folder at ``path``, none at ``old``."""
+    if old.exists() and (path.exists() or not _renamed(old, path)):
+        remove(old)
+
+
+def _renamed(new: Path, path: Path) -> bool:
+    """Whether ``new`` is at ``path`` now; not if another writer has put a folder there."""
+    try:
+        new.rename(path)
+        return True
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return False
+
+
+def remove_old(path: Path) -> None:
+    """Removes what a replacement that was killed at its end has left beside ``path``."""
+    if _old(path).exists():
+        with held(_old(path)):
+            if path.exists():
+                remove(_old(path))
+
+
+def discard(path: Path) -> bool:
+    """Removes what `replacing` wrote to ``path``, which is never there by half; False if another was quicker."""
+    old = _old(path)
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")  # after a kill, a leftover like others
+    with held(path) as there, held(old) as left:
+        if there and left:
+            remove(old)
+        if there or left:
+            (path if there else old).rename(aside)
+            aside.unlink() if aside.is_symlink() else shutil.rmtree(aside)
+    return there or left
 
 
 def present(path: Path) -> Path:
-    """Where to read what `replacing` wrote to ``path``: a writer may be, or have been killed, between two renamings."""
-    return _old(path) if not path.exists() and _old(path).exists() else path
+    """Where what `replacing` wrote to ``path`` is: a writer may be, or have been killed, between two renamings."""
+    old = _old(Path(os.path.realpath(path)))
+    return old if not path.exists() and old.exists() else path
+
+
+@contextmanager
+def opened(path: Path, names: Collection[str]) -> Iterator[tuple[Path, dict[str, FileIO]]]:
+    """Those files of a folder that are among ``names``, open for reading, and where the folder was found.
+
+    All belong together: they are opened in one and the same folder, which nobody changes while it has its name. If
+    `replacing` gives the name to another meanwhile, and removes files before they are open, this begins again.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: there is no such folder.
+        ValueError: one of the names is not that of a regular file.
+    """
+    # Each attempt fails only if a replacement ends within the moment that it takes, so that one is enough as a rule.
+    for _ in range(100):
+        with ExitStack() as stack:
+            found = _opened_once(Path(os.path.realpath(path)), names, stack)
+            if found is not None:
+                yield found
+                return
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+
+
+def _opened_once(path: Path, names: Collection[str], stack: ExitStack) -> tuple[Path, dict[str, FileIO]] | None:
+    if path.is_symlink():
+        raise FileNotFoundError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    place = path
+    try:
+        folder = Descriptor(path, os.O_DIRECTORY)
+    except FileNotFoundError:
+        place = _old(path)
+        try:
+            folder = Descriptor(place, os.O_DIRECTORY)
+        except FileNotFoundError:
+            return None
+    files = {}
+    for name in names:
+        with suppress(FileNotFoundError):
+            files[name] = stack.enter_context(_regular(place / name, folder.number))
+    # What is missing was removed if the folder has lost its place; otherwise it never was there.
+    complete = len(files) == len(names) or (folder.is_at(place) and (place == path or not path.exists()))
+    return (place, files) if complete else None
+
+
+def _regular(file: Path, folder: int) -> FileIO:
+    """A regular file opened for reading; of anything else (a pipe, a device) nothing is read, nor is it waited for."""
+    try:
+        if stat.S_ISREG(os.stat(file.name, dir_fd=folder).st_mode):
+            descriptor = os.open(file.name, os.O_RDONLY | os.O_NONBLOCK, dir_fd=folder)
+            stream = FileIO(descriptor)
+            if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                return stream
+            stream.close()
+    except OSError as error:
+        if error.errno != errno.ELOOP:  # a link to itself
+            raise type(error)(error.errno, error.strerror, str(file)) from None
+    raise InputError(f"{file} is damaged: it is not a regular file")
 
 
 def flush(path: Path) -> None:
@@ -116,15 +263,12 @@ def _old(path: Path) -> Path:
 
 
 def replace_arrays(file: Path, arrays: dict[str, mx.array]) -> None:
-    """`save_arrays` to a file that readers see old or new, never in between."""
-    temporary = file.with_name(f".{file.stem}.partial{file.suffix}")  # MLX insists on the suffix
-    try:
+    """`save_arrays` to a file that readers see old or new, never in between; a link to one stays a link."""
+    file = Path(os.path.realpath(file))
+    with claimed(file, partial(Path.touch, exist_ok=False)) as temporary:
         save_arrays(temporary, arrays)
         temporary.replace(file)
         flush(file.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 @contextmanager

@@ -5,24 +5,35 @@ from __future__ import annotations
 import io
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from . import batch as batches
-from . import random_state
+from .at_once import undone_on_error
+from .compiled import Compiled, is_evaluated
 from .errors import InputError
 from .layout import Places, Structure
 from .loss import checked
 
 
+class Gradients(NamedTuple):
+    """What the forward and backward pass of a batch give, all lazy."""
+
+    loss: mx.array
+    aux: list[Any]
+    assigned: dict[int, mx.array]  # what the forward pass has assigned, by the index among the model's arrays
+    gradients: list[mx.array]
+    weight: mx.array
+
+
 class GradientGraphs:
     """The gradient of ``loss_fn`` for a model whose arrays stand at ``arrays``, the trainable ones first.
 
-    A call returns loss, aux, the arrays that the forward pass has assigned (by their index among ``arrays``), the
-    gradients, and the weight. ``traces`` counts under "grad" and "evicted"; ``assigned`` gets the paths of the arrays
-    that are no parameters, but assigned.
+    ``traces`` counts under "grad" and "evicted"; ``assigned`` gets the arrays that are no parameters, but assigned, by
+    path, as they were before the first such trace.
     """
 
     def __init__(
@@ -35,28 +46,28 @@ class GradientGraphs:
         arrays: Places,
         trainable: int,
         traces: dict[str, int],
-        assigned: set[str],
+        assigned: dict[str, mx.array],
     ) -> None:
         self._model, self._loss_fn, self._weighted, self._max_traces = model, loss_fn, weighted, max_traces
         self._structure, self._arrays, self._trainable = structure, arrays, trainable
         self._traces, self._assigned = traces, assigned
-        self._compiled: OrderedDict[Hashable, tuple[Callable[..., Any], list[int]]] = OrderedDict()
+        self._compiled: OrderedDict[Hashable, _Graph] = OrderedDict()
 
-    def __call__(self, signature: Hashable, batch: list[mx.array]) -> Any:
+    def __call__(self, signature: Hashable, batch: list[mx.array]) -> Gradients:
         # Layers read `training` while they are traced, so a trace holds for one setting of it only.
         key = signature, tuple([module.training for module in self._structure.modules])
-        gradient = self._compiled.pop(key, None)
-        if gradient is None:
+        graph = self._compiled.get(key)
+        if graph is None:
             while len(self._compiled) >= self._max_traces:
                 self._compiled.popitem(last=False)
                 self._traces["evicted"] += 1
-            gradient = self._compile(signature)
-        function, changed = gradient
-        loss, aux, arrays, gradients, weight = function(self._arrays.read(), batch)
-        self._compiled[key] = gradient  # the most recently used comes last
-        return loss, aux, dict(zip(changed, arrays, strict=True)), gradients, weight
+            graph = self._compile(signature)
+        loss, aux, changed, gradients, weight = graph.function(self._arrays.read(), batch)
+        self._compiled[key] = graph
+        self._compiled.move_to_end(key)
+        return Gradients(loss, aux, dict(zip(graph.changed, changed, strict=True)), gradients, weight)
 
-    def _compile(self, signature: Hashable) -> tuple[Callable[..., Any], list[int]]:
+    def _compile(self, signature: Hashable) -> _Graph:
         changed: list[int] = []  # by tracing: only these leave the graph, most models have none
 
         def gradient(arrays: list[mx.array], batch: list[mx.array]) -> Any:
@@ -71,7 +82,7 @@ class GradientGraphs:
                 operations = _operations(before)
                 self._arrays.write(before)
                 loss, aux, weight = checked(self._loss_fn(self._model, *args, **kwargs), self._weighted)
-                self._refuse_new_arrays()
+                self._follow_structure()
                 after = self._arrays.read()
                 changed[:] = [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a is not b]
                 if _operations(before) != operations:  # of all at once, for it is rare
@@ -81,26 +92,42 @@ class GradientGraphs:
                 rest.extend((aux, [after[i] for i in changed], weight))
                 return loss
 
-            before = self._structure.snapshot()
-            try:
-                loss, gradients = mx.value_and_grad(forward)(arrays[: self._trainable])
-            except BaseException:
-                self._structure.restore(before, attributes=True)
-                raise
-            self._structure.restore(before)
-            self._assigned |= {self._arrays.paths[i] for i in changed if i >= self._trainable}
+            originals, put_back = self._arrays.read(), self._structure.snapshot()
+
+            def traced() -> Any:
+                found = mx.value_and_grad(forward)(arrays[: self._trainable])
+                # What the forward pass did to other things than arrays stays, as it does without a step.
+                self._arrays.write(originals)
+                return found
+
+            loss, gradients = undone_on_error(traced, put_back)
+            for i in changed:
+                if i >= self._trainable:
+                    self._assigned.setdefault(self._arrays.paths[i], originals[i])
             aux, after, weight = rest
             return loss, aux, after, gradients, weight
 
-        return random_state.compiled(gradient), changed
+        return _Graph(Compiled(gradient, self._max_traces, draws=True), changed)
 
-    def _refuse_new_arrays(self) -> None:
-        if not self._structure.intact():
-            new = {path for path, *_ in Structure(self._model).leaves} - {p for p, *_ in self._structure.leaves}
+    def _follow_structure(self) -> None:
+        """Lets the forward pass keep what depends neither on the batch nor on the parameters, such as a mask."""
+        if self._structure.intact():
+            return
+        now = Structure(self._model)
+        added = self._structure.added(now)
+        trainable = dict(tree_flatten(self._model.trainable_parameters()))
+        refused = [path for path, container, key in added if path in trainable or not is_evaluated(container[key])]
+        if refused or not self._structure.follow(now, added):
+            names = ", ".join(sorted(refused)) or "replaced a container"
             raise InputError(
-                f"loss_fn changed the structure of the model ({', '.join(sorted(new)) or 'replaced a container'});"
+                f"loss_fn changed the structure of the model ({names});"
                 " what the forward pass assigns must exist before make_step, so create it in __init__"
             )
+
+
+class _Graph(NamedTuple):
+    function: Callable[..., Any]
+    changed: list[int]  # indices of the arrays that the forward pass assigns
 
 
 def _operations(arrays: list[mx.array]) -> int:

@@ -6,12 +6,15 @@ A tree is what MLX means by it: arrays nested in dicts and lists; an ``nn.Module
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from .at_once import Assignments, call_all
 from .errors import InputError
 
 
@@ -26,19 +29,22 @@ class Places:
         return len(self.places)
 
     def read(self) -> list[mx.array]:
-        return [container[key] for container, key in self.places]
-
-    def exchange(self, arrays: Mapping[int, mx.array]) -> dict[int, mx.array]:
-        """Assigns some by their index, and returns what was there."""
-        before = {}
-        for index, array in arrays.items():
-            container, key = self.places[index]
-            before[index], container[key] = container[key], array
-        return before
+        """Raises TypeError, naming the path, for what somebody has put there and is no array."""
+        arrays = [container[key] for container, key in self.places]
+        for path, array in zip(self.paths, arrays, strict=True):
+            if not isinstance(array, mx.array):
+                raise TypeError(f"{path!r} has become {type(array).__name__}; assign an mx.array")
+        return arrays
 
     def write(self, arrays: Sequence[mx.array]) -> None:
+        assignments = Assignments()
+        self.assign(arrays, assignments)
+        assignments.make()
+
+    def assign(self, arrays: Sequence[mx.array], assignments: Assignments) -> None:
+        """`write` as a part of ``assignments``."""
         for (container, key), array in zip(self.places, arrays, strict=True):
-            container[key] = array
+            assignments.add(container, key, array)
 
 
 class Structure:
@@ -49,9 +55,12 @@ class Structure:
     """
 
     def __init__(self, root: Any) -> None:
+        self._root = root
         self._nodes: list[tuple[Any, Any, list[tuple[Any, Any]], set[str] | None]] = []
+        self._constants: dict[tuple[int, Any], tuple[Any, Any, mx.array]] = {}  # arrays that `follow` has let in
         self.modules: list[nn.Module] = []
-        leaves: list[tuple[str, Any, Any]] = []
+        self.leaves: list[tuple[str, Any, Any]] = []
+        self.in_tuples: list[tuple[str, Any, Any]] = []
         seen: set[int] = set()
         pending = [("", root)]
         while pending:
@@ -64,41 +73,78 @@ class Structure:
                 path = f"{prefix}{key}"
                 if isinstance(value, (dict, list, tuple)):
                     children.append((key, value))
-                elif isinstance(value, mx.array) and not isinstance(node, tuple):
-                    leaves.append((path, node, key))
+                elif isinstance(value, mx.array):
+                    (self.in_tuples if isinstance(node, tuple) else self.leaves).append((path, node, key))
             pending.extend((f"{prefix}{key}.", value) for key, value in reversed(children))
             if isinstance(node, nn.Module):
                 self.modules.append(node)
             if not isinstance(node, tuple):
                 frozen = set(node._no_grad) if isinstance(node, nn.Module) else None
                 self._nodes.append((node, _keys(node), children, frozen))
-        self.leaves = leaves
 
     def intact(self) -> bool:
-        """Whether no container gained, lost or replaced a child, and no module was frozen or unfrozen."""
-        return all(
+        """Whether all arrays and modules are where they were, and none was frozen or unfrozen.
+
+        Containers without any, such as a list of numbers that grows or a tuple that was put in anew, do not count.
+        """
+        if any((now := below(c, key)) is not None and now is not array for c, key, array in self._constants.values()):
+            return False
+        if all(
             _keys(node) == keys
             and (frozen is None or node._no_grad == frozen)
             and all(node[key] is child for key, child in children)
             for node, keys, children, frozen in self._nodes
+        ):
+            return True
+        return self.follow(Structure(self._root), [])
+
+    def added(self, now: Structure) -> list[tuple[str, Any, Any]]:
+        """The arrays (path, container, key) of ``now``, a later structure of the same tree, that are at new places.
+
+        Constants that are other arrays now are among them.
+        """
+        known = {(id(container), key) for _, container, key in self.leaves}
+        known |= {place for place, (c, key, array) in self._constants.items() if below(c, key) is array}
+        known_in_tuples = {id(node) for _, node, _ in self.in_tuples}
+        return [leaf for leaf in now.leaves if (id(leaf[1]), leaf[2]) not in known] + [
+            leaf for leaf in now.in_tuples if id(leaf[1]) not in known_in_tuples
+        ]
+
+    def follow(self, now: Structure, constants: Sequence[tuple[str, Any, Any]]) -> bool:
+        """Takes over a later structure of the same tree, which may have ``constants`` more; whether that is possible.
+
+        It is if all arrays and modules are where they were. The constants are not among the `leaves`.
+        """
+        merged = self._constants | {(id(c), k): (c, k, c[k]) for _, c, k in constants if not isinstance(c, tuple)}
+        mine, its = (
+            [(path, id(c), key) for path, c, key in structure.leaves if (id(c), key) not in merged]
+            for structure in (self, now)
         )
+        if mine != its or self._modules() != now._modules() or len(self.added(now)) > len(constants):
+            return False
+        # What an interrupt leaves of these lines is followed at the next call.
+        self._constants = {place: each for place, each in merged.items() if below(each[0], each[1]) is not None}
+        self.in_tuples = now.in_tuples
+        self._nodes = now._nodes
+        return True
 
-    def snapshot(self) -> list[Any]:
-        """The present content of every container, and the attributes of modules, for `restore`."""
-        return [(list(node) if isinstance(node, list) else dict(node), _attributes(node)) for node, *_ in self._nodes]
+    def _modules(self) -> list[tuple[int, set[str]]]:
+        return [(id(node), frozen) for node, _, _, frozen in self._nodes if frozen is not None]
 
-    def restore(self, snapshot: list[Any], attributes: bool = False) -> None:
-        """Puts back the arrays of a `snapshot`, and with ``attributes`` everything else that modules had."""
-        for (node, *_), (content, state) in zip(self._nodes, snapshot, strict=True):
+    def snapshot(self) -> Callable[[], None]:
+        """A function that puts back the present content of every container, and the attributes of modules."""
+        calls: list[Callable[[], object]] = []
+        for node, *_ in self._nodes:
             if isinstance(node, list):
-                node[:] = content
-            else:
-                node.clear()
-                dict.update(node, content)  # nn.Module.update means something else
-            if attributes and isinstance(node, nn.Module):
+                calls.append(partial(operator.setitem, node, slice(None), list(node)))
+                continue
+            # nn.Module.update means something else.
+            calls += [partial(dict.clear, node), partial(dict.update, node, dict(node))]
+            if isinstance(node, nn.Module):
                 # Assigning an array to an attribute that was None moves it from here to the dictionary.
-                vars(node).clear()
-                vars(node).update(state)
+                attributes = vars(node)
+                calls += [partial(dict.clear, attributes), partial(dict.update, attributes, _copied(attributes))]
+        return partial(call_all, calls)
 
 
 def _items(node: Any) -> Iterator[tuple[Any, Any]]:
@@ -109,9 +155,8 @@ def _keys(node: Any) -> Any:
     return list(node) if isinstance(node, dict) else len(node)
 
 
-def _attributes(node: Any) -> dict[str, Any]:
-    """A module's attributes that are not in its dictionary; sets, such as its frozen keys, are copied."""
-    attributes = vars(node) if isinstance(node, nn.Module) else {}
+def _copied(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Attributes of a module, with copies of sets, such as that of its frozen keys."""
     return {name: set(value) if isinstance(value, set) else value for name, value in attributes.items()}
 
 
@@ -123,7 +168,8 @@ def along(template: Any, tree: Any, prefix: str = "") -> Iterator[tuple[str, Any
     """
     for key, value in _items(template):
         if isinstance(value, (dict, list, tuple)):
-            yield from along(value, tree[key], f"{prefix}{key}.")
+            if value:  # MLX leaves out what is empty when it splits and merges trees
+                yield from along(value, below(tree, key), f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", tree, key
 
@@ -151,14 +197,18 @@ def trainable_places(model: nn.Module) -> tuple[list[tuple[str, Any, Any]], Any]
     """
     trainable = model.trainable_parameters()
     seen: dict[tuple[int, Any], int] = {}
+    paths: set[str] = set()
     places: list[tuple[str, Any, Any]] = []
     for path, container, key in along(trainable, model):
-        if not mx.issubdtype(container[key].dtype, mx.floating):
+        if not mx.issubdtype(container[key].dtype, mx.inexact):
             raise TypeError(
                 f"the trainable parameter {path!r} is {container[key].dtype}, which has no gradient;"
                 " freeze it, for example with model.freeze(recurse=False, keys=[...]) of its module"
             )
         if (id(container), key) not in seen:  # else: tied, the same container under another path
+            if path in paths:
+                raise InputError(f"two parameters have the path {path!r}; rename one, so that their states have places")
+            paths.add(path)
             seen[id(container), key] = len(places)
             places.append((path, container, key))
     if not places:
@@ -204,6 +254,11 @@ class Aligned:
         self.gradients.append(gradient)
         self.parameters.append(parameter)
         self.states.append(state)
+
+
+def below(node: Any, key: Any) -> Any:
+    """What a container has at a key; None if that is nothing."""
+    return node[key] if _has(node, key) else None
 
 
 def _has(node: Any, key: Any) -> bool:

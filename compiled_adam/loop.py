@@ -19,7 +19,7 @@ from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.trainer import TrainingArgs
 
 from .checkpoint import Contents, check_finite, latest_checkpoint, numbered, prune, read_checkpoint, write_checkpoint
-from .durable import replace_arrays, replacing, save_arrays
+from .durable import present, replace_arrays, replacing, save_arrays
 from .errors import InputError
 from .evaluation import mean_loss, no_targets
 from .loader import Batches
@@ -150,7 +150,7 @@ class TrainingLoop:
         # Other workers are somewhere else, and cannot take part in saving.
         problems = [] if self.workers.many else self._save_all()
         changed = (
-            "; with data that were repaired, it needs --allow-change data, too"
+            """; with data that were repaired, it needs allow=["data"] or --allow-change data, too"""
             if isinstance(error, InputError) and self.resumable
             else ""
         )
@@ -365,7 +365,7 @@ class TrainingLoop:
         self._note_checkpoint()
 
     def _note_checkpoint(self) -> None:
-        self.resumable = f", and --resume goes on from iteration {self.iteration}"
+        self.resumable = f', and resume="auto" or --resume goes on from iteration {self.iteration}'
         self.saved = f"there is a checkpoint in {self.folder / CHECKPOINTS}{self.resumable}"
 
     def _save_best(self) -> None:
@@ -431,8 +431,12 @@ class TrainingLoop:
         aside = next(path for i in itertools.count(1) if not (path := self.folder / f"{PREVIOUS}-{i}").exists())
         (aside / CHECKPOINTS).mkdir(parents=True)
         for path in checkpoints:
-            path.rename(aside / CHECKPOINTS / path.name)
+            present(path).rename(aside / CHECKPOINTS / path.name)
         for path in files:
             path.rename(aside / path.name)
-        newest = f"; --resume {aside / CHECKPOINTS / checkpoints[-1].name} goes on from there" if checkpoints else ""
+        newest = (
+            f"; resume=... or --resume {aside / CHECKPOINTS / checkpoints[-1].name} goes on from there"
+            if checkpoints
+            else ""
+        )
         self.progress.line(f"what an earlier run left is in {aside}{newest}")

@@ -25,6 +25,7 @@ from . import fingerprint, losses, random_state
 from .checkpoint import numbered
 from .durable import locked
 from .errors import InputError
+from .joining import join
 from .loader import Batches
 from .loop import CHECKPOINTS, CONFIG, Options, TrainingLoop, Validation
 from .lora_values import called, check_timeout, check_whole
@@ -147,7 +148,7 @@ def train(
 
     folder = Path(args.adapter_file).parent
     with ExitStack() as stack:
-        world = mx.distributed.init()
+        world = join(worker_timeout)
         workers = stack.enter_context(Workers(world, worker_timeout))
         workers.first_does(lambda: _make(folder))
         anew = resume == "auto" and not workers.first_does(lambda: has_checkpoints(folder))

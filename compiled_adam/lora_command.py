@@ -26,6 +26,7 @@ from .adapter_files import check_folder, load_adapters, load_weights, other_scal
 from .errors import InputError
 from .evaluation import mean_loss, no_targets
 from .groups import decay_matrices
+from .joining import join
 from .lora import has_checkpoints, train
 from .lora_options import KEPT, YAML_ONLY, check_together, settings
 from .lora_values import OPTIMIZERS, called
@@ -48,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     args = settings(argv)
-    if mx.distributed.init().rank() == 0:
+    if join(args.worker_timeout).rank() == 0:
         run(args)
     else:
         args.report, args.report_to = False, None
@@ -86,7 +87,7 @@ def _check_files(args: types.SimpleNamespace) -> None:
     """Raises ValueError for weights that cannot be read; leaves out those that a checkpoint stands for."""
     if not args.train and args.adapter_path:
         check_folder(args.adapter_path)
-    alone = mx.distributed.init().size() == 1  # other workers may not have the checkpoints, and all begin alike
+    alone = join(args.worker_timeout).size() == 1  # other workers may not have the checkpoints, and all begin alike
     if alone and args.resume and args.resume_adapter_file and has_checkpoints(Path(args.adapter_path)):
         # A loop that starts a run again and again has one command line for the first time and for the others.
         print(f"note: resume_adapter_file is not used: there is a checkpoint in {args.adapter_path} to go on from")
@@ -165,18 +166,26 @@ def _train(
             shard_state=bool(args.shard_state),
             worker_timeout=args.worker_timeout,
         )
-    finally:
-        if args.report and (folder / LOG).exists():
-            from .report import write
+    except BaseException:
+        # What ended the run is to be told, and not that it had no step yet.
+        with contextlib.suppress(InputError, OSError):
+            _report(args, folder)
+        raise
+    _report(args, folder)
 
-            write([folder], folder / "report.html")
+
+def _report(args: types.SimpleNamespace, folder: Path) -> None:
+    if args.report and (folder / LOG).exists():
+        from .report import write
+
+        write([folder], folder / "report.html")
 
 
 def _test(args: types.SimpleNamespace, model: nn.Module, test_set: Any) -> None:
     """Prints what mlx-lm prints, and ends if the other workers are gone, as training does."""
     batches = len(test_set) // args.batch_size
     batches = batches if args.test_batches == -1 else min(batches, args.test_batches)
-    with Workers(mx.distributed.init(), args.worker_timeout) as workers:
+    with Workers(join(args.worker_timeout), args.worker_timeout) as workers:
         workers.saved = lambda: "there is no test loss"
         with TrainingProgress(batches, quiet=not workers.first, what="test") as progress:
 

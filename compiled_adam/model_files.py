@@ -12,6 +12,7 @@ import mlx.nn as nn
 from huggingface_hub.errors import HFValidationError
 from mlx_lm import utils
 
+from . import model_config
 from .errors import InputError
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tiktoken.model", "vocab.txt")
@@ -54,6 +55,7 @@ def check(folder: Path, trust_remote_code: bool = False) -> None:
             )
     elif not _is_known(kind):
         raise InputError(f"{folder / 'config.json'} has the model_type {kind!r}, which this mlx-lm does not have")
+    model_config.check(config)
     files = sorted(folder.glob("model*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.exists():

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Protocol
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_map
 
+from .at_once import Assignments
+from .compiled import Compiled
 from .errors import InputError
 from .groups import ALL_ALIKE, DecayFilter, Group, check_patterns, group
 from .layout import Aligned, along
 from .lowering import of_leaves
 from .moments import STOCHASTIC, Stored
-from .options import assigned_rate, check_numbers, check_options, scheduled
+from .options import as_scalar, assigned_rate, check_numbers, check_options, scheduled
 from .options import learning_rate as checked_rate
 from .update import FLOATS, Constants, Form, Part, check_leaf, update, update_leaf
 
+MOST_SUBSETS = 16  # of the parameters, whose compiled updates are kept
+MOST_TRACES = 64  # of each of them
 _SCALARS = ("rounding_key", "grad_norm", "skipped")  # what the state may have beside step and learning_rate
 LearningRate = float | mx.array | Callable[[mx.array], mx.array]
 
@@ -102,6 +108,7 @@ class Adam(optim.Adam):
         learning_rate = checked_rate(learning_rate)
         check_numbers(betas, eps, bias_correction)
         self._keeper: Keeper | None = None
+        self._places = {"step": "step", "learning_rate": "learning_rate"}  # of scalars in the state
         super().__init__(learning_rate, betas, eps, bias_correction)  # type: ignore[arg-type]  # MLX says list
         self._state["learning_rate"] = mx.array(self._state["learning_rate"], mx.float32)  # whatever a schedule returns
         check_options(moments, compensated, max_grad_norm, skip_nonfinite, learning_rate_multipliers, lowering)
@@ -115,9 +122,10 @@ class Adam(optim.Adam):
         self._multipliers = dict(learning_rate_multipliers or {})
         self._decay_filter: DecayFilter | None = None
         self._groups: dict[str, Group] = {}
-        self._compiled: dict[tuple[str, ...], Callable[..., Any]] = {}
+        self._compiled: OrderedDict[tuple[str, ...], Compiled] = OrderedDict()
+        self._places |= {name: name for name in self._scalars()}
         self.state.update(self._scalars())
-        self._scalar_names = ("step", "learning_rate", *self._scalars())
+        _evaluate(self._state)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -134,15 +142,18 @@ class Adam(optim.Adam):
     def state(self, state: dict[str, Any]) -> None:
         if self._keeper is not None:
             self._keeper.show()  # what is assigned may be the same, or have dictionaries of it
-        self._keeper, self._initialized, self._state = None, False, state
+        # In an order that does no harm if it is interrupted: a complete state is only looked through once more.
+        self._initialized = False
+        self._state = state
+        self._keeper = None
 
     @property
     def step(self) -> mx.array:
-        return self._state["step"]
+        return self.scalars()["step"]
 
     @property
     def learning_rate(self) -> mx.array:
-        return self._state["learning_rate"]
+        return self.scalars()["learning_rate"]
 
     @learning_rate.setter
     def learning_rate(self, learning_rate: float | mx.array) -> None:
@@ -168,11 +179,28 @@ class Adam(optim.Adam):
 
     @property
     def grad_norm(self) -> mx.array | None:
-        return self._state["grad_norm"] if self._needs_norm() else None
+        return self._state[self._places["grad_norm"]] if self._needs_norm() else None
 
     @property
     def skipped(self) -> mx.array | None:
-        return self._state["skipped"] if self._needs_norm() else None
+        return self._state[self._places["skipped"]] if self._needs_norm() else None
+
+    def scalars(self) -> Stored:
+        """The part of the state that belongs to no parameter: 0-d arrays, and the rounding key.
+
+        A Python number that was assigned to the step or to the learning rate becomes an array, here and in the state.
+        """
+        state = self._state
+        if not isinstance(state["step"], mx.array):
+            state["step"] = as_scalar("step", state["step"], mx.uint64)
+        if not isinstance(rate := state.get("learning_rate"), (mx.array, type(None))):
+            state["learning_rate"] = assigned_rate(rate)
+        return {name: state[place] for name, place in self._places.items() if place in state}
+
+    def assign_scalars(self, scalars: Stored, assignments: Assignments) -> None:
+        """New `scalars`, as a part of ``assignments``."""
+        for name, array in scalars.items():
+            assignments.add(self._state, self._places[name], array)
 
     # State: one dictionary for each parameter, beside a few scalars.
 
@@ -188,9 +216,11 @@ class Adam(optim.Adam):
         """`init` of the state of a ``part`` of the parameters alone, whose others are updated elsewhere."""
         for path, container, key in along(parameters, parameters):
             self._group(path, container[key])  # `options` are those of all
-        self._init(part, parameters)
+        self._init(part, parameters, parameters)
 
-    def _init(self, parameters: dict, all_parameters: dict) -> None:
+    def _init(self, parameters: dict, all_parameters: dict, trainable: dict | None = None) -> None:
+        """Creates the state of ``parameters``, a part of those that are ``trainable``. Default: all of them."""
+        trainable = parameters if trainable is None else trainable
         check_patterns([path for path, _, _ in along(all_parameters, all_parameters)], self._multipliers)
         leaves = [(path, container[key]) for path, container, key in along(parameters, parameters)]
         for path, parameter in leaves:
@@ -201,20 +231,38 @@ class Adam(optim.Adam):
                 )
             self._group(path, parameter)
         for name in ("step", *(() if self._schedulers else ("learning_rate",))):
+            if name in trainable:
+                raise InputError(f"the model has parameters at {name!r}, where MLX keeps the optimizer's; rename them")
             if name not in self.state:
                 raise InputError(f"the optimizer's state has no {name!r}; assign a complete one")
+        self.state.setdefault("learning_rate", mx.array(0.0))  # of a schedule, which overwrites it
+        self._make_room_for_scalars(trainable)
         super().init(parameters)
-        own = self._scalars()
-        for name in _SCALARS:
-            if name in own:
-                self.state.setdefault(name, own[name])
-            elif isinstance(self.state.get(name), mx.array):
-                del self.state[name]  # of an optimizer with other options, whose state was assigned
+        assignments = Assignments()
         for (path, parameter), (_, states, key) in zip(leaves, along(parameters, self.state), strict=True):
             try:
-                states[key] = self._form(parameter).converted(parameter, states[key])
+                converted = self._form(parameter).converted(path, parameter, states[key])
             except KeyError as missing:
                 raise InputError(f"the state of {path!r} has no {missing}; assign a complete one") from None
+            if converted is not states[key]:
+                assignments.add(states, key, converted)
+        assignments.make()
+        _evaluate(self._state)
+
+    def _make_room_for_scalars(self, parameters: Any) -> None:
+        """Puts the scalars that the options ask for into the state, and takes those of other options out.
+
+        Where a parameter has the name of one, there is an underscore before it, which no parameter's name begins with.
+        """
+        own = self._scalars()
+        for name in _SCALARS:
+            place = f"_{name}" if name in parameters else name
+            if name in own:
+                old = self._state.get(self._places[name])
+                self._state.setdefault(place, old if isinstance(old, mx.array) else own[name])
+                self._places[name] = place
+            if isinstance(self._state.get(name), mx.array) and not (name in own and place == name):
+                del self._state[name]
 
     def init_single(self, parameter: mx.array, state: dict) -> None:
         """Fills ``state`` with moments that are zero, of the parameter's shape, and a residual if there is one."""
@@ -256,6 +304,21 @@ class Adam(optim.Adam):
                 " multipliers and a decay_filter need apply_gradients, and no apply_single of a subclass"
             )
 
+    def update(self, model: nn.Module, gradients: dict) -> None:
+        """Updates the parameters of ``model`` in place; an interrupt leaves them and the state as before, or as after.
+
+        Raises what `apply_gradients` raises.
+        """
+        if type(self).apply_gradients is not Adam.apply_gradients or type(self).apply_single is not Adam.apply_single:
+            super().update(model, gradients)
+            return
+        assignments = Assignments()
+        updated = self._apply(gradients, model, None, assignments)
+        new = [container[key] for _, container, key in along(gradients, updated)]
+        for (_, container, key), array in zip(along(gradients, model), new, strict=True):
+            assignments.add(container, key, array)
+        assignments.make()
+
     def apply_gradients(self, gradients: dict, parameters: dict, part: Part | None = None) -> dict:
         """The updated parameters, as a tree like ``gradients``, which may be a subset of ``parameters``.
 
@@ -264,6 +327,13 @@ class Adam(optim.Adam):
         Raises ValueError or TypeError, naming the path, for a gradient that has no parameter or no state, is not
         an array, or differs from its parameter in shape; moments and step are as before then.
         """
+        assignments = Assignments()
+        updated = self._apply(gradients, parameters, part, assignments)
+        assignments.make()
+        return updated
+
+    def _apply(self, gradients: dict, parameters: dict, part: Part | None, assignments: Assignments) -> dict:
+        """`apply_gradients`, whose new state becomes a part of ``assignments``."""
         if not self._initialized:
             Aligned(gradients, parameters, self.state)  # raises before any state is made for a wrong tree
             self._init(tree_map(lambda _, parameter: parameter, gradients, parameters), parameters)
@@ -279,18 +349,23 @@ class Adam(optim.Adam):
             )
         compiled = self._compiled.get(leaves.paths)
         if compiled is None:
-            compiled = self._compiled[leaves.paths] = mx.compile(partial(self._trace, leaves.paths))
+            while len(self._compiled) >= MOST_SUBSETS:
+                self._compiled.popitem(last=False)
+            compiled = self._compiled[leaves.paths] = Compiled(partial(self._trace, leaves.paths), MOST_TRACES)
+        self._compiled.move_to_end(leaves.paths)
         # Outside of what is compiled, because a schedule may be any Python function of the step's value.
-        scheduled = self._scheduled(self.step)
-        scalars = {name: self.state[name] for name in self._scalar_names if name not in scheduled} | scheduled
+        scalars = self.scalars()
+        scalars |= self._scheduled(scalars["step"])
         new_parameters, states, scalars = compiled(
             leaves.gradients, leaves.parameters, leaves.states, scalars, self._constants(), part
         )
-        self.state.update(scalars)
-        for state, new in zip(leaves.states, states, strict=True):
-            state.update(new)
         result = iter(new_parameters)
-        return tree_map(lambda _: next(result), gradients)
+        tree = tree_map(lambda _: next(result), gradients)
+        self.assign_scalars(scalars, assignments)
+        for state, new in zip(leaves.states, states, strict=True):
+            for name, array in new.items():
+                assignments.add(state, name, array)
+        return tree
 
     def _trace(
         self,
@@ -301,6 +376,7 @@ class Adam(optim.Adam):
         scalars: Stored,
         constants: tuple[Any, ...],
         part: tuple[Any, ...] | None,
+        weight: mx.array | None = None,
     ) -> tuple[list[mx.array], list[Stored], Stored]:
         """What is compiled: `update` of leaves whose groups and forms of storage are found out here, once a trace."""
         self._traces += 1
@@ -309,7 +385,15 @@ class Adam(optim.Adam):
             check_leaf(*leaf)
         groups = [self._group(path, p) for path, p in zip(paths, parameters, strict=True)]
         return update(
-            gradients, parameters, states, scalars, groups, forms, Constants(*constants), Part(*part) if part else None
+            gradients,
+            parameters,
+            states,
+            scalars,
+            groups,
+            forms,
+            Constants(*constants),
+            Part(*part) if part else None,
+            weight,
         )
 
     def update_leaves(
@@ -319,13 +403,15 @@ class Adam(optim.Adam):
         parameters: list[mx.array],
         states: list[Stored],
         scalars: Stored,
+        weight: mx.array | None,
     ) -> tuple[list[mx.array], list[Stored], Stored]:
         """The new parameters, states and ``scalars``, which is the rest of the state; for a graph that is traced.
 
-        A leaf may stand for several that are updated alike: its path is that of any of them.
+        A leaf may stand for several that are updated alike: its path is that of any of them. If the ``weight`` is 0,
+        the gradients count as 0.
         """
         scalars = scalars | self._scheduled(scalars["step"])
-        return self._trace(paths, gradients, parameters, states, scalars, self._constants(), None)
+        return self._trace(paths, gradients, parameters, states, scalars, self._constants(), None, weight)
 
     def streams(self, parameters: list[mx.array]) -> list[mx.Stream]:
         """Where `update_leaves` will update each."""
@@ -347,8 +433,8 @@ class Adam(optim.Adam):
     @property
     def has_own_update(self) -> bool:
         """Whether the update is a subclass's own, of one parameter at a time or of the tree."""
-        cls = type(self)
-        return cls.apply_single is not Adam.apply_single or cls.apply_gradients is not Adam.apply_gradients
+        names = ("apply_single", "apply_gradients", "update")
+        return any(getattr(type(self), name) is not getattr(Adam, name) for name in names)
 
     def _scheduled(self, step: mx.array) -> Stored:
         return {name: scheduled(name, f, step) for name, f in self._schedulers.items()}
@@ -373,4 +459,12 @@ class Adam(optim.Adam):
 
     def __getstate__(self) -> dict[str, Any]:
         # Compiled functions can be neither copied nor pickled; a copy traces its own.
-        return {**self.__dict__, "_compiled": {}, "_state": self.state, "_keeper": None}
+        return {**self.__dict__, "_compiled": OrderedDict(), "_state": self.state, "_keeper": None}
+
+
+def _evaluate(state: Any) -> None:
+    """Leaves nothing lazy behind: another thread, which may use the state first, could not evaluate it."""
+    try:
+        mx.eval(state)
+    except ValueError:  # MLX's word for: a caller's transformation is being traced
+        return

@@ -48,6 +48,19 @@ def check_options(
             raise InputError(f"learning_rate_multipliers[{pattern!r}] is {factor!r}; it must be a number of at least 0")
 
 
+def as_scalar(name: str, value: Any, dtype: mx.Dtype) -> mx.array:
+    """A 0-d array of a number that is assigned to ``state[name]``. Raises TypeError if it is none."""
+    if hasattr(value, "item") and getattr(value, "shape", None) == ():
+        value = value.item()  # of NumPy
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if mx.issubdtype(dtype, mx.integer):
+        if number and value >= 0 and value == int(value):
+            return mx.array(int(value), dtype)
+    elif number:
+        return mx.array(float(value), dtype)
+    raise TypeError(f"state[{name!r}] is {value!r}; assign a number, or an mx.array of shape ()")
+
+
 def check_numbers(betas: Any, eps: Any, bias_correction: Any) -> None:
     """Raises ValueError for an argument of MLX's own Adam that is out of its range, naming it."""
     if not hasattr(betas, "__len__") or isinstance(betas, (str, Mapping)) or len(betas) != 2:

@@ -11,21 +11,25 @@ up to `MANY` leaves. Leaves whose moments are rounded stochastically stay alone:
 
 from __future__ import annotations
 
-import io
 import operator
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from functools import partial
 from itertools import accumulate
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from . import rule
+from . import residual, rule
+from .at_once import Assignments, call_all
 from .errors import InputError
 from .groups import Group
-from .layout import Places, Structure
+from .layout import Places, Structure, along
 from .moments import Stored
 from .optimizers import Adam
 from .update import Form
+from .window import counted
+from .written import Written
 
 SMALL = 1 << 16
 FULL = 1 << 18
@@ -64,90 +68,101 @@ def packs(leaves: Sequence[Leaf], small: int = SMALL, full: int = FULL) -> list[
 
 
 class Slot:
-    """An array in a tree; or several, as views of one flat array, which are in the tree while they are `show`n."""
+    """An array in a tree; or several as one flat array, with views of it in the tree, or `hidden` without.
 
-    def __init__(self, places: Sequence[tuple[str, Any, Any]]) -> None:
+    What is assigned to it is written by others, together with everything else that an update changes. ``watched``: also
+    a single array is told from one that somebody has put in its place.
+    """
+
+    def __init__(self, places: Sequence[tuple[str, Any, Any]], watched: bool = False) -> None:
         self._paths = [path for path, _, _ in places]
         self._places = [(container, key) for _, container, key in places]
+        self._watched = watched
         arrays = [container[key] for container, key in self._places]
         self._kinds = [(array.shape, array.dtype) for array in arrays]
         starts = accumulate((array.size for array in arrays[:-1]), initial=0)
         self._layout = [(a.shape, _strides(a.shape), start) for a, start in zip(arrays, starts, strict=True)]
+        self.hidden = False
         self._flat: mx.array | None = None
-        self._shown = True
-        self._views: list[mx.array] = []  # those in the tree, and the same again
-        self._same: list[mx.array] = []
-        self._names = [f"view{i}" for i in range(len(self._places))]
-        self._untouched: str | None = None
+        self._written: Written | None = None  # what the tree was given; None: nothing, or it is forgotten
 
-    def read(self) -> mx.array:
-        """Raises ValueError if a packed array was replaced by one of another shape or dtype."""
-        if not self._shown and self._flat is not None:
-            return self._flat
+    def read(self, assigned: Mapping[int, mx.array] = MappingProxyType({})) -> tuple[mx.array, mx.array | None]:
+        """The array, and if somebody has put it in the place of another one, that one.
+
+        ``assigned`` has those that take the place of what the tree has. Raises ValueError for an array that has become
+        one of another shape or dtype, TypeError for one that has become something else.
+        """
+        if self.hidden and self._flat is not None:
+            return self._flat, None
         arrays = [container[key] for container, key in self._places]
+        arrays = [assigned.get(i, array) for i, array in enumerate(arrays)]
+        replaced = self._written is not None and not self._written.are(arrays)
+        if len(arrays) > 1 and self._flat is not None and self._written is not None and not replaced:
+            return self._flat, None
+        self._check(arrays)
         if len(arrays) == 1:
-            return arrays[0]
-        if self._flat is None or not all(a is b for a, b in zip(arrays, self._views, strict=True)) or self._edited():
-            self._check(arrays)
-            return _flat(arrays)
-        return self._flat
+            return arrays[0], self._written.own[0] if self._written is not None and replaced else None
+        return _flat(arrays), self._flat if replaced else None
 
-    def _check(self, arrays: Sequence[mx.array]) -> None:
+    def _check(self, arrays: Sequence[Any]) -> None:
         for path, array, (shape, dtype) in zip(self._paths, arrays, self._kinds, strict=True):
+            if not isinstance(array, mx.array):
+                raise TypeError(f"{path!r} has become {type(array).__name__}; assign an mx.array")
             if (array.shape, array.dtype) != (shape, dtype):
                 raise InputError(
                     f"{path!r} has become {array.dtype} of shape {array.shape}; it was {dtype} of shape {shape}:"
-                    " call make_step again, with the same optimizer to keep its moments"
+                    " call make_step again, with the same optimizer to keep the moments of what has its old shape"
                 )
 
-    def write(self, array: mx.array, show: bool) -> None:
-        """Without ``show`` the tree has no arrays at these places until `show` is called."""
+    def assign(self, array: mx.array, assignments: Assignments) -> None:
+        """Puts a new array here, as a part of ``assignments``; while it is hidden, the tree gets nothing."""
         if len(self._places) == 1:
             container, key = self._places[0]
-            container[key] = array
+            assignments.add(container, key, array)
+            if self._watched:
+                assignments.attribute(self, "_written", Written([array]))
             return
-        self._flat = array
-        if self._shown and not show:
-            self._hide()
-        self._shown = False
-        if show:
-            self.show()
+        assignments.attribute(self, "_flat", array)
+        if not self.hidden:
+            self._assign_views(array, assignments)
 
-    def show(self) -> list[mx.array]:
-        """What is in the tree of a flat array, then."""
-        if self._shown or self._flat is None:
-            return self._views
-        self._views = [mx.as_strided(self._flat, shape, strides, start) for shape, strides, start in self._layout]
-        self._same = [view[...] for view in self._views]
-        for (container, key), view in zip(self._places, self._views, strict=True):
-            container[key] = view
-        self._shown = True
-        return self._views
+    def _assign_views(self, flat: mx.array, assignments: Assignments) -> list[mx.array]:
+        views = [mx.as_strided(flat, shape, strides, start) for shape, strides, start in self._layout]
+        for (container, key), view in zip(self._places, views, strict=True):
+            assignments.add(container, key, view)
+        assignments.attribute(self, "_written", Written(views))
+        return views
 
-    def _hide(self) -> None:
-        """Takes the views out of the tree, where they would be out of date and keep memory."""
-        for container, key in self._places:
-            container.pop(key, None)  # one that was interrupted has taken some already
-        self._views, self._same, self._shown = [], [], False
+    def show(self, assignments: Assignments) -> list[mx.array]:
+        """Puts views of a hidden array into the tree, as a part of ``assignments``; returns them."""
+        if not self.hidden or self._flat is None:
+            return []
+        views = self._assign_views(self._flat, assignments)
+        assignments.attribute(self, "hidden", False)
+        return views
 
-    def _edited(self) -> bool:
-        """Whether something like ``weight += 1`` or ``a[:] = b`` has made an array object another array.
+    def hide(self) -> None:
+        """Takes what is packed out of the tree, where it would be out of date, and keep memory, after an update."""
+        if self.hidden or len(self._places) == 1:
+            return
+        own, flat = vars(self), self.read()[0]
+        call_all(
+            [
+                partial(operator.setitem, own, "_flat", flat),
+                partial(operator.setitem, own, "_written", None),
+                partial(operator.setitem, own, "hidden", True),
+                *(partial(dict.pop, container, key, None) for container, key in self._places),
+            ]
+        )
 
-        Python cannot see that, but the graph of MLX's arrays shows which are the same: it gives each the last of its
-        names, those of the views after those of the same again. Views that nobody has evaluated pass for edited.
-        """
-        if self._untouched is None:
-            untouched = _graph(self._same, self._names, self._same)
-            if "shape=rectangle" in untouched:  # an operation
-                return True
-            self._untouched = untouched
-        return _graph(self._same, self._names, self._views) != self._untouched
+    def places(self) -> list[tuple[Any, Any, mx.array]]:
+        """Where the arrays are, as (container, key, array); nowhere while they are hidden."""
+        return [] if self.hidden else [(container, key, container[key]) for container, key in self._places]
 
-
-def _graph(same: list[mx.array], names: list[str], views: list[mx.array]) -> str:
-    text = io.StringIO()
-    mx.export_to_dot(text, *same, **dict(zip(names, views, strict=True)))
-    return text.getvalue()
+    def forget(self) -> None:
+        """Takes what is there now for what was written."""
+        if not self.hidden:
+            self._written = None
 
 
 State = tuple[list[Stored], Stored]  # of the leaves, and the scalars
@@ -159,7 +174,7 @@ class PackedTrees:
     The moments in ``optimizer.state`` are made when somebody asks for the state, which is less often than once a step.
     """
 
-    def __init__(self, optimizer: Adam, parameters: Places, small: int = SMALL) -> None:
+    def __init__(self, optimizer: Adam, parameters: Places, template: Any, small: int = SMALL) -> None:
         self._optimizer = optimizer
         leaves = [
             Leaf(p.size, p.dtype, *optimizer.group_and_form(path, p))
@@ -170,16 +185,22 @@ class PackedTrees:
         self._rows = [*packed, *((i,) for i in sorted(alone))]
         self._paths = tuple(parameters.paths[row[0]] for row in self._rows)  # the first stands for all of its pack
         places = [(path, *place) for path, place in zip(parameters.paths, parameters.places, strict=True)]
-        self._parameters = [Slot([places[i] for i in row]) for row in self._rows]
+        self._parameters = [
+            Slot([places[i] for i in row], watched=leaves[row[0]].form.compensated) for row in self._rows
+        ]
         self._root = optimizer.state
         self._structure = Structure(self._root)
-        self._scalars = [name for name, value in self._root.items() if isinstance(value, mx.array)]
-        containers = {path: container for path, container, _ in self._structure.leaves}
-        self._states = []
+        indices = [container[key] for _, container, key in along(template, template)]
+        states = [container[key] for _, container, key in along(template, self._root)]
+        containers = dict(zip(indices, states, strict=True))
+        self._states: list[dict[str, Slot]] = []
+        self._known: list[tuple[Any, Any, mx.array]] = []
         for row in self._rows:
-            own = [(f"{path}.", containers[f"{path}.m"]) for path in (parameters.paths[i] for i in row)]
             names = leaves[row[0]].form.names  # nothing else that somebody has put there
-            self._states.append({name: Slot([(path + name, c, name) for path, c in own]) for name in names})
+            own = [(f"{parameters.paths[i]}.", containers[i]) for i in row]
+            self._states.append(
+                {name: Slot([(path + name, c, name) for path, c in own], name == "residual") for name in names}
+            )
 
     def intact(self) -> bool:
         """Whether the state is still in the containers that it was in."""
@@ -187,46 +208,101 @@ class PackedTrees:
             return True  # nobody has asked for the state since the last update
         return self._optimizer.state is self._root and self._structure.intact()
 
-    def read(self) -> tuple[list[mx.array], State]:
-        """The parameters and the state, each flat array as one leaf."""
-        return [slot.read() for slot in self._parameters], self.state()
+    def read(self, assigned: Mapping[int, mx.array] = MappingProxyType({})) -> tuple[list[mx.array], State]:
+        """The parameters, some of which the forward pass has ``assigned``, and the state; flat arrays as one leaf."""
+        parameters, states = [], []
+        for row, slot, slots in zip(self._rows, self._parameters, self._states, strict=True):
+            own = {n: assigned[i] for n, i in enumerate(row) if i in assigned} if assigned else {}
+            weight, before = slot.read(own)
+            state = {}
+            for name, each in slots.items():
+                state[name], replaced = each.read()
+                if name == "residual" and before is not None and replaced is None:
+                    state[name] = residual.of_replaced(state[name], before, weight)
+            parameters.append(weight)
+            states.append(state)
+        return parameters, (states, self._optimizer.scalars())
 
     def state(self) -> State:
         """The state as `read` returns it."""
-        states = [{name: slot.read() for name, slot in slots.items()} for slots in self._states]
-        return states, {name: self._root[name] for name in self._scalars}
+        states = [{name: slot.read()[0] for name, slot in slots.items()} for slots in self._states]
+        return states, self._optimizer.scalars()
+
+    def places(self) -> list[tuple[Any, Any, mx.array]]:
+        """Where arrays of the state are in trees that others see, as (container, key, array); `show` adds to it."""
+        self._known = [place for slots in self._states for slot in slots.values() for place in slot.places()]
+        self._known += [(self._root, key, value) for key, value in self._root.items() if isinstance(value, mx.array)]
+        return self._known
+
+    def forget(self) -> None:
+        """Weights that are there now belong to the residuals that are there now."""
+        for slot, slots in zip(self._parameters, self._states, strict=True):
+            for each in (slot, *slots.values()):
+                each.forget()
+
+    def _hide(self) -> None:
+        """Takes the moments out of the tree. Whoever asks for the state gets them back."""
+        self._optimizer.keeper = self  # first, so that they can be asked for whenever this is interrupted
+        for slots in self._states:
+            for slot in slots.values():
+                slot.hide()
 
     def write(self, parameters: list[mx.array], state: State) -> None:
         """Assigns what `update` has returned."""
+        assignments = Assignments()
+        self.assign(parameters, state, assignments)
+        assignments.make()
+
+    def assign(self, parameters: list[mx.array], state: State, assignments: Assignments) -> None:
+        """What `update` has returned, as a part of ``assignments``."""
+        self._hide()
         states, scalars = state
         for slot, array in zip(self._parameters, parameters, strict=True):
-            slot.write(array, show=True)
+            slot.assign(array, assignments)
         for slots, arrays in zip(self._states, states, strict=True):
             for name, slot in slots.items():
-                slot.write(arrays[name], show=False)
-        self._root.update(scalars)
-        self._optimizer.keeper = self
+                slot.assign(arrays[name], assignments)
+        self._optimizer.assign_scalars(scalars, assignments)
 
     def show(self) -> None:
         """Puts views of the state into the optimizer's tree."""
+        assignments = Assignments()
+        views = [slot.show(assignments) for slots in self._states for slot in slots.values()]
         # Evaluated, for another thread may be asking, and what it left unevaluated no other could evaluate.
-        mx.async_eval([slot.show() for slots in self._states for slot in slots.values()])
+        mx.async_eval(views)
+        assignments.make()
+        self._known += [place for slots in self._states for slot in slots.values() for place in slot.places()]
+
+    def named(self, parameters: list[mx.array], state: State) -> list[tuple[str, mx.array]]:
+        """The arrays of an update; what has the same last name is the same kind of thing."""
+        states, scalars = state
+        leaves = [("parameter", p) for p in parameters]
+        return leaves + [each for arrays in (*states, scalars) for each in arrays.items()]
 
     def update(
-        self, gradients: list[mx.array], parameters: list[mx.array], state: State, after: mx.array | None = None
+        self,
+        gradients: list[mx.array],
+        parameters: list[mx.array],
+        state: State,
+        after: mx.array | None = None,
+        weight: mx.array | None = None,
     ) -> tuple[list[mx.array], State, mx.array]:
         """What `read` returned after one update, and the gradients' norm; for a trace.
 
-        ``gradients`` has one for each parameter. There are no other workers, and nothing to be ``after``.
+        ``gradients`` has one for each parameter. There are no other workers, and nothing to be ``after``. With a
+        ``weight`` of 0 the gradients count as 0.
         """
         packed, streams = [], self._optimizer.streams(parameters)
         for row, stream in zip(self._rows, streams, strict=True):
             with mx.stream(stream):  # that of its update, so that neither waits for the other stream
                 packed.append(_flat([gradients[i] for i in row]))
         states, scalars = state
-        new = self._optimizer.update_leaves(self._paths, packed, parameters, states, scalars)
+        new = self._optimizer.update_leaves(self._paths, packed, parameters, states, scalars, weight)
         norm = new[2].get("grad_norm")  # it knows it if it clips or skips
-        return new[0], new[1:], rule.global_norm(packed, streams) if norm is None else norm
+        if norm is None:
+            norm = rule.global_norm(packed, streams)
+            norm = norm if weight is None else counted(norm, weight)
+        return new[0], new[1:], norm
 
 
 def _flat(arrays: Sequence[mx.array]) -> mx.array:

@@ -7,28 +7,24 @@ size is planned in a second and in no memory.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import types
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.utils import _get_classes
 from rich.console import Console
 from rich.table import Table
 
-from . import reduce, shard
+from . import model_config, reduce, shard
 from .errors import InputError
 from .lora_command import make_optimizer, make_trainable
 from .lora_options import parser, settings
 from .moments import POLICIES
 
 GB = 1e9
-_DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+MOST_WORKERS = 1 << 16
 
 
 class State(NamedTuple):
@@ -74,7 +70,7 @@ def plan(config: Mapping[str, Any], args: types.SimpleNamespace, workers: int = 
         ValueError: a config that mlx-lm has no model for, or options that contradict each other.
     """
     args = types.SimpleNamespace(**vars(args))
-    model, parameters, dtype = _model(config)
+    model, parameters, dtype = model_config.build(config)
     make_trainable(args, model)
     trainable = _arrays(model.trainable_parameters())
     count = sum(p.size for p in trainable.values())
@@ -97,36 +93,6 @@ def plan(config: Mapping[str, Any], args: types.SimpleNamespace, workers: int = 
         gathers=[call.nbytes for call in rounds],
         workers=workers,
     )
-
-
-def _model(config: Mapping[str, Any]) -> tuple[nn.Module, int, str]:
-    text = config.get("text_config") or {}
-    dtype = str(config.get("torch_dtype") or config.get("dtype") or text.get("torch_dtype") or "bfloat16")
-    if dtype not in _DTYPES:
-        raise InputError(f"the config's torch_dtype is {dtype!r}; it must be one of {', '.join(_DTYPES)}")
-    try:
-        model_class, args_class = _get_classes(dict(config))
-        model = model_class(args_class.from_dict(dict(config)))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"the config is not one that mlx-lm can build a model of: {error!r}") from error
-    model.set_dtype(_DTYPES[dtype])
-    parameters = sum(p.size for p in _arrays(model.parameters()).values())
-    if quantization := config.get("quantization"):
-        _quantize(model, quantization)
-    return model, parameters, dtype
-
-
-def _quantize(model: nn.Module, quantization: Mapping[str, Any]) -> None:
-    """As mlx-lm's converted models are: all alike, or with exceptions by path."""
-
-    def chosen(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        if not hasattr(module, "to_quantized"):
-            return False
-        own = quantization.get(path, True)
-        return own if isinstance(own, (bool, dict)) else True
-
-    shared = {name: value for name, value in quantization.items() if name in ("group_size", "bits", "mode")}
-    nn.quantize(model, **shared, class_predicate=chosen)
 
 
 def _states(args: types.SimpleNamespace, trainable: dict, workers: int) -> dict[str, State]:
@@ -171,35 +137,16 @@ def main(argv: Sequence[str]) -> None:
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):
             raise InputError(f"{name} is {value!r}; it must be above 0")
+    if args.workers > MOST_WORKERS:
+        raise InputError(f"workers is {args.workers}; it must be at most {MOST_WORKERS}")
     console = Console()
     if not console.is_terminal:
         console.width = 120
-    made = plan(read_config(args.planned), args, args.workers)
+    made = plan(model_config.read(args.planned), args, args.workers)
     memory, where = (args.memory * GB, "") if args.memory else (_memory_here(), " of this machine")
     for line in describe(made, args.link):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(table(made, memory, f"{memory / GB:.0f} GB{where}"))
-
-
-def read_config(name: str) -> dict[str, Any]:
-    """The config of a model: a folder that has a config.json, that file, or a name in the cache of Hugging Face."""
-    file = Path(name)
-    if file.is_dir():
-        file = file / "config.json"
-    elif not file.exists():
-        from huggingface_hub import try_to_load_from_cache
-
-        cached = try_to_load_from_cache(name, "config.json") if name.count("/") == 1 else None
-        if not isinstance(cached, str):
-            raise InputError(f"{name} is no folder, and not in the cache of Hugging Face; name a config.json")
-        file = Path(cached)
-    try:
-        config = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise InputError(f"{file} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{file} is not the config of a model")
-    return config
 
 
 def describe(made: Plan, link: float) -> list[str]:

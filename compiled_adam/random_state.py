@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import mlx.core as mx
@@ -16,22 +16,15 @@ def get() -> mx.array:
 
 def assign(key: mx.array) -> None:
     """Makes ``key`` the state: random numbers from here on are those that followed when it was read."""
+    assignment(key)()
+
+
+def assignment(key: mx.array) -> Callable[[], None]:
+    """`assign` of ``key`` as a function without arguments that is written in C."""
     high, low = cast(list[int], key.tolist())
-    mx.random.seed(high << 32 | low)
+    return partial(mx.random.seed, high << 32 | low)
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """``mx.compile``, with the random state as an input and an output."""
     return mx.compile(function, inputs=[mx.random.state], outputs=[mx.random.state])
-
-
-@contextmanager
-def kept_on_error() -> Iterator[None]:
-    """A trace that ends early leaves a placeholder in the random state; this puts back what was there."""
-    key = get()
-    try:
-        yield
-    except BaseException:
-        if get() is not key:
-            assign(key)
-        raise

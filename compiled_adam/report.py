@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from . import output
 from .errors import InputError
-from .run_log import LOG, read
+from .run_log import LOG, is_number, read
 
 try:
     import matplotlib
@@ -22,6 +23,7 @@ except ImportError as error:
     ) from error
 
 CONFIG = "adapter_config.json"
+OF_A_STEP = ("tokens", "grad_norm", "learning_rate", "skipped", "traces", "seconds", "memory")  # what is drawn
 # A picture for a phone's width; two to three stand beside each other on a desk.
 SIZE = (5.2, 3.2)
 _STYLE = """
@@ -57,12 +59,11 @@ def write(folders: Sequence[Path], out: Path) -> None:
     """Writes the report of the runs in ``folders``, which are compared in the same pictures, to the file ``out``.
 
     Raises:
-        ValueError: a folder has no log of a run, or it has no step yet.
+        InputError: a folder has no log of a run, or a damaged one, or it has no step yet; ``out`` is something else
+            than a file, which is never replaced.
     """
     text = render([load(folder) for folder in folders])
-    temporary = out.with_name(f".{out.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(out)
+    output.write(out, text.encode("utf-8", errors="replace"))  # JSON can have half a pair of surrogates
 
 
 def load(folder: Path) -> Run:
@@ -72,11 +73,27 @@ def load(folder: Path) -> Run:
         raise InputError(f"{folder} has no {LOG}; give a folder that `compiled-adam lora` wrote its adapters to")
     entries = read(file)
     steps = [entry for entry in entries if "loss" in entry]
+    for number, entry in enumerate(entries, start=1):
+        if "loss" in entry and (missing := [name for name in OF_A_STEP if name not in entry]):
+            raise InputError(f"{file} is not the log of a run: line {number} has no {missing[0]}")
     if not steps:
         raise InputError(f"{file} has no step yet; train first")
-    config = folder / CONFIG
-    settings = json.loads(config.read_text()) if config.exists() else {}
+    settings = _settings(folder / CONFIG)
     return Run(str(folder), steps, [entry for entry in entries if "val_loss" in entry], settings)
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    if not file.exists():
+        return {}
+    if not file.is_file():
+        raise InputError(f"{file} is no file; remove it, or put back what `compiled-adam lora` wrote there")
+    try:
+        settings = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file} is not JSON ({error}); remove it, and the report has no settings") from None
+    if not isinstance(settings, dict):
+        raise InputError(f"{file} is not an object of settings; remove it, and the report has none")
+    return settings
 
 
 def render(runs: Sequence[Run]) -> str:
@@ -101,7 +118,7 @@ def _summary(run: Run) -> dict[str, Any]:
         "last validation loss": f"{losses[-1]:.4f}" if losses else "-",
         "best validation loss": f"{min(losses):.4f}" if losses else "-",
         "tokens": f"{tokens:,}",
-        "tokens/s": f"{tokens / seconds:,.0f}",
+        "tokens/s": f"{tokens / seconds:,.0f}" if seconds else "-",
         "updates skipped": last["skipped"],
         "gradient traces": last["traces"],
         "peak memory": f"{max(step['memory'] for step in run.steps) / 1e9:.2f} GB",
@@ -144,8 +161,9 @@ def _learning_rate(axes: Axes, run: Run, color: str) -> None:
 def _gradient_norm(axes: Axes, run: Run, color: str) -> None:
     iterations, norms = run.column("grad_norm")
     axes.plot(iterations, norms, color=color, linewidth=0.8, label=run.name)
-    limit = run.settings.get("max_grad_norm")
-    clipped = [(i, norm) for i, norm in zip(iterations, norms, strict=True) if limit and norm > limit]
+    limit: Any = run.settings.get("max_grad_norm")
+    clips = is_number(limit) and limit > 0
+    clipped = [(i, norm) for i, norm in zip(iterations, norms, strict=True) if clips and norm > limit]
     if clipped:
         axes.plot(*zip(*clipped, strict=True), ".", color=color, markersize=5, label=f"clipped ({len(clipped)})")
     if skipped := run.skipped():
@@ -156,8 +174,9 @@ def _gradient_norm(axes: Axes, run: Run, color: str) -> None:
 
 
 def _tokens_per_second(axes: Axes, run: Run, color: str) -> None:
-    speeds = [step["tokens"] / step["seconds"] for step in run.steps]
-    axes.plot([step["iteration"] for step in run.steps], _smoothed(speeds), color=color, label=run.name)
+    timed = [step for step in run.steps if step["seconds"]]
+    speeds = [step["tokens"] / step["seconds"] for step in timed]
+    axes.plot([step["iteration"] for step in timed], _smoothed(speeds), color=color, label=run.name)
 
 
 def _memory(axes: Axes, run: Run, color: str) -> None:
@@ -191,8 +210,9 @@ def _smoothed(values: Sequence[float]) -> list[float]:
 
 
 def _picture(draw: Callable[[Axes, Run, str], None], name: str, runs: Sequence[Run]) -> str:
-    # A Figure of one's own, not pyplot's, which would look for a display. Text stays text, for the reader's fonts.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+    # A Figure of one's own, not pyplot's, which would look for a display. Text stays text, for the reader's fonts, and
+    # a dollar in the name of a folder is no formula.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False}):
         figure = Figure(figsize=SIZE, layout="constrained")
         axes = figure.subplots()
         for i, run in enumerate(runs):

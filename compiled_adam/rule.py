@@ -29,6 +29,7 @@ class Coefficients(NamedTuple):
     decay: mx.array | None  # a w; None without weight decay
     clip: mx.array | None  # the factor of the gradient; None without clipping
     clip_v: mx.array | None  # (1 - b2) clip
+    counts: mx.array | None = None  # whether the gradient does, else it is 0; None: it does
 
 
 def coefficients(
@@ -39,6 +40,7 @@ def coefficients(
     bias_correction: bool,
     weight_decay: float = 0.0,
     clip: mx.array | None = None,
+    counts: mx.array | None = None,
 ) -> Coefficients:
     """The scalar part of the update for ``step`` (1 at the first update; any integer dtype).
 
@@ -61,6 +63,7 @@ def coefficients(
         unfused(learning_rate * weight_decay) if weight_decay else None,
         None if clip is None else unfused(clip),
         None if clip is None else unfused((1 - betas[1]) * clip),
+        None if counts is None else unfused(counts),
     )
 
 
@@ -77,6 +80,8 @@ def next_moments(
     """The new ``m`` and ``v``, float32, from the gradient of one parameter, of any float dtype and the same shape."""
     b1, b2 = betas
     g = gradient.astype(mx.float32)
+    if c.counts is not None:
+        g = mx.where(c.counts, g, 0.0)  # not multiplied: it may not be a number
     if c.clip is None or c.clip_v is None:
         return b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * mx.square(g)
     clipped = c.clip * g

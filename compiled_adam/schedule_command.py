@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import io
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
 
+from . import output, schedulers
 from . import schedule_picture as picture
-from . import schedulers
 from .errors import InputError
 
 # The functions of `schedulers` that make a schedule from numbers.
@@ -51,7 +52,9 @@ def main(argv: Sequence[str]) -> None:
     marks = arguments.at or _interesting(steps, rates)
     if out is not None:  # first, because it may say that matplotlib is missing
         figure = picture.figure({drawn.label: drawn.schedule}, until, [mark for mark in marks if mark <= until])
-        figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
+        drawing, form = io.BytesIO(), out.suffix.removeprefix(".")
+        figure.savefig(drawing, format=form, metadata={"Date": None} if form == "svg" else None)
+        output.write(out, drawing.getvalue())
     print(drawn.label)
     print("\n".join(picture.text(rates, until, blocks=_blocks())))
     print(f"{'update':>10}  learning rate")

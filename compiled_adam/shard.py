@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.optimizers as optim
-from mlx.utils import tree_map, tree_unflatten
+from mlx.utils import tree_map
 
 from . import any_optimizer, workers
 from .errors import InputError
@@ -162,7 +162,7 @@ class Shard:
         """Creates what is missing of the state of this worker's ``parameters``; drops that of the others'."""
         state = any_optimizer.flat_state(optimizer)
         if len(own := self.own(state)) < len(state):
-            optimizer.state = tree_unflatten(list(own.items()))
+            optimizer.state = any_optimizer.arranged(optimizer.state, own)[0]
         mine = tree_map(lambda _, parameter: parameter, self._template, parameters)
         if isinstance(optimizer, Adam):
             optimizer.init_part(mine, parameters)
@@ -198,9 +198,15 @@ def check(optimizer: optim.Optimizer) -> None:
         )
 
 
-def complete(optimizer: optim.Optimizer, group: mx.distributed.Group) -> None:
-    """Gives an optimizer whose state an earlier step had spread over the workers all of it. All must call this."""
+def complete(optimizer: optim.Optimizer, group: mx.distributed.Group, parameters: Any) -> None:
+    """Gives an optimizer whose state an earlier step had spread over the workers all of it. All must call this.
+
+    State of others than the tree of ``parameters`` goes.
+    """
     state = any_optimizer.flat_state(optimizer)
     paths = hashlib.sha256(repr(sorted(state)).encode()).hexdigest()
     if len(set(workers.gather(group, paths))) > 1:
-        optimizer.state = tree_unflatten(list(workers.share(group, {"optimizer": state})["optimizer"].items()))
+        shared = workers.share(group, {"optimizer": state})["optimizer"]
+        scalars = {name: value for name, value in optimizer.state.items() if isinstance(value, mx.array)}
+        places = tree_map(lambda _: {}, parameters)
+        optimizer.state, _ = any_optimizer.arranged({**places, **scalars}, shared)

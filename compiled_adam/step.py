@@ -6,7 +6,10 @@ joined lazily and evaluated together: a new sequence length traces the forward a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections import Counter
+from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
@@ -16,10 +19,13 @@ from mlx.utils import tree_map
 
 from . import any_optimizer, random_state, reduce, shard, window, workers
 from . import batch as batches
+from .at_once import Assignments, call_all, undone_on_error
 from .compare import Row, differences, table
+from .compiled import Compiled, is_evaluated
 from .errors import InputError
 from .gradient import GradientGraphs
 from .layout import Places, Structure, along, trainable_places
+from .lowering import LARGE
 from .optimizers import Adam
 from .packing import PackedTrees
 from .trees import Trees
@@ -46,6 +52,22 @@ class _Update(NamedTuple):
     sums: list[mx.array]  # with other workers: of weights, of weighted losses, of votes
 
 
+class _Bound(NamedTuple):
+    """Where a step found the arrays of its model and of its optimizer, and the graphs that it has made for them."""
+
+    structure: Structure
+    parameters: Places
+    arrays: Places  # all of the model; the parameters come first
+    paths: set[str]  # of the trainable parameters, tied ones under each of their paths
+    template: Any  # the tree of the parameters' indices
+    dtypes: list[mx.Dtype]
+    shard: shard.Shard | None
+    trees: Trees | PackedTrees
+    gradients: GradientGraphs
+    add: Compiled
+    update: Compiled
+
+
 class TrainStep:
     """A compiled train step: ``step(*batch)`` computes the loss and its gradient and updates the model in place.
 
@@ -65,8 +87,8 @@ class TrainStep:
         optimizer: any ``mlx.optimizers`` optimizer. Default ``Adam(1e-3)``.
         accumulate: micro-batches per update, at least 1. Default 1.
         weighted: whether the second item of loss_fn's tuple is the weight of the batch, a 0-d array of at least 0,
-            usually its number of tokens. The loss is then a mean over that many. In a window, a batch of weight 0
-            counts for nothing, whatever its loss; a window of such batches has the gradient 0. Default False.
+            usually its number of tokens. The loss is then a mean over that many. A batch of weight 0 counts for
+            nothing, whatever its loss; an update whose batches all weigh 0 has the gradient 0. Default False.
         max_traces: how many gradient traces are kept. A trace belongs to a batch signature (structure, shapes,
             dtypes, Python constants) and the modules' ``training`` flags; the least recently used goes first.
         group: workers of ``mx.distributed`` that train the same model, each with its own part of every batch; all call
@@ -84,8 +106,12 @@ class TrainStep:
     Raises:
         TypeError, ValueError: here for an unusable argument, a model without trainable parameters, or workers with
             other parameters, options or package versions (raised by all, naming the rank); at a call for a loss that
-            is no scalar, or if parameters were frozen, unfrozen or added since. If anything in a call raises, model,
-            optimizer, window and random state are as before it; as after it, if Ctrl-C comes when they are assigned.
+            is no scalar, if parameters were frozen, unfrozen or added since, or inside another ``mx.compile``.
+
+    If anything in a call raises, model, optimizer, window and random state are as before it; Ctrl-C leaves them as
+    before or as after it. For that everything but the update itself is evaluated before anything is assigned, and the
+    first update of a trace is tried on one parameter of each kind, which takes the memory of these once more. What no
+    step can undo is an update that runs out of memory.
 
     >>> mx.random.seed(0)
     >>> model = nn.Linear(2, 1)
@@ -132,17 +158,18 @@ class TrainStep:
         self._max_traces = max_traces
         self._group = group if group is not None and group.size() > 1 else None
         self._reduce_dtype = reduce_dtype
-        self._shard: shard.Shard | None = None
         self._sharded = shard_state and self._group is not None
         self.vote = 0.0
         self.traces = {"grad": 0, "accumulate": 0, "update": 0, "evicted": 0}
-        self._window, self._filled = cast("window.Window | None", None), 0  # None while it is empty
-        self._assigned: set[str] = set()  # paths of arrays that are no parameters, but that the forward pass assigns
+        self._window: window.Window | None = None  # while it is empty
+        self._filled = 0
+        # Arrays that are no parameters, but that the forward pass assigns: by path, what each was before that.
+        self._assigned: dict[str, mx.array] = {}
         if self._sharded:
             shard.check(self._optimizer)
         if self._group is not None:
             workers.check_alike(self._group, {"shard_state": shard_state})  # first: it decides what is communicated
-            shard.complete(self._optimizer, self._group)
+            shard.complete(self._optimizer, self._group, model.parameters())
         self._bind()
         if self._group is not None:
             workers.check_model(self._group, model, self.description())
@@ -157,56 +184,104 @@ class TrainStep:
 
     def __call__(self, *args: Any, **kwargs: Any) -> StepResult:
         """One (micro-)batch: ``loss_fn(model, *args, **kwargs)``, its gradient and, at a window's end, the update."""
-        with random_state.kept_on_error():
+        batch, signature = batches.flatten(args, kwargs)
+        try:
+            _evaluate(batch)
             self._rebind_if_changed()
-            batch, signature = batches.flatten(args, kwargs)
-            # First everything is built, lazily; then everything is assigned; nothing raises in between.
-            loss, aux, assigned, gradients, weight = self._gradients(signature, batch)
-            sums, filled, update, total_loss = None, 0, None, loss
-            before = self._arrays.exchange(assigned)
-            try:
-                if self._accumulate > 1:
-                    sums = self._add(self._window or window.empty(self._parameters.read()), gradients, weight, loss)
-                    filled = self._filled + 1
-                    gradients, weight, total_loss = sums
-                if filled in (0, self._accumulate):
-                    update = self._apply(gradients, weight, total_loss)
-                    sums, filled = None, 0
-            except BaseException:
-                self._arrays.exchange(before)
-                raise
-            del gradients, before, assigned  # the graph alone must hold them, or their memory cannot be reused
-        # Past this an update is made, and what is interrupted must not put an old random state beside it.
-        self._window, self._filled = sums, filled
-        return self._finish(loss, aux, update)
+            return self._all_or_nothing(partial(self._micro_batch, signature, batch))
+        except _Traced:
+            self._take_out_placeholders()
+            raise
 
     def flush(self) -> StepResult | None:
         """Applies a window that is only partly filled, as the mean over what it has; None if it is empty."""
         if not self._filled or self._window is None:
             return None
-        with random_state.kept_on_error():
-            self._rebind_if_changed()
-            gradients, weight, loss = self._window
-            update = self._apply(gradients, weight, loss)
-            del gradients
-        self._window, self._filled = None, 0
-        weight, loss, *_ = update.sums or (weight, loss)
-        return self._finish(loss / weight, (), update)
+        self._rebind_if_changed()
+        return self._all_or_nothing(self._rest_of_window)
 
-    def _finish(self, loss: mx.array, aux: Any, update: _Update | None) -> StepResult:
-        """Assigns what an update has made, and starts the evaluation of everything that changed, all at once."""
+    def _all_or_nothing(self, work: Callable[[Assignments], StepResult]) -> StepResult:
+        """``work`` builds what it makes, lazily, and then assigns it at once; it raises before that, or not at all."""
+        key = random_state.get()
+        made: dict[str, bool] = {}
+        assignments = Assignments()
+        assignments.add(made, "all", True)
+
+        def undo() -> None:
+            if not made:  # a compiled function has assigned the random state already
+                random_state.assign(key)
+
+        return undone_on_error(partial(work, assignments), undo)
+
+    def _micro_batch(self, signature: Hashable, batch: list[mx.array], assignments: Assignments) -> StepResult:
+        loss, aux, assigned, gradients, weight = self._bound.gradients(signature, batch)
+        # If the batch, the forward or the backward pass cannot be evaluated, this raises while nothing is assigned.
+        _evaluate(loss, aux, assigned, gradients, weight, random_state.get())
+        sums, filled, update, total_loss = None, 0, None, loss
+        if self._accumulate > 1:
+            sums = self._add(gradients, weight, loss)
+            filled = self._filled + 1
+            gradients, weight, total_loss = sums
+        if filled in (0, self._accumulate):
+            update = self._apply(gradients, weight, total_loss, assigned)
+            sums, filled = None, 0
+        del gradients  # the graph alone must hold them, or their memory cannot be reused
+        self._assign(assigned, update, sums, filled, assignments)
+        return self._result(loss, aux, update)
+
+    def _take_out_placeholders(self) -> None:
+        """Puts back the arrays in whose place ``mx.compile`` has put others to trace a function that calls this step.
+
+        It does not do so itself after an error, and they cannot be evaluated: the model would be lost.
+        """
+        arrays, state, key = self._known
+        assignments = Assignments()
+        model = [(*place, array) for place, array in zip(self._bound.arrays.places, arrays, strict=True)]
+        for container, index, array in (*model, *state):
+            if not is_evaluated(container[index]):
+                assignments.add(container, index, array)
+        assignments.make()
+        if not is_evaluated(random_state.get()):
+            random_state.assign(key)
+
+    def _rest_of_window(self, assignments: Assignments) -> StepResult:
+        assert self._window is not None
+        gradients, weight, loss = self._window
+        update = self._apply(gradients, weight, loss, {})
+        del gradients
+        self._assign({}, update, None, 0, assignments)
+        weight, loss, *_ = update.sums or (weight, loss)
+        return self._result(loss / weight, [], update)
+
+    def _assign(
+        self,
+        assigned: dict[int, mx.array],
+        update: _Update | None,
+        sums: window.Window | None,
+        filled: int,
+        assignments: Assignments,
+    ) -> None:
+        """Assigns what the forward pass and the update have made, and the window, all at once."""
+        bound = self._bound
+        for index, array in assigned.items():
+            if update is None or index >= len(bound.parameters):
+                assignments.add(*bound.arrays.places[index], array)
         if update is not None:
-            try:
-                self._trees.write(update.parameters, update.state)
-            except BaseException:  # Ctrl-C: half of an update would be none, and not what was before
-                self._trees.write(update.parameters, update.state)
-                raise
+            bound.trees.assign(update.parameters, update.state, assignments)
+        assignments.attribute(self, "_window", sums)
+        assignments.attribute(self, "_filled", filled)
+        assignments.make()
+
+    def _result(self, loss: mx.array, aux: list[Any], update: _Update | None) -> StepResult:
+        """Starts the evaluation of everything that has changed."""
         grad_norm = None if update is None else update.grad_norm
-        skipped = sum((state["skipped"] for state in self._state_roots if "skipped" in state), mx.array(0))
-        state = self._arrays.read(), self._trees.state(), self._window, random_state.get()
+        skipped = sum(any_optimizer.skipped(self._optimizer), mx.array(0))
         votes = update.sums[2] if update is not None and update.sums else None
-        mx.async_eval(loss, aux, grad_norm, skipped, votes, state)
         rate = any_optimizer.learning_rate(self._optimizer)
+        self._remember()  # before the evaluation, in which the update overwrites the old arrays
+        _evaluate(loss, aux, grad_norm, skipped, votes, rate, self._bound.trees.state(), self._window, *self._known)
+        # Other objects than those in the state, so that what is done to these in place does not change a result.
+        grad_norm, rate = (None if array is None else array[...] for array in (grad_norm, rate))
         return StepResult(loss, tuple(aux), grad_norm, rate, update is not None, skipped, votes)
 
     # What a run continues from.
@@ -220,7 +295,7 @@ class TrainStep:
         Without ``everywhere`` the first worker alone gets that, where the others have no use for it.
         """
         state = self.own_state()
-        if self._shard is not None and self._group is not None:
+        if self._bound.shard is not None and self._group is not None:
             every = everywhere or self._group.rank() == 0
             own = {"optimizer": state["optimizer"]}
             state |= workers.share(self._group, own, lambda part, path: every or self.keeps(part, path))
@@ -232,23 +307,26 @@ class TrainStep:
     def own_state(self) -> dict[str, dict[str, mx.array]]:
         """The `state_dict` whose window, and sharded state, is this worker's alone."""
         self._rebind_if_changed()
-        paths = (*self._parameters.paths, *sorted(self._assigned))
-        everything = dict(zip(self._arrays.paths, self._arrays.read(), strict=True))
-        optimizer = any_optimizer.flat_state(self._optimizer)
-        mx.async_eval(optimizer)  # what `init` has just made: another thread, which may save it, could not
-        sums = window.to_dict(self._window, self._parameters.paths, self._filled) if self._window is not None else {}
-        return {
+        bound = self._bound
+        everything = self._everything()
+        paths = (*bound.parameters.paths, *sorted(self._assigned.keys() & everything.keys()))
+        sums = window.to_dict(self._window, bound.parameters.paths, self._filled) if self._window is not None else {}
+        state = {
             "model": {path: everything[path] for path in paths},
-            "optimizer": optimizer,
+            "optimizer": any_optimizer.flat_state(self._optimizer),
             "window": sums,
             "random": {"key": random_state.get()},
         }
+        # Other objects than those in the trees, which may be edited in place.
+        return {part: {path: array[...] for path, array in arrays.items()} for part, arrays in state.items()}
 
     def load_state_dict(self, state: dict[str, dict[str, mx.array]], *, convert: bool = False) -> None:
         """Continues from a `state_dict`: the model, the optimizer, the window and MLX's random state become its.
 
         With ``convert`` the optimizer's state may be one of stock MLX's Adam or AdamW, or have moments that are stored
-        in another way; what it lacks (residuals, counters) starts at zero.
+        in another way; what it lacks (residuals, counters) starts at zero. Running statistics and whatever else the
+        forward pass assigns get the dtype that they have there; what is not there, because no batch had been seen,
+        becomes what it was before the first batch.
 
         Raises:
             ValueError: with a table of everything that does not fit; nothing is changed then.
@@ -261,44 +339,74 @@ class TrainStep:
                 f"the state has a window of {filled} micro-batches, but accumulate is {self._accumulate};"
                 f" make the step with accumulate={filled + 1} or more"
             )
+        mx.eval(state)  # what cannot be read raises here
+        assignments = Assignments()
+        parameters = self._bound.parameters.read()
         if convert:
-            parameters = self._parameters.read()
-            tree = tree_map(lambda index: parameters[index], self._template)
-            any_optimizer.convert_state(self._optimizer, self._own(state["optimizer"]), lambda: self._init(tree))
+            tree = tree_map(lambda index: parameters[index], self._bound.template)
+            init = partial(self._init, tree, self._bound.shard)
+            any_optimizer.convert_state(self._optimizer, self._own(state["optimizer"]), init)
             self._rebind_if_changed()
         else:
-            Places(leaves := Structure(self._optimizer.state).leaves).write([state["optimizer"][p] for p, *_ in leaves])
-        for path, container, key in self._structure.leaves:
-            container[key] = state["model"].get(path, container[key])
-        self._assigned |= state["model"].keys() - set(self._parameters.paths)
-        self._window, self._filled = None, filled
+            for path, container, key in Structure(self._optimizer.state).leaves:
+                assignments.add(container, key, state["optimizer"][path][...])
+        paths = self._bound.parameters.paths
+        everything = self._everything()
+        for path in state["model"].keys() - set(paths) - self._assigned.keys():
+            assignments.add(self._assigned, path, everything[path])
+        # What the forward pass assigns is not in a state from before it did: then it becomes what it was.
+        model = {**self._assigned, **state["model"]}
+        for path, place in zip(everything, self._bound.arrays.places, strict=True):
+            if path in model:
+                assignments.add(*place, model[path][...])
+        sums = None
         if filled and self._group is not None and self._group.rank() > 0:
-            self._window = window.empty(self._parameters.read())  # the first worker has the sum
+            sums = window.empty(parameters)  # the first worker has the sum
+            mx.eval(sums)
         elif filled:
-            self._window = window.from_dict(state["window"], self._parameters.paths)
-        random_state.assign(state["random"]["key"])
+            sums = window.from_dict(state["window"], paths)
+        assignments.attribute(self, "_window", sums)
+        assignments.attribute(self, "_filled", filled)
+        self._bound.trees.forget()
+        call_all([assignments.ready(), random_state.assignment(state["random"]["key"])])
 
     def mismatches(self, state: dict[str, dict[str, mx.array]], *, convert: bool = False) -> list[Row]:
         """What of a `state_dict` does not fit here, as rows (path, here, in the state); empty if it can be loaded."""
         self._rebind_if_changed()
-        everything = dict(zip(self._arrays.paths, self._arrays.read(), strict=True))
-        wanted = {*self._parameters.paths, *self._assigned, *state["model"]} & everything.keys()
-        rows = differences({path: everything[path] for path in wanted}, state["model"])
+        everything = self._everything()
+        # The forward pass may give what it assigns another dtype, and assigns what a state from before lacks.
+        bound = self._bound
+        buffers = (everything.keys() & state["model"].keys()) - set(bound.parameters.paths)
+        fitting = {path for path in buffers if state["model"][path].shape == everything[path].shape}
+        wanted = {*bound.parameters.paths, *buffers} - fitting
+        its_model = {path: array for path, array in state["model"].items() if path not in fitting}
+        rows = differences({path: everything[path] for path in wanted}, its_model)
         if state["window"]:
-            own = window.to_dict(window.empty(self._parameters.read()), self._parameters.paths, 1)
+            own = window.to_dict(window.empty(bound.parameters.read()), bound.parameters.paths, 1)
             rows += differences(own, state["window"])
         own, its = any_optimizer.flat_state(self._optimizer), self._own(state["optimizer"])
         if convert:
-            return rows + differences(*map(any_optimizer.convertible, (own, its)))
+            return rows + any_optimizer.inconvertible(own, its)
         return rows + differences(own, its)
+
+    def _everything(self) -> dict[str, mx.array]:
+        """Every array of the model by its path."""
+        paths = self._bound.arrays.paths
+        everything = dict(zip(paths, self._bound.arrays.read(), strict=True))
+        if len(everything) < len(paths):
+            twice = next(path for path, count in Counter(paths).items() if count > 1)
+            raise InputError(
+                f"the model has two arrays whose path is {twice!r}, which no state can tell apart; rename one"
+            )
+        return everything
 
     def keeps(self, part: str, path: str) -> bool:
         """Whether this worker has a use for an array of a `state_dict`."""
-        return part != "optimizer" or self._shard is None or self._shard.has(path)
+        return part != "optimizer" or self._bound.shard is None or self._bound.shard.has(path)
 
     def _own(self, state: dict[str, mx.array]) -> dict[str, mx.array]:
         """Of the optimizer's state in a `state_dict` what this worker has."""
-        return state if self._shard is None else self._shard.own(state)
+        return state if self._bound.shard is None else self._bound.shard.own(state)
 
     def description(self) -> dict[str, Any]:
         """What the updates depend on beside the state: options by name, as JSON can hold them."""
@@ -306,17 +414,31 @@ class TrainStep:
         own |= {"reduce_dtype": self._reduce_dtype} if self._reduce_dtype != "float32" else {}
         return own | any_optimizer.description(self._optimizer)
 
+    # The window and the update, compiled functions.
+
+    def _add(self, gradients: list[mx.array], weight: mx.array, loss: mx.array) -> window.Window:
+        before = self.traces["accumulate"]
+        empty = window.empty(self._bound.parameters.read()) if self._window is None else self._window
+        sums = self._bound.add(empty, gradients, weight, loss)
+        if self.traces["accumulate"] > before:
+            _try_kernels([("sum", array) for array in sums[0]])
+        return sums
+
     def _trace_add(self, *arguments: Any) -> window.Window:
         self.traces["accumulate"] += 1
         return window.add(*arguments)
 
-    # The update, one compiled function.
-
-    def _apply(self, gradients: list[mx.array], weight: mx.array, loss: mx.array) -> _Update:
+    def _apply(
+        self, gradients: list[mx.array], weight: mx.array, loss: mx.array, assigned: dict[int, mx.array]
+    ) -> _Update:
         scalars = [weight] if self._group is None else [weight, loss, mx.array(self.vote)]
-        parameters, state = self._trees.read()
+        trees, before = self._bound.trees, self.traces["update"]
+        parameters, state = trees.read(assigned)
         constants = any_optimizer.constants(self._optimizer)
-        return _Update(*self._update(parameters, gradients, scalars, state, constants))
+        update = _Update(*self._bound.update(parameters, gradients, scalars, state, constants))
+        if self.traces["update"] > before:
+            _try_kernels(trees.named(update.parameters, update.state))
+        return update
 
     def _trace_update(
         self,
@@ -330,18 +452,22 @@ class TrainStep:
         self.traces["update"] += 1
         sums: list[mx.array] = []
         last = None  # communication
+        weight = None  # of gradients that are not weighted yet
+        dtypes = self._bound.dtypes
         if self._group is not None:
             own = None
             if self._accumulate == 1:
                 own, loss, vote = scalars
                 scalars = [mx.maximum(own, 0.0), window.weighted(loss, own), vote]
             own = own if self._weighted else None  # all are 1
-            dtypes = [reduce.DTYPES[self._reduce_dtype] or dtype for dtype in self._dtypes]
-            gradients, *sums, last = reduce.mean_over_workers(gradients, scalars, self._group, dtypes, own)
-            gradients = [g.astype(dtype) for g, dtype in zip(gradients, self._dtypes, strict=True)]
+            sent = [reduce.DTYPES[self._reduce_dtype] or dtype for dtype in dtypes]
+            gradients, *sums, last = reduce.mean_over_workers(gradients, scalars, self._group, sent, own)
+            gradients = [g.astype(dtype) for g, dtype in zip(gradients, dtypes, strict=True)]
         elif self._accumulate > 1:
-            gradients = window.mean(gradients, scalars[0], self._dtypes)
-        return *self._trees.update(gradients, parameters, state, last), sums
+            gradients = window.mean(gradients, scalars[0], dtypes)
+        elif self._weighted:
+            weight = scalars[0]
+        return *self._bound.trees.update(gradients, parameters, state, last, weight), sums
 
     # What the graphs are bound to.
 
@@ -349,56 +475,71 @@ class TrainStep:
         """Finds every array of the model and of the optimizer's state; makes new compiled functions for them."""
         trainable = self._model.trainable_parameters()
         structure = Structure(self._model)
-        places, template = trainable_places(self._model)
-        seen = {(id(container), key) for _, container, key in places}
+        found, template = trainable_places(self._model)
+        seen = {(id(container), key) for _, container, key in found}
         others = [leaf for leaf in structure.leaves if (id(leaf[1]), leaf[2]) not in seen]
-        parameters = [container[key] for _, container, key in places]
+        parameters, arrays = Places(found), Places([*found, *others])
+        weights = parameters.read()
+        dtypes = [weight.dtype for weight in weights]
+        part = None
+        if self._group is not None and mx.complex64 in dtypes:
+            path = parameters.paths[dtypes.index(mx.complex64)]
+            raise InputError(f"{path!r} is complex64, which several workers cannot train together; freeze it")
         if self._sharded and self._group is not None:
-            paths, sizes = [path for path, *_ in places], [p.size for p in parameters]
-            self._shard = shard.Shard(template, paths, sizes, [p.dtype for p in parameters], self._group)
-        # State exists before the first trace, or that trace would hold for the first step only.
-        self._init(tree_map(lambda i: parameters[i], template))
-
-        self._structure = structure
-        self._parameters = Places(places)
-        self._arrays = Places([*places, *others])  # the parameters come first
-        self._paths = {path for path, _, _ in along(trainable, trainable)}
-        self._template = template
-        self._dtypes = [array.dtype for array in self._parameters.read()]
-        self._state_roots = any_optimizer.states(self._optimizer)
-        self._trees: Trees | PackedTrees
+            sizes = [weight.size for weight in weights]
+            part = shard.Shard(template, list(parameters.paths), sizes, dtypes, self._group)
+        # State exists before the first trace, or that trace would hold for the first step only. Nothing stays lazy, for
+        # the first step may be another thread's, which could not evaluate it.
+        tree = tree_map(lambda i: weights[i], template)
+        if reshaped := any_optimizer.begin_anew(self._optimizer, tree):
+            warnings.warn(f"the moments of {', '.join(reshaped)} had another shape; they begin anew", stacklevel=4)
+        self._init(tree, part)
+        mx.eval(arrays.read(), any_optimizer.states(self._optimizer))
+        trees: Trees | PackedTrees
         # Not with other workers: sharded or not, they sum the same norm and use the same kernels, to the last bit.
         if isinstance(self._optimizer, Adam) and not self._optimizer.has_own_update and self._group is None:
-            self._trees = PackedTrees(self._optimizer, self._parameters)
+            trees = PackedTrees(self._optimizer, parameters, template)
         else:
-            self._trees = Trees(self._optimizer, self._parameters, template, self._shard)
-        self._gradients = GradientGraphs(
+            trees = Trees(self._model, self._optimizer, parameters, template, part)
+        gradients = GradientGraphs(
             self._model,
             self._loss_fn,
             self._weighted,
             self._max_traces,
-            self._structure,
-            self._arrays,
-            len(places),
+            structure,
+            arrays,
+            len(found),
             self.traces,
             self._assigned,
         )
-        self._add = mx.compile(self._trace_add)
-        self._update = random_state.compiled(self._trace_update)
+        add = Compiled(self._trace_add, self._max_traces)
+        update = Compiled(self._trace_update, self._max_traces, draws=True)
+        paths = {path for path, _, _ in along(trainable, trainable)}
+        graphs = gradients, add, update
+        self._bound = _Bound(structure, parameters, arrays, paths, template, dtypes, part, trees, *graphs)
+        self._remember()
 
-    def _init(self, parameters: Any) -> None:
+    def _remember(self) -> None:
+        """Keeps the arrays that are there now, for `_take_out_placeholders`; the old ones are not kept any more.
+
+        They take no memory of their own, except those that somebody replaces, until the next step.
+        """
+        self._known = self._bound.arrays.read(), self._bound.trees.places(), random_state.get()
+
+    def _init(self, parameters: Any, part: shard.Shard | None) -> None:
         """Creates what the optimizer's state lacks."""
-        if self._shard is None:
+        if part is None:
             self._optimizer.init(parameters)
         else:
-            self._shard.init(self._optimizer, parameters)
+            part.init(self._optimizer, parameters)
 
     def _rebind_if_changed(self) -> None:
         """Follows a model or an optimizer state whose containers were replaced; refuses other parameters."""
-        if self._structure.intact() and self._trees.intact():
+        structure = self._bound.structure
+        if structure.intact() and self._bound.trees.intact():
             return
         trainable = self._model.trainable_parameters()
-        before = self._paths
+        before = self._bound.paths
         now = {path for path, *_ in along(trainable, trainable)}
         if before != now:
             changes = [
@@ -410,12 +551,42 @@ class TrainStep:
                 f"the model's parameters changed since make_step ({'; '.join(changes)});"
                 " call make_step again, with the same optimizer to keep its moments"
             )
-        if self._filled and not self._structure.intact():
+        if self._filled and not structure.intact():
             raise InputError(
                 f"layers of the model were replaced after {self._filled} of {self._accumulate} micro-batches, whose"
                 " gradients belong to the old ones; call flush() before you replace layers"
             )
         self._bind()
+
+
+class _Traced(InputError):
+    """A step cannot be a part of another transformation."""
+
+
+def _evaluate(*trees: Any) -> None:
+    """``mx.async_eval``; in another transformation, which would keep what the step assigns, an error that says so."""
+    try:
+        mx.async_eval(*trees)
+    except ValueError as error:
+        if "transformation" not in str(error):
+            raise
+        raise _Traced(
+            "a train step was called inside mx.compile, or another transformation of MLX; it is compiled itself: call"
+            " it outside. The model is as it was after the last step"
+        ) from error
+
+
+def _try_kernels(arrays: list[tuple[str, mx.array]]) -> None:
+    """Evaluates the smallest of each kind of array, so that a kernel that cannot be compiled raises.
+
+    Later nothing could be undone: then the old arrays are not there any more, whose memory the new ones take.
+    """
+    smallest: dict[Hashable, mx.array] = {}
+    for name, array in arrays:
+        kind = name.rpartition(".")[2], array.dtype, array.ndim, array.size >= LARGE
+        if kind not in smallest or array.size < smallest[kind].size:
+            smallest[kind] = array
+    _evaluate(list(smallest.values()))
 
 
 make_step = TrainStep

@@ -13,6 +13,7 @@ from .errors import InputError
 from .groups import Group
 from .moments import Stored
 from .residual import Keep
+from .window import counted
 
 FLOATS = (mx.float32, mx.bfloat16, mx.float16)
 
@@ -48,11 +49,18 @@ class Form(NamedTuple):
         found = state.get("residual")
         return found is not None and found.shape == parameter.shape and residual.belongs_to(parameter.dtype, found)
 
-    def converted(self, parameter: mx.array, state: Stored) -> Stored:
+    def converted(self, path: str, parameter: mx.array, state: Stored) -> Stored:
         """A parameter's state, which may be stock MLX's or another policy's, in this form.
 
-        Raises KeyError for moments that are incomplete. A residual of another dtype's weight is dropped.
+        Raises KeyError for moments that are incomplete, ValueError with the ``path`` for those of another shape. A
+        residual of another dtype's weight is dropped.
         """
+        for name in ("m", "v"):
+            if state[name].shape != parameter.shape:
+                raise InputError(
+                    f"{path!r} has shape {parameter.shape}, but its moments in the optimizer's state have"
+                    f" {state[name].shape}: give the parameter its old shape, or make a new optimizer"
+                )
         if self.fits(parameter, state):
             return state  # the same dictionary: a new one would make every train step with this optimizer trace anew
         if moments.is_stored(state, self.moments, parameter.shape):
@@ -76,7 +84,12 @@ class Constants(NamedTuple):
     lowering: str
 
     def coefficients(
-        self, step: mx.array, learning_rate: mx.array, group: Group, clip: mx.array | None = None
+        self,
+        step: mx.array,
+        learning_rate: mx.array,
+        group: Group,
+        clip: mx.array | None = None,
+        counts: mx.array | None = None,
     ) -> rule.Coefficients:
         return rule.coefficients(
             step,
@@ -86,6 +99,7 @@ class Constants(NamedTuple):
             self.bias_correction,
             self.weight_decay if group.decays else 0.0,
             clip,
+            counts,
         )
 
 
@@ -126,19 +140,22 @@ def update(
     forms: Sequence[Form],
     constants: Constants,
     part: Part | None = None,
+    weight: mx.array | None = None,
 ) -> tuple[list[mx.array], list[Stored], Stored]:
     """The new parameters, states and scalars, all in the order and form of the old.
 
     ``scalars`` has ``step``, ``learning_rate`` (already that of this step), ``rounding_key`` for stochastic rounding,
     and ``grad_norm`` and ``skipped`` with clipping or the guard. With ``part`` the new parameters, states and scalars
-    are those that an update of all would have made.
+    are those that an update of all would have made. If the ``weight`` is 0, the gradients count as 0.
     """
     lowerings = lowering.of_leaves(constants.lowering, [p.size for p in parameters])
     new = {**scalars, "step": scalars["step"] + 1}
     clip = finite = None
+    counts = None if weight is None else weight > 0
     if "grad_norm" in scalars:
         streams = [how.stream for how in lowerings]
-        new["grad_norm"] = norm = rule.global_norm(gradients, streams) if part is None else part.norm
+        norm = rule.global_norm(gradients, streams) if part is None else part.norm
+        new["grad_norm"] = norm = norm if weight is None else counted(norm, weight)
         clip = None if constants.max_grad_norm is None else rule.clip_factor(norm, constants.max_grad_norm)
         if constants.skip_nonfinite:
             rate = new["learning_rate"]  # of a schedule, which may return anything
@@ -149,7 +166,8 @@ def update(
         new["rounding_key"], *every = mx.random.split(scalars["rounding_key"], total + 1)
         keys = [every[i] for i in places]
     coefficients = {
-        group: constants.coefficients(new["step"], new["learning_rate"], group, clip) for group in dict.fromkeys(groups)
+        group: constants.coefficients(new["step"], new["learning_rate"], group, clip, counts)
+        for group in dict.fromkeys(groups)
     }
 
     updated = []
@@ -165,7 +183,7 @@ def update(
                 here[how.second] = here[False].copied()
             its = here[how.second]
             front = (1,) * ones if how.second else ()
-            weight, stored = update_leaf(
+            parameter, stored = update_leaf(
                 g.reshape((*front, *g.shape)),
                 p.reshape((*front, *p.shape)),
                 {name: array.reshape((*front, *array.shape)) for name, array in state.items()},
@@ -178,7 +196,7 @@ def update(
                 how.heron,
             )
             stored = {name: array.reshape(state[name].shape) for name, array in stored.items()}
-            updated.append((weight.reshape(p.shape), stored))
+            updated.append((parameter.reshape(p.shape), stored))
     if finite is not None:
         new["skipped"] = scalars["skipped"] + mx.logical_not(finite)
     for name in ("step", "rounding_key"):
@@ -207,6 +225,10 @@ def update_leaf(
     MLX fuses a value into a kernel only if all that uses it is in that kernel or is an output. So what is selected is
     selected first, and everything after it uses the selected value.
     """
+    if c.counts is not None and c.clip is not None and form.compensated:
+        # With these there is one level more than MLX fuses: a kernel of its own, or it would make four.
+        gradient = rule.unfused(counted(gradient, c.counts))
+        c = c._replace(counts=None)
     old_m, old_v = moments.decode(state)
     m, v = rule.next_moments(gradient, old_m, old_v, c, betas)
     guess = None
@@ -239,7 +261,7 @@ def check_leaf(path: str, gradient: mx.array, parameter: mx.array, state: Stored
         if array.shape != parameter.shape:
             raise InputError(
                 f"the {what} of {path!r} has shape {array.shape}, but the parameter has {parameter.shape};"
-                " they must be the same"
+                " they must be the same: give the parameter its old shape, or make a new optimizer"
             )
     if gradient.dtype not in FLOATS:
         raise TypeError(f"the gradient of {path!r} is {gradient.dtype}; it must be float32, bfloat16 or float16")

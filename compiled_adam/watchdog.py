@@ -82,13 +82,19 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._ended.wait(min(1.0, self._timeout / 4)):
-            silent = time.monotonic() - self._last
-            if self._busy:
-                continue
-            if silent > self.limit():
-                self._end(f"no answer from the other workers for {silent:.0f} s")
-            elif silent > GRACE and self._connections.is_cut():
-                self._end("another worker has ended (its connection is closed)")
+            if (why := self.why_end()) is not None:
+                self._end(why)
+
+    def why_end(self) -> str | None:
+        """Why the process is to be ended now, if it is."""
+        silent = time.monotonic() - self._last
+        if self._busy:
+            return None
+        if silent > self.limit():
+            return f"no answer from the other workers for {silent:.0f} s"
+        if silent > GRACE and self._connections.is_cut():
+            return "another worker has ended (its connection is closed)"
+        return None
 
     def _end(self, why: str) -> None:
         os.write(2, f"compiled-adam: {why}; {self._explain()}\n".encode())

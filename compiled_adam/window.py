@@ -11,13 +11,22 @@ Window = tuple[list[mx.array], mx.array, mx.array]  # sums of gradients, of weig
 
 def empty(parameters: Sequence[mx.array]) -> Window:
     """Sums of nothing, for parameters of these shapes."""
-    return [mx.zeros(p.shape, mx.float32) for p in parameters], mx.array(0.0), mx.array(0.0)
+    return [mx.zeros(p.shape, _summed(p.dtype)) for p in parameters], mx.array(0.0), mx.array(0.0)
 
 
 def weighted(x: mx.array, weight: mx.array) -> mx.array:
     """``weight * x`` in float32, and 0 for a weight of 0, whatever ``x`` is."""
-    # A batch without tokens has the loss 0/0, which must not count; times zero it would still be nan.
-    return mx.where(weight > 0, weight * x.astype(mx.float32), 0.0)
+    return counted(weight * x.astype(_summed(x.dtype)), weight)
+
+
+def counted(x: mx.array, weight: mx.array) -> mx.array:
+    """``x``, or 0 for a weight of 0: a batch without tokens has the loss 0/0, which times zero would still be nan."""
+    return mx.where(weight > 0, x, mx.zeros((), x.dtype))
+
+
+def _summed(dtype: mx.Dtype) -> mx.Dtype:
+    """What values of ``dtype`` are summed in."""
+    return mx.complex64 if dtype == mx.complex64 else mx.float32
 
 
 def add(window: Window, gradients: Sequence[mx.array], weight: mx.array, loss: mx.array) -> Window:

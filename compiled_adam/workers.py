@@ -134,18 +134,20 @@ def all_do(group: Group, function: Callable[[], Any]) -> Any:
 
 
 # What is wrong with input, options or files. Other errors end the worker that has them, and so the others.
-_TOLD = (ValueError, TypeError, OSError)
+_TOLD = (InputError, OSError, ValueError, TypeError)
 
 
 def _agreed(group: Group, value: Any, error: Exception | None) -> list[Any]:
     """The ``value`` of every worker; raises its own error, or else that of the first worker that has one."""
-    found = gather(group, [value, error and [isinstance(error, OSError), str(error)]])
+    kind = next((i for i, kind in enumerate(_TOLD) if isinstance(error, kind)), None)
+    found = gather(group, [value, None if error is None else [kind, str(error)]])
     if error is not None:
         raise error
     for rank, (_, told) in enumerate(found):
         if told is not None:
-            is_os, text = told
-            raise (OSError if is_os else InputError)(text if rank == 0 else f"rank {rank}: {text}")
+            # Of the same kind: a fault of the program at one worker is no user's at the others.
+            kind, text = told
+            raise _TOLD[kind](text if rank == 0 else f"rank {rank}: {text}")
     return [each for each, _ in found]
 
 
@@ -169,7 +171,10 @@ class Workers:
         self._open = ExitStack()
 
     def _explain(self) -> str:
-        return f"{self.saved()}. See what that one said, then start all again, with --resume if there is a checkpoint"
+        return (
+            f"{self.saved()}. See what that one said, then start all again, with"
+            ' resume="auto" or --resume if there is a checkpoint'
+        )
 
     def __enter__(self) -> Workers:
         if self.many:

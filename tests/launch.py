@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -12,6 +13,8 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+import mlx.core as mx
 
 from tests.conftest import ROOT
 
@@ -37,13 +40,13 @@ def workers(count: int, folder: Path, *arguments: str, **environment: str) -> It
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(count)]))
     for rank in range(count):
         (CACHES / str(rank)).mkdir(parents=True, exist_ok=True)
-        own = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TMPDIR": str(CACHES / str(rank)), **environment}
+        own = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TMPDIR": str(CACHES / str(rank))}
         if count > 1:
             own |= {"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)}
         process = subprocess.Popen(
             [sys.executable, *arguments],
             cwd=folder,
-            env={**os.environ, **own},
+            env={**os.environ, **own, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -57,17 +60,25 @@ def workers(count: int, folder: Path, *arguments: str, **environment: str) -> It
             process.communicate()
 
 
-def warm(folder: Path, *arguments: str, **environment: str) -> None:
-    """Lets one process compile the kernels of ``python -m arguments``, and gives them to all ranks."""
-    with workers(1, folder, "-m", "tests.alone", *arguments, **environment) as processes:
-        ((code, out),) = outputs(processes)
-    assert code == 0, out
+def warm(name: str, folder: Path, *arguments: str, **environment: str) -> None:
+    """Lets one process compile the kernels of ``python -m arguments``, and gives them to all ranks.
+
+    Not again, until something changes that decides which they are, because it takes as long as a run of a worker.
+    """
+    sources = hashlib.sha256(f"{mx.__version__} {environment}".encode())
+    for file in sorted([*(ROOT / "compiled_adam").glob("*.py"), *(ROOT / "tests").glob("*.py")]):
+        sources.update(file.read_bytes())
+    done = CACHES / f"{name}-{sources.hexdigest()[:16]}"
+    if done.exists():
+        return
+    run(1, folder, "-m", "tests.alone", *arguments, **environment)
     for rank in range(1, 4):
         for file in (CACHES / "0" / "mlx").rglob("*.so"):
             copy = CACHES / str(rank) / file.relative_to(CACHES / "0")
             if not copy.exists():
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(file, copy)
+    done.touch()
 
 
 def outputs(processes: list[subprocess.Popen[str]], timeout: float = 120) -> list[tuple[int, str]]:

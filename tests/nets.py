@@ -87,3 +87,18 @@ class Leaves(nn.Module):
         super().__init__()
         mx.random.seed(7)
         self.leaves = [mx.random.normal((size // 256, 256)) for _ in range(count)]
+
+
+class Counting(nn.Module):
+    """Small and large layers, dropout, and a buffer that counts the forward passes."""
+
+    def __init__(self, dtype: mx.Dtype) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 192, bias=False), nn.Linear(192, 192)
+        self.dropout, self.count = nn.Dropout(0.2), mx.array(0)
+        self.freeze(recurse=False, keys=["count"])
+        self.set_dtype(dtype)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        self.count = self.count + 1
+        return self.second(mx.tanh(self.first(self.dropout(x.astype(self.first.weight.dtype))))) * 0.1

@@ -7,8 +7,6 @@ import json
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -115,9 +113,9 @@ def start(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
     """The command as a process, on a workload that takes some time."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(seconds: str) -> subprocess.Popen[str]:
+    def start(seconds: str, *program: str) -> subprocess.Popen[str]:
         arguments = ["--workload", "224 x (8x1024)", "--dtype", "float32", "--seconds", seconds]
-        command = [sys.executable, "-m", "bench", *arguments, "--json", str(tmp_path / "record.json")]
+        command = [sys.executable, *(program or ("-m", "bench")), *arguments, "--json", str(tmp_path / "record.json")]
         started.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
         return started[-1]
 
@@ -136,10 +134,18 @@ def test_a_reader_that_leaves(start, tmp_path: Path) -> None:
 
 
 def test_ctrl_c_in_a_process(start, tmp_path: Path) -> None:
-    process = start("60")
-    while not (tmp_path / "record.json").exists():  # opened before anything is measured
-        time.sleep(0.05)
-    time.sleep(1.0)
+    program = """
+import sys
+from bench import __main__ as command, measure
+resources = measure.resources
+def measuring(*arguments, **options):
+    print("measuring", file=sys.stderr, flush=True)
+    return resources(*arguments, **options)
+measure.resources = measuring
+sys.exit(command.main())
+"""
+    process = start("60", "-c", program)
+    assert process.stderr.readline() == "measuring\n" and (tmp_path / "record.json").exists()
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and errors.endswith("bench: interrupted; what had been measured is kept\n")
@@ -174,21 +180,20 @@ def test_a_framework_that_cannot_be_imported_is_one_line(monkeypatch: pytest.Mon
         assert all(row["state_bytes"] for row in found[: len(DEFAULT)])
 
 
-def test_settling_waits_for_threads_that_spin() -> None:
-    end = time.perf_counter() + 0.1
+def test_settling_waits_for_threads_that_spin(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, computed = [0.0], [0.0]
+    spinning_until = 0.0
 
-    def spin() -> None:
-        while time.perf_counter() < end:
-            pass
+    def sleep(seconds: float) -> None:
+        computed[0] += max(0.0, min(seconds, spinning_until - now[0]))
+        now[0] += seconds
 
-    thread = threading.Thread(target=spin)
-    thread.start()
-    measure.settle()
-    assert time.perf_counter() >= end
-    thread.join()
-    begin = time.perf_counter()
-    measure.settle()
-    assert time.perf_counter() - begin < 0.1
+    monkeypatch.setattr(measure.time, "sleep", sleep)
+    monkeypatch.setattr(measure.time, "process_time", lambda: computed[0])
+    for spinning_until, waited in ((0.1, 0.11), (0.0, 0.01), (9.0, 0.5)):
+        now[0] = 0.0
+        measure.settle()
+        assert now[0] == pytest.approx(waited, abs=1e-3), spinning_until
 
 
 def test_mlx_is_never_measured_right_after_another_framework(monkeypatch: pytest.MonkeyPatch) -> None:

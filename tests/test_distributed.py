@@ -45,7 +45,7 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, lis
     """For 1, 2 and 4 workers: where they wrote, and what each printed for each job."""
     folder = tmp_path_factory.mktemp("steps")
     program = ("tests.step_worker", json.dumps(JOBS))
-    launch.warm(folder / "warm", *program)
+    launch.warm("steps", folder / "warm", *program)
     found = {}
     for count in (1, 2, 4):
         printed = launch.run(count, folder / str(count), "-m", *program)
@@ -154,7 +154,7 @@ mx.eval(step(*batch()).loss)
         # MLX says when the other one has gone first, at the end.
         disk, extra, missing = [line for line in text.splitlines() if not line.startswith("[ring]")]
         assert disk.startswith(("FileNotFoundError", "OSError")[rank]) and "/proc" in disk
-        assert extra.startswith(("TypeError", "InputError")[rank]) and "not JSON serializable" in extra
+        assert extra.startswith("TypeError") and "not JSON serializable" in extra
         assert missing.removeprefix("InputError ") == ["rank 1: ", ""][rank] + (
             "missing is not a checkpoint: it has no meta.json"
         )
@@ -230,7 +230,7 @@ class Fine:
 @pytest.fixture(scope="module")
 def fine(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Fine:
     made = Fine(tmp_path_factory.mktemp("fine"), tiny_model)
-    launch.warm(made.folder, *made.program(*(made.arguments(kind, f"{kind}-warm") for kind in KINDS))[1:])
+    launch.warm("fine", made.folder, *made.program(*(made.arguments(kind, f"{kind}-warm") for kind in KINDS))[1:])
     launch.run(1, made.folder, *made.program(*(made.arguments(kind, f"{kind}-1") for kind in KINDS)))
     return made
 
@@ -262,7 +262,7 @@ def test_sharded_state_in_fine_tuning_and_resuming(fine: Fine) -> None:
         fine.assert_same(one, other)
 
 
-def until(condition, seconds: float = 60) -> None:
+def until(condition, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited too long"
@@ -270,13 +270,22 @@ def until(condition, seconds: float = 60) -> None:
 
 
 def test_a_killed_worker_stops_the_others_and_they_resume(fine: Fine) -> None:
-    with launch.workers(2, fine.folder, *fine.program(fine.arguments("lora", "killed"))) as processes:
-        until((fine.folder / "killed" / "checkpoints" / f"{5:07d}").exists)
-        processes[1].send_signal(signal.SIGKILL)
-        ended = launch.outputs(processes, timeout=60)
-    assert ended[0][0] == 1, ended[0][1]
+    program = f"""
+import os, signal, sys
+from mlx_lm.tuner.callbacks import TrainingCallback
+from compiled_adam import cli, lora_command
+class Killing(TrainingCallback):
+    def on_train_loss_report(self, info):
+        if info["iteration"] == 8 and os.environ["MLX_RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+lora_command.get_reporting_callbacks = lambda *_, **__: Killing()
+sys.exit(cli.main({fine.arguments("lora", "killed")!r}))
+"""
+    with launch.workers(2, fine.folder, "-c", program) as processes:
+        ended = launch.outputs(processes)
+    assert [code for code, _ in ended] == [1, -signal.SIGKILL], ended
     assert "another worker has ended" in ended[0][1] and "--resume goes on from iteration" in ended[0][1], ended[0][1]
-    assert fine.last_checkpoint("killed") >= 5
+    assert fine.last_checkpoint("killed") == 5
     # Its window had two of three micro-batches. First with one worker, then the same again with two.
     subprocess.run(["cp", "-r", "killed", "killed-2"], cwd=fine.folder, check=True)
     for count, out in ((1, "killed"), (2, "killed-2")):
@@ -297,7 +306,7 @@ lora_command.get_reporting_callbacks = lambda *_, **__: Failing() if os.environ[
 sys.exit(cli.main(sys.argv[1:]))
 """
     with launch.workers(2, fine.folder, "-c", program, *fine.arguments("lora", "callback")) as processes:
-        (code, out), (other_code, other) = launch.outputs(processes, timeout=60)
+        (code, out), (other_code, other) = launch.outputs(processes)
     assert code == other_code == 1, out + other
     assert "iteration 9: no such project; there is a checkpoint" in out and "from iteration 5" in out, out
     assert "another worker has ended" in other, other
@@ -325,7 +334,7 @@ sys.exit(cli.main({fine.arguments("lora", "launched", "--iters", "2000")!r}))
         input="",
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         env=mine,
         check=False,
     )
@@ -343,7 +352,6 @@ default_loss = losses.next_token
 def loss(*batch):
     if os.environ["MLX_RANK"] == "1":
         os.kill(os.getpid(), signal.{how})
-    time.sleep(0.1)
     return default_loss(*batch)
 losses.next_token = loss
 sys.exit(cli.main(sys.argv[1:]))
@@ -351,7 +359,7 @@ sys.exit(cli.main(sys.argv[1:]))
     command = ["--model", str(fine.model), "--data", str(fine.folder / "data"), "--batch-size", "4"]
     more = ["--test", "--adapter-path", "", "--worker-timeout", "1"]
     with launch.workers(2, fine.folder / how, "-c", program, "lora", *command, *more) as processes:
-        out, _ = processes[0].communicate(timeout=60)
+        out, _ = processes[0].communicate(timeout=120)
     assert processes[0].returncode == 1 and "there is no test loss" in out, out
 
 
@@ -359,18 +367,19 @@ def test_a_signal_at_one_worker_stops_all_at_the_same_step(fine: Fine) -> None:
     with launch.workers(2, fine.folder, *fine.program(fine.arguments("lora", "asked", "--iters", "2000"))) as processes:
         until((fine.folder / "asked" / "log.jsonl").exists)
         processes[1].send_signal(signal.SIGTERM)
-        ended = launch.outputs(processes, timeout=60)
+        ended = launch.outputs(processes)
     assert [code for code, _ in ended] == [143, 143], ended
     stopped = fine.last_checkpoint("asked")
     assert f"stopped by SIGTERM after iteration {stopped}" in ended[0][1] and stopped < 2000
 
 
 def test_a_silent_worker_is_noticed(fine: Fine) -> None:
-    command = fine.arguments("lora", "silent", "--iters", "2000", "--worker-timeout", "1")
+    # A second and a half would do, were both workers sure to get a core each.
+    command = fine.arguments("lora", "silent", "--iters", "2000", "--worker-timeout", "6")
     with launch.workers(2, fine.folder, *fine.program(command)) as processes:
         until((fine.folder / "silent" / "checkpoints" / f"{5:07d}").exists)
         processes[1].send_signal(signal.SIGSTOP)
-        out, _ = processes[0].communicate(timeout=60)
+        out, _ = processes[0].communicate(timeout=120)
     assert processes[0].returncode == 1 and "no answer from the other workers" in out, out
     assert fine.last_checkpoint("silent") >= 5
 

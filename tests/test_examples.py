@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,11 +15,8 @@ LAUNCH = Path(sys.executable).with_name("mlx.launch")
 
 
 def shown(run, name: str) -> str:
-    start = time.monotonic()
     done = run(str(ROOT / "examples" / name))
     assert done.returncode == 0, done.stderr
-    # 15 s on two idle cores; kernels may have to be built, and others may use the cores.
-    assert time.monotonic() - start < 60
     return done.stdout
 
 

@@ -85,9 +85,9 @@ def test_the_adapters_of_mlx_lm_lora(more: list[str], tiny_model: Path, data: Pa
     assert len(losses) == 8 and all(np.isfinite(losses))
 
 
-def test_generate_fuse_and_test_work_on_the_result(tiny_model: Path, data: Path, run, tmp_path: Path) -> None:
+def test_generate_fuse_and_test_work_on_the_result(tiny_model: Path, data: Path, run, command, tmp_path: Path) -> None:
     options = "--max-grad-norm 1.0 --moments 8bit --optimizer adamw --weight-decay 0.1 --decay-matrices-only --test"
-    done = run("-m", "compiled_adam.cli", "lora", *job(tiny_model, data, "out", *options.split()))
+    done = command("lora", *job(tiny_model, data, "out", *options.split()))
     assert done.returncode == 0, done.stderr
     assert "Test loss" in done.stdout
     model = ("--model", str(tiny_model), "--adapter-path", "out")
@@ -95,7 +95,7 @@ def test_generate_fuse_and_test_work_on_the_result(tiny_model: Path, data: Path,
     assert "Generation: 3 tokens" in generated.stdout, generated.stderr
     fused = run("-m", "mlx_lm", "fuse", *model, "--save-path", "fused")
     assert fused.returncode == 0 and (tmp_path / "fused" / "model.safetensors").exists(), fused.stderr
-    tested = run("-m", "compiled_adam.cli", "lora", *model, "--data", str(data), "--test", "--batch-size", "2")
+    tested = command("lora", *model, "--data", str(data), "--test", "--batch-size", "2")
     assert re.search(r"Test loss \S+", tested.stdout).group() == re.search(r"Test loss \S+", done.stdout).group()
 
 
@@ -228,7 +228,7 @@ def test_options_that_cannot_apply_are_errors(argv: list[str], message: str) -> 
         optimizer(*argv)
 
 
-def test_what_cannot_be_done_is_one_sentence(tiny_model: Path, data: Path, run, tmp_path: Path) -> None:
+def test_what_cannot_be_done_is_one_sentence(tiny_model: Path, data: Path, command, tmp_path: Path) -> None:
     (tmp_path / "typo.yaml").write_text("iterations: 3\n")
     (tmp_path / "list.yaml").write_text("- 3\n")
     (tmp_path / "empty").mkdir()
@@ -277,16 +277,16 @@ def test_what_cannot_be_done_is_one_sentence(tiny_model: Path, data: Path, run, 
         (("--iters", "many"), "invalid int value: 'many'"),
         (("--no-such-flag",), "unrecognized arguments: --no-such-flag"),
     ):
-        done = run("-m", "compiled_adam.cli", "lora", *arguments)
+        done = command("lora", *arguments)
         assert done.returncode == 2, (arguments, done.stderr)
         assert message in done.stderr.splitlines()[-1], (arguments, done.stderr)
         assert "Traceback" not in done.stderr
 
 
-def test_resuming_on_the_command_line(tiny_model: Path, data: Path, run, tmp_path: Path) -> None:
+def test_resuming_on_the_command_line(tiny_model: Path, data: Path, command, tmp_path: Path) -> None:
     def lora(out: str, *more: str):
         options = ("--bucket", "--save-best", "--grad-accumulation-steps", "3", "--steps-per-eval", "4", *more)
-        return run("-m", "compiled_adam.cli", "lora", *job(tiny_model, data, out, *options))
+        return command("lora", *job(tiny_model, data, out, *options))
 
     first = lora("parts", "--iters", "5")
     assert re.search(r"bucket 1\.25: at most \d+ traces, [\d.]+ % padding \(multiples of 32: \d", first.stdout)
@@ -311,9 +311,9 @@ def test_a_reader_that_leaves_does_not_end_the_training(tiny_model: Path, data: 
     assert len((tmp_path / "out" / "log.jsonl").read_text().splitlines()) == 8 + 2  # and two validations
 
 
-def test_another_model_or_other_data_is_not_resumed(tiny_model: Path, data: Path, run, tmp_path: Path) -> None:
+def test_another_model_or_other_data_is_not_resumed(tiny_model: Path, data: Path, command, tmp_path: Path) -> None:
     def lora(model: Path, data: Path, *more: str):
-        return run("-m", "compiled_adam.cli", "lora", *job(model, data, "out", *more))
+        return command("lora", *job(model, data, "out", *more))
 
     assert lora(tiny_model, data).returncode == 0
     other, edited = tmp_path / "model", tmp_path / "data"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import types
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from mlx_lm.tuner.datasets import CacheDataset, ChatDataset, TextDataset
 from mlx_lm.utils import load_tokenizer
 
 import compiled_adam as ca
-from compiled_adam import lora_data
+from compiled_adam import cli, lora_data
 from compiled_adam.errors import InputError
 from compiled_adam.loader import Batches
 from compiled_adam.rows import located
@@ -263,3 +264,84 @@ def test_training_names_the_set(tiny_model: Path, tokenizer, tmp_path: Path) -> 
     sets = [CacheDataset(TextDataset([{"text": t} for t in texts], tokenizer)) for texts in (["a"] * 4, ["b", ""])]
     with pytest.raises(InputError, match=r"example 1 \(counted from 0\) of the validation set: 'text' is empty"):
         ca.train(lora(tiny_model), ca.Adam(1e-3), *sets, args=arguments(tmp_path))
+
+
+# The command.
+
+
+@pytest.fixture
+def strict_model(tiny_model: Path, tmp_path: Path) -> Path:
+    """A model whose chat template refuses system messages."""
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "strict"))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": STRICT}))
+    return folder
+
+
+def lora(model: Path, folder: Path, *more: str) -> int:
+    options = ["--iters", "2", "--num-layers", "1", "--batch-size", "2", "--max-seq-length", "64"]
+    where = ("--model", str(model), "--data", str(folder / "data"), "--adapter-path", str(folder / "out"))
+    return cli.main(["lora", *where, *(options if "--train" in more else options[4:]), *more])
+
+
+def write(folder: Path, **sets: list[str]) -> None:
+    (folder / "data").mkdir(exist_ok=True)
+    for name, lines in sets.items():
+        (folder / "data" / f"{name}.jsonl").write_text("\n".join(lines))
+
+
+@pytest.mark.parametrize("bad", ['{"text": ""}', "not json"])
+def test_the_test_set_is_looked_at_before_training(bad: str, tiny_model: Path, tmp_path: Path, capsys) -> None:
+    write(tmp_path, train=[text("a text")] * 4, test=[text("good"), text("good"), bad])
+    assert lora(tiny_model, tmp_path, "--train", "--test") == 2
+    assert "test.jsonl line 3" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("more", [["--train"], ["--train", "--bucket"], ["--train", "--test"], ["--test"]])
+def test_a_template_that_refuses_is_one_sentence(more: list[str], strict_model: Path, tmp_path: Path, capsys) -> None:
+    refused = [TALK, TALK, messages(("system", "be brief"), ("user", "a")), TALK]  # two batches, of two iterations
+    sets = {"train": refused, "test": [TALK] * 4} if "--test" not in more else {"train": [TALK] * 4, "test": refused}
+    write(tmp_path, **sets, valid=[TALK] * 4)
+    tested = ["--adapter-path", ""] if "--train" not in more else []
+    code = lora(strict_model, tmp_path, *more, *tested)
+    file = "test" if "--test" in more else "train"
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert code == 2 and f"{file}.jsonl line 3: the model's chat template refuses it: System role" in error, error
+
+
+@pytest.mark.filterwarnings("ignore:an example has")  # it is to be cut
+def test_prompts_that_fill_the_length(strict_model: Path, tmp_path: Path, capsys) -> None:
+    rows = [json.dumps({"prompt": "much " * 80, "completion": "yes"})] * 4
+    write(tmp_path, train=rows, valid=rows, test=rows)
+    assert lora(strict_model, tmp_path, "--train", "--test", "--mask-prompt", "--steps-per-report", "1") == 2
+    said = capsys.readouterr()
+    assert said.err.splitlines()[-1].startswith(
+        "compiled-adam: there is no test loss: no example has a token to predict"
+    )
+    assert said.out.count("warning: no token has been trained yet") == 1
+    assert "no validation loss: no example" in said.out and "no targets" in said.out and "nan" not in said.out
+
+
+def test_sets_of_hugging_face(tiny_model: Path, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    write(tmp_path, train=[text("good")] * 3 + [text("")])
+    files = {"data_files": {"train": str(tmp_path / "data" / "train.jsonl")}}
+    described = {"path": "json", "train_split": "train", "valid_split": "train[:2]", "config": files}
+    train, valid, _ = lora_data.load(job(tmp_path, hf_dataset=described), tokenizer)
+    assert len(train) == 4 and len(valid) == 2 and train.process(train[0])[0]
+    with pytest.raises(InputError, match=r"^example 3 \(counted from 0\) of the train set: 'text' is empty"):
+        train.process(train[3])
+    for changes, message in (
+        ({"train_split": "tain"}, "hf_dataset json cannot be used: .*tain"),
+        ({"path": None}, "hf_dataset has no path"),
+    ):
+        with pytest.raises(InputError, match=message):
+            lora_data.load(job(tmp_path, hf_dataset={**described, **changes}), tokenizer)
+    with pytest.raises(InputError, match="hf_dataset json has no test_split, which --test needs"):
+        lora_data.load(job(tmp_path, hf_dataset=described, test=True), tokenizer)
+    # Of several sets each row is checked by its own format.
+    train, _, _ = lora_data.load(job(tmp_path, hf_dataset=[described, described]), tokenizer)
+    with pytest.raises(InputError, match=r"^example 7 .* of the train set: 'text' is empty"):
+        train.process(train[7])

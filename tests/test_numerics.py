@@ -17,7 +17,7 @@ from reference import Reference
 from trees import assert_identical, flat, value
 
 import compiled_adam as ca
-from compiled_adam import moments
+from compiled_adam import moments, rule
 
 POLICIES = moments.POLICIES
 HALF = [mx.bfloat16, mx.float16]
@@ -80,8 +80,9 @@ def test_weight_decay_is_exact(dtype: mx.Dtype, rate: float) -> None:
     # What has decayed is that of float32 weights within 0.1 %; those are exact only while one update's decay is many
     # of their spacings, 2^-24: at 1e-5 it is 17, at 1e-6 two.
     assert (1 - ratio).mean() == pytest.approx((1 - master).mean(), rel=1e-3)
-    if rate >= 1e-4:
-        assert (1 - ratio).mean() == pytest.approx(1 - exact, rel=1e-3)
+    # The rounding of an update is at most half of those spacings, and the same way while a weight is in one binade.
+    within = {1e-3: 1e-3, 1e-4: 1e-3, 1e-5: 0.03, 1e-6: 0.25}[rate]
+    assert (1 - ratio).mean() == pytest.approx(1 - exact, rel=within)
 
 
 @pytest.mark.parametrize("compensated", [True, False])
@@ -101,7 +102,8 @@ def test_zero_gradients_in_float16_change_nothing(policy: str, compensated: bool
 
 
 # Every policy against the float64 reference. Mean absolute error of the parameters after 200 steps at a rate of 1e-3,
-# relative to their mean movement (about 0.1), and the worst element's error, the same; measured, then doubled.
+# relative to their mean movement (0.04; of bfloat16 without a residual 0.005), and the worst element's error, the same;
+# measured, then doubled.
 TOLERANCES = {
     # dtype, policy, compensated: mean, worst
     (mx.float32, "float32", True): (1e-5, 2e-4),  # float32 rounding of 200 updates of values around 1
@@ -112,10 +114,12 @@ TOLERANCES = {
     (mx.bfloat16, "bfloat16", True): (9e-3, 6e-2),
     (mx.bfloat16, "8bit", True): (2e-2, 0.1),
     (mx.bfloat16, "param", True): (1.1e-2, 4e-2),  # rounded to nearest; 200 steps are too few for v to stall
-    (mx.bfloat16, "float32", False): (2.0, 6.0),  # most updates are below half a unit in the last place of the weight
+    # Against a reference whose weights are rounded after every update, too: most updates are lost, below half a unit in
+    # the last place. A rounding may fall the other way, for one element in a thousand or so: 2^-6 for weights below 4.
+    (mx.bfloat16, "float32", False): (1e-3, 3.5),
     (mx.float16, "float32", True): (1e-5, 2e-4),
     (mx.float16, "8bit", True): (2e-2, 0.1),
-    (mx.float16, "float32", False): (0.6, 6.0),  # some updates are
+    (mx.float16, "float32", False): (1e-3, 0.06),
 }
 
 
@@ -130,14 +134,24 @@ def test_every_policy_against_float64(dtype: mx.Dtype, policy: str, compensated:
         g = (mx.random.normal((64, 128), key=mx.random.key(step)) * scale + 0.02).astype(dtype)
         p = optimizer.apply_gradients({"w": g}, p)
         reference.update(flat({"w": g}))
+        if not compensated:
+            reference.parameters = flat({"w": mx.array(reference.parameters["w"].astype(np.float32)).astype(dtype)})
         mx.async_eval(p, optimizer.state)
     expected = reference.parameters["w"]
     movement = np.abs(expected - start).mean()
+    assert movement > 5e-3  # an optimizer that stays where it is has the mean error 1
     error = np.abs(np.array(value(optimizer, p)) - expected) / movement
     mean, worst = TOLERANCES[dtype, policy, compensated]
     print(f"{dtype} {policy} compensated={compensated}: mean {error.mean():.1e}, worst {error.max():.1e}")
     assert error.mean() < mean
     assert error.max() < worst
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, *HALF])
+def test_the_tolerances_exclude_an_optimizer_that_never_moves(dtype: mx.Dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rule, "next_weight", lambda p, *_: p)
+    with pytest.raises(AssertionError):
+        test_every_policy_against_float64(dtype, "float32", dtype == mx.float32)
 
 
 # Options together, and where they are used.
@@ -159,6 +173,7 @@ def test_every_policy_is_the_same_eager_compiled_in_a_step_and_in_multi_optimize
         return mx.square(model(x) - 1).mean()
 
     batches = [mx.random.normal((8, 64), key=mx.random.key(i)).astype(dtype) for i in range(5)]
+    start = flat(model().parameters())
     trained = []
     for way in ("eager", "compiled", "step", "multi"):
         m, optimizer = model(), make()
@@ -185,6 +200,8 @@ def test_every_policy_is_the_same_eager_compiled_in_a_step_and_in_multi_optimize
     # Gradients differ in the last place between graphs, and a stochastic rounding then falls on the other side: one
     # code of a moment, at 5 steps of 1e-2; in bfloat16 gradients a last place is 2^-8.
     tolerance = {mx.float32: 1e-5, mx.bfloat16: 1e-2}[dtype] if policy in ("float32", "param") else 1e-2
+    for path, array in trained[0].items():
+        assert np.abs(array - start[path]).mean() > 2e-2, path  # five steps of up to 1e-2 each, most of one sign
     for other in trained[1:]:
         for path, array in trained[0].items():
             np.testing.assert_allclose(array, other[path], atol=tolerance, err_msg=path)
@@ -208,6 +225,7 @@ def test_stochastic_rounding_is_reproducible_and_resumable(policy: str, tmp_path
         "w": {path[2:]: array for path, array in loaded.items() if path.startswith("w.")},
         **{path: array for path, array in loaded.items() if "." not in path},
     }
+    assert mx.abs(p["w"] - halfway["w"]).mean().item() > 1e-3  # three steps of 1e-2, of different signs
     assert_identical(train(resumed, halfway, range(3, 6)), p)
     assert_identical(resumed.state, first.state)
 
@@ -376,6 +394,10 @@ def test_any_options_keep_shapes_and_dtypes_stay_finite_and_are_deterministic(
 
     (p, state), (q, other) = run(), run()
     before = tree_flatten({"root": build(tree, 1.0)})
+    # 1e-2 of a weight around 1 is more than half a unit in the last place of any of the dtypes.
+    assert all(
+        not mx.array_equal(a, b).item() for (_, a), (_, b) in zip(tree_flatten(p), before, strict=True) if a.size
+    )
     assert [(path, a.shape, a.dtype) for path, a in tree_flatten(p)] == [(path, a.shape, a.dtype) for path, a in before]
     assert all(mx.all(mx.isfinite(a)).item() for _, a in tree_flatten(p))
     assert_identical(p, q)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optim
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
@@ -16,7 +15,6 @@ import compiled_adam as ca
 from compiled_adam import packing
 from compiled_adam.graph import kernels
 from compiled_adam.groups import Group
-from compiled_adam.layout import Places
 from compiled_adam.update import Form
 
 
@@ -371,41 +369,6 @@ def test_nobody_asks_and_nothing_is_shown(monkeypatch: pytest.MonkeyPatch) -> No
     assert shown == []
     assert adam.state["step"].item() == 3
     assert shown == [1]
-
-
-@pytest.mark.parametrize("kind", [ca.AdamW, optim.AdamW])
-def test_an_interrupted_step_is_made_or_not_made(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(interrupted: int | None) -> tuple[dict[str, np.ndarray], int]:
-        model, adam = Many(), kind(1e-2)
-        step = ca.make_step(model, loss_fn, adam)
-        step(batch(0))
-        writes = 0
-
-        def counted(write):
-            def once_interrupted(*args, **keywords) -> None:
-                nonlocal writes
-                writes += 1
-                if writes == interrupted:
-                    raise KeyboardInterrupt
-                write(*args, **keywords)
-
-            return once_interrupted
-
-        with monkeypatch.context() as patch:
-            patch.setattr(packing.Slot, "write", counted(packing.Slot.write))
-            patch.setattr(Places, "write", counted(Places.write))
-            if interrupted is None:
-                step(batch(1))
-            else:
-                with pytest.raises(KeyboardInterrupt):
-                    step(batch(1))
-        step(batch(2))
-        return values(model, adam.state), writes
-
-    expected, writes = run(None)
-    assert writes >= 2
-    for interrupted in (1, writes // 2 + 1, writes):
-        compared(run(interrupted)[0], expected)
 
 
 def test_an_array_more_in_a_leafs_state_stays_there() -> None:

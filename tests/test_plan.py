@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import types
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from hypothesis import given
+from hypothesis import settings as fuzzing
+from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from mlx_lm import load
 
 from bench import scaling
-from compiled_adam import cli, plan
+from compiled_adam import cli, model_config, plan
+from compiled_adam.errors import InputError
 from compiled_adam.lora_command import make_optimizer, make_trainable
 from compiled_adam.lora_options import settings
 from compiled_adam.moments import POLICIES
@@ -29,7 +34,7 @@ def options(*argv: str) -> types.SimpleNamespace:
 @pytest.mark.parametrize("kind", ["lora", "dora", "full"])
 def test_bytes_are_those_of_the_arrays(kind: str, tiny_model: Path) -> None:
     args = options("--fine-tune-type", kind)
-    made = plan.plan({**plan.read_config(str(tiny_model)), "torch_dtype": "float32"}, args)
+    made = plan.plan({**model_config.read(str(tiny_model)), "torch_dtype": "float32"}, args)
     model = load(str(tiny_model))[0]
     assert made.parameters == sum(p.size for _, p in tree_flatten(model.parameters()))
     make_trainable(args, model)
@@ -45,7 +50,7 @@ def test_bytes_are_those_of_the_arrays(kind: str, tiny_model: Path) -> None:
 
 
 def test_half_precision_and_quantized_models(tiny_model: Path) -> None:
-    config = {**plan.read_config(str(tiny_model)), "torch_dtype": "bfloat16"}
+    config = {**model_config.read(str(tiny_model)), "torch_dtype": "bfloat16"}
     made = plan.plan(config, options("--fine-tune-type", "full", "--grad-accumulation-steps", "2"), workers=2)
     assert made.gradients == 2 * made.trainable and made.window == made.exchange == 4 * made.trainable
     for policy, per_parameter in (("float32", 10), ("bfloat16", 6), ("param", 6)):
@@ -59,7 +64,7 @@ def test_half_precision_and_quantized_models(tiny_model: Path) -> None:
 
 
 def test_communication(tiny_model: Path) -> None:
-    config = {**plan.read_config(str(tiny_model)), "torch_dtype": "bfloat16"}
+    config = {**model_config.read(str(tiny_model)), "torch_dtype": "bfloat16"}
     lora = plan.plan(config, options(), workers=4)
     assert lora.calls == [4 * (lora.trainable + 3)]
     assert lora.traffic() == 1.5 * sum(lora.calls) and lora.seconds(1e9) == lora.traffic() / 1e9
@@ -72,7 +77,7 @@ def test_communication(tiny_model: Path) -> None:
 
 
 def test_sharded_state(tiny_model: Path) -> None:
-    config = {**plan.read_config(str(tiny_model)), "torch_dtype": "bfloat16"}
+    config = {**model_config.read(str(tiny_model)), "torch_dtype": "bfloat16"}
     job = ("--fine-tune-type", "full", "--num-layers", "2", "--reduce-dtype", "param")
     whole = plan.plan(config, options(*job), workers=2)
     sharded = plan.plan(config, options(*job, "--shard-state"), workers=2)
@@ -127,12 +132,70 @@ def test_command(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (json.dumps({"model_type": "llama"}), "not one that mlx-lm can build"),
         (json.dumps({"model_type": "no such"}), "not supported"),
         (json.dumps({"model_type": "llama", "torch_dtype": "float8"}), "torch_dtype is 'float8'"),
+        ("[" * 100_000, "is not JSON"),
+        ("\udcff", "is not JSON"),
+        ("{}", "model_type is None; it must be the name of a model"),
+        (json.dumps({"model_type": ["llama"]}), "model_type is ['llama']"),
+        (json.dumps({"model_type": "llama", "text_config": 5}), "text_config is 5; it must be an object"),
+        (json.dumps({"model_type": "llama", "quantization": "4"}), "quantization is '4'; it must be an object"),
+        (
+            json.dumps({"model_type": "llama", "hidden_size": "64"}),
+            "hidden_size is '64'; it must be a whole number from 1",
+        ),
+        (json.dumps({"model_type": "llama", "vocab_size": 0}), "vocab_size is 0"),
+        (json.dumps({"model_type": "llama", "head_dim": -16}), "head_dim is -16"),
+        (json.dumps({"model_type": "llama", "num_attention_heads": {"a": 1}}), "num_attention_heads is {'a': 1}"),
+        (json.dumps({"model_type": "llama", "num_hidden_layers": 10**9}), "it must be a whole number from 1 to 10000"),
+        (json.dumps({"model_type": "llama", "text_config": {"vocab_size": 1.5}}), "vocab_size is 1.5"),
+        ('{"model_type": "llama", "hidden_size": 1e400}', "hidden_size is inf"),
     ],
 )
 def test_configs_that_cannot_be_used(content: str, message: str, tmp_path: Path, capsys) -> None:
-    (tmp_path / "config.json").write_text(content)
-    assert cli.main(["plan", str(tmp_path)]) == 2
-    assert message in capsys.readouterr().err
+    (tmp_path / "config.json").write_bytes(content.encode(errors="surrogateescape"))
+    for job in (["plan", str(tmp_path)], ["lora", "--model", str(tmp_path), "--data", str(tmp_path), "--train"]):
+        if job[0] == "lora" and ("mlx-lm" in message or "supported" in message or "torch_dtype" in message):
+            continue  # said by mlx-lm's own loading
+        assert cli.main(job) == 2
+        assert message in (said := capsys.readouterr().err) and said.count("\n") == 1
+
+
+ANYTHING = st.recursive(
+    st.sampled_from(
+        ["2", "", None, True, 0, -1, 1, 3, 64, 2**20, 2**31, 10**30, 1.5, -0.5, 1e308, float("nan"), float("inf")]
+    ),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["a", "bits"]), inner, max_size=2),
+    max_leaves=2,
+)
+OPTIONS = options("--num-layers", "1")
+NAMES = ("head_dim", "rope_scaling", "rope_theta", "layer_types", "quantization", "text_config", "torch_dtype", "bits")
+
+
+@fuzzing(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_damaged_configs_are_one_sentence_or_a_plan(data: st.DataObject, tiny_model: Path) -> None:
+    config = json.loads((tiny_model / "config.json").read_bytes())
+    quantization = {"group_size": 32, "bits": 4, "mode": "affine"}
+    if data.draw(st.booleans()):
+        config["quantization"] = quantization
+        quantization[data.draw(st.sampled_from(sorted(quantization)))] = data.draw(ANYTHING)
+    for name in data.draw(st.lists(st.sampled_from([*sorted(config), *NAMES]), max_size=2)):
+        if data.draw(st.integers(0, 3)):
+            config[name] = data.draw(ANYTHING)
+        else:
+            config.pop(name, None)
+    try:
+        made = plan.plan(config, OPTIONS)
+    except InputError as error:
+        assert "\n" not in str(error)
+    else:
+        assert made.trainable > 0 and made.total("float32") < 1e18
+
+
+def test_what_is_no_file_is_not_read(tmp_path: Path, capsys) -> None:
+    os.mkfifo(tmp_path / "config.json")  # a pipe would be waited for
+    for name in (tmp_path, tmp_path / "config.json"):
+        assert cli.main(["plan", str(name)]) == 2
+        assert "config.json is no file; name a model's folder" in capsys.readouterr().err
 
 
 def test_arguments_that_cannot_be_used(tiny_model: Path, capsys) -> None:
@@ -140,3 +203,9 @@ def test_arguments_that_cannot_be_used(tiny_model: Path, capsys) -> None:
     assert "not in the cache of Hugging Face" in capsys.readouterr().err
     assert cli.main(["plan", str(tiny_model), "--workers", "0"]) == 2
     assert "workers is 0" in capsys.readouterr().err
+    assert cli.main(["plan", str(tiny_model), "--workers", str(10**9), "--shard-state"]) == 2
+    assert "workers is 1000000000; it must be at most 65536" in capsys.readouterr().err
+    for name in ("--memory", "--link"):
+        for value in ("0", "-1", "nan", "inf", "1e400", "1e-400"):
+            assert cli.main(["plan", str(tiny_model), f"{name}={value}"]) == 2
+            assert f"{name.strip('-')} is {float(value)}; it must be above 0" in capsys.readouterr().err

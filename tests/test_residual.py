@@ -3,12 +3,15 @@ from __future__ import annotations
 import math
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compiled_adam import residual
+import compiled_adam as ca
+from compiled_adam import moments, residual
+from compiled_adam.lowering import LARGE
 
 
 def stored(values: mx.array, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
@@ -106,3 +109,224 @@ def test_splitting_what_was_joined_changes_nothing(value: float, dtype: mx.Dtype
     assert first[0].item() == second[0].item()
     # One step of the unit, where float32 is coarser than it (float16) or the last bit was lost (bfloat16).
     assert abs(residual.join(*first).item() - residual.join(*second).item()) <= abs(value) * 2.0**-23 + 2.0**-40
+
+
+# Every weight with a residual that may be another's.
+
+EVERY = mx.arange(65536).astype(mx.uint16)
+# Small ones, extremes, the last that the largest float16 can have, and a spread.
+RESIDUALS = sorted({0, 1, 2, 3, 255, 16379, 16380, 16388, 16389, 32766, 32767, *range(541, 32768, 1193)})
+RESIDUALS = [*RESIDUALS, *(-r for r in RESIDUALS), -32768]
+JOINS = {
+    "join": residual.join,
+    "fusable_join": residual.fusable_join,
+    "compiled": mx.compile(residual.join),
+    "fused": mx.compile(lambda w, r: residual.fusable_join(w, r)),
+}
+
+
+def every_weight(dtype: mx.Dtype, steps: int) -> tuple[mx.array, mx.array]:
+    zero, kind = residual._ZERO[dtype]
+    return EVERY.view(dtype), mx.full((65536,), zero + steps, kind)
+
+
+def expected_of_bfloat16(bits: np.ndarray, steps: int) -> np.ndarray:
+    """In float64, by the definition: a weight is an integer, of which the residual is counted on in 65536ths."""
+    magnitude, sign = (bits & 0x7FFF).astype(np.int64), np.where(bits >> 15, -1.0, 1.0)
+    patterns = np.where((magnitude == 0) | (magnitude >= 0x7F80), magnitude << 16, (magnitude << 16) + steps)
+    exponents, fractions = patterns >> 23, patterns & 0x7FFFFF
+    values = np.ldexp((fractions + (exponents > 0) * 2.0**23), (np.maximum(exponents, 1) - 150).astype(int))
+    values = np.where(exponents == 255, np.where(fractions == 0, np.inf, np.nan), values)
+    return sign * values
+
+
+def expected_of_float16(bits: np.ndarray, steps: int) -> np.ndarray:
+    """In float64, by the definition; with what is foreign for sure left out."""
+    weights = bits.view(np.float16).astype(np.float64)
+    weights[~np.isfinite(weights)] = 0  # those are tested by themselves
+    units = np.maximum(np.abs(weights), 2.0**-14) * 2.0**-11 / 32767
+    foreign = (weights == 0) & ((bits >> 15 == 1) == (steps >= 0))
+    foreign |= (np.abs(weights) == 65504) & (abs(steps) > 16388)
+    return np.where(foreign, weights, weights + max(steps, -32767) * units)
+
+
+@pytest.mark.parametrize("name", JOINS)
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_every_weight_with_any_residual_is_harmless(dtype: mx.Dtype, name: str) -> None:
+    bits = np.array(EVERY)
+    weights = np.array(EVERY.view(dtype).astype(mx.float32))
+    finite, number = np.isfinite(weights), ~np.isnan(weights)
+    for steps in RESIDUALS:
+        weight, rest = every_weight(dtype, steps)
+        joined = JOINS[name](weight, rest)
+        values = np.array(joined)
+        assert np.array_equal(np.isnan(values), ~number), steps
+        assert np.array_equal(values[number & ~finite], weights[number & ~finite]), steps
+        assert np.isfinite(values[finite]).all(), steps
+        zeros = values[weights == 0]
+        assert np.array_equal(np.signbit(zeros), [False, True]), steps
+        if dtype == mx.bfloat16:
+            # Exactly, to the bit, signs of zero and denormals included.
+            assert np.array_equal(values, expected_of_bfloat16(bits, steps), equal_nan=True), steps
+            assert not zeros.any(), steps
+        else:
+            expected, w = expected_of_float16(bits, steps)[finite], weights[finite]
+            # Float32's rounding of the sum, and of the unit and its multiple.
+            assert (np.abs(values[finite] - expected) <= np.abs(w) * 2.0**-24 + np.abs(expected - w) * 2.0**-22).all()
+        # Split again it is at most the next weight: one unit in the last place, and never infinite.
+        again, _ = residual.split(joined, weight, rest)
+        moved = np.abs(np.array(again.view(mx.uint16)).astype(int) - bits)
+        assert moved[finite].max() <= (dtype == mx.float16), steps
+        assert np.isfinite(np.array(again.astype(mx.float32)))[finite].all(), steps
+        assert moved[weights == 0].max() == 0, steps
+
+
+@pytest.mark.parametrize("name", ["fusable_join", "compiled", "fused"])
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_all_joins_have_the_same_bits(dtype: mx.Dtype, name: str) -> None:
+    for steps in RESIDUALS:
+        pair = every_weight(dtype, steps)
+        assert mx.array_equal(JOINS[name](*pair).view(mx.uint32), residual.join(*pair).view(mx.uint32)).item(), steps
+
+
+def patterns(dtype: mx.Dtype) -> mx.array:
+    """Float32 values of every exponent, denormals, and around what is special for the dtype."""
+    every = moments.random_bits(mx.random.key(0), (500_000,))
+    ends = [0.0, -0.0, 1e-45, 2.0**-126, 2.0**-133, 2.0**-134, 65504.0, 65519.99, 65520.0, 3.3895e38, 3.4028e38]
+    near = mx.concatenate([mx.array(ends).view(mx.uint32) + i for i in range(4)])
+    values = mx.concatenate([every, near, near | 0x80000000]).view(mx.float32)
+    if dtype == mx.float16:
+        scaled = mx.random.normal((500_000,)) * 2.0 ** mx.random.uniform(-30, 16, (500_000,))
+        return mx.concatenate([values, scaled])
+    return values
+
+
+@pytest.mark.parametrize("name", JOINS)
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_every_value_that_was_split_is_joined_again(dtype: mx.Dtype, name: str) -> None:
+    values = patterns(dtype)
+    weight, rest = stored(values, dtype)
+    found, x, w = (np.array(a) for a in (JOINS[name](weight, rest), values, weight.astype(mx.float32)))
+    assert np.array_equal(np.isnan(found), np.isnan(x))
+    if dtype == mx.bfloat16:
+        whole = np.isfinite(w) & (w != 0)  # what rounds to infinity or zero is that
+        assert np.array_equal(found[whole].view(np.uint32), x[whole].view(np.uint32))
+        assert np.array_equal(found[~whole], w[~whole], equal_nan=True)
+        assert np.abs(x[w == 0]).max() < 2.0**-134
+    else:
+        finite = np.isfinite(w)
+        assert np.array_equal(found[~finite], w[~finite], equal_nan=True)
+        large = finite & (np.abs(x) >= 2.0**-14)
+        assert np.array_equal(found[large], x[large])
+        small = finite & ~large
+        # Half a step, and float32's rounding of the sum.
+        assert np.all(np.abs(found[small] - x[small]) <= 2.0**-41 * 1.01 + np.abs(x[small]) * 2.0**-24)
+        assert np.array_equal(np.array(rest)[~finite], np.full((~finite).sum(), 32768))
+
+
+def test_a_value_that_is_not_a_number_never_becomes_infinite() -> None:
+    low = mx.array([0x7F800001, 0x7F80FFFF, 0xFF800001, 0xFFBFFFFF], mx.uint32).view(mx.float32)
+    for dtype in (mx.bfloat16, mx.float16):
+        weight, rest = stored(low, dtype)
+        assert mx.all(mx.isnan(weight)).item() and mx.all(mx.isnan(residual.join(weight, rest))).item()
+
+
+# Weights that somebody sets between updates, while the optimizer has the residuals of the old ones.
+
+
+def set_to_zero(weight: mx.array, start: mx.array, mask: mx.array) -> mx.array:
+    return mx.zeros_like(weight)
+
+
+def masked(weight: mx.array, start: mx.array, mask: mx.array) -> mx.array:
+    return mx.where(mask, weight, mx.zeros_like(weight))
+
+
+def negative_zero(weight: mx.array, start: mx.array, mask: mx.array) -> mx.array:
+    return mx.where(mask, weight, -mx.zeros_like(weight))
+
+
+def clamped(weight: mx.array, start: mx.array, mask: mx.array) -> mx.array:
+    return mx.clip(weight, -0.25, 0.25)
+
+
+def positive(weight: mx.array, start: mx.array, mask: mx.array) -> mx.array:
+    return mx.maximum(weight, 0)
+
+
+def begun_anew(weight: mx.array, start: mx.array, mask: mx.array) -> mx.array:
+    return start
+
+
+def largest(weight: mx.array, start: mx.array, mask: mx.array) -> mx.array:
+    return mx.where(mask, mx.sign(weight) * mx.finfo(weight.dtype).max, weight)
+
+
+def denormal(weight: mx.array, start: mx.array, mask: mx.array) -> mx.array:
+    least = 2.0**-133 if weight.dtype == mx.bfloat16 else 2.0**-24
+    return (mx.sign(weight).astype(mx.float32) * least * 5).astype(weight.dtype)
+
+
+def infinite(weight: mx.array, start: mx.array, mask: mx.array) -> mx.array:
+    return mx.where(mask, -math.inf, weight).astype(weight.dtype)
+
+
+def ordered(weight: mx.array) -> np.ndarray:
+    """Integers in the weights' order, neighbours one apart; both zeros are 0."""
+    bits = np.array(weight.view(mx.uint16)).astype(int)
+    return np.where(bits >> 15, -(bits & 0x7FFF), bits)
+
+
+CHANGES = [set_to_zero, masked, negative_zero, clamped, positive, begun_anew, largest, denormal, infinite]
+
+
+@pytest.mark.parametrize("lowering", ["auto", "fused", "inplace"])
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+@pytest.mark.parametrize("how", ["called", "make_step"])
+def test_weights_that_are_set_between_updates(dtype: mx.Dtype, lowering: str, how: str) -> None:
+    model = nn.Module()
+    # Two that a step packs, and two that are large: in place on the CPU, on both streams.
+    for name, shape in {"small": (7,), "other": (30, 10), "large": (LARGE,), "larger": (3, LARGE)}.items():
+        model[name] = mx.random.normal(shape).astype(dtype)
+    start = dict(model.parameters())
+    masks = {name: mx.random.uniform(shape=a.shape) > 0.5 for name, a in start.items()}
+    factors = {name: mx.random.normal(a.shape).astype(dtype) for name, a in start.items()}
+    optimizer = ca.AdamW(1e-3, skip_nonfinite=True, lowering=lowering)
+
+    def loss_fn(model: nn.Module, scale: mx.array) -> mx.array:  # its gradient is finite, whatever the weights are
+        return scale * sum(((w - mx.stop_gradient(w)) * factors[name]).sum() for name, w in model.items())
+
+    step = ca.make_step(model, loss_fn, optimizer)
+
+    def update(i: int) -> None:
+        scale = mx.array([1.0, 0.5, -2.0][i % 3], dtype)
+        if how == "make_step":
+            step(scale)
+        else:
+            optimizer.update(model, {name: f * scale for name, f in factors.items()})
+        mx.eval(model.parameters(), optimizer.state)
+
+    for change in CHANGES:
+        optimizer.weight_decay = 0.0 if change is infinite else 0.01  # 0 times infinity is not a number
+        model.update(start)
+        optimizer.learning_rate = 1e-3
+        for i in range(3):
+            update(i)
+        wanted = {name: change(a, start[name], masks[name]) for name, a in model.parameters().items()}
+        model.update(wanted)
+        optimizer.learning_rate = 0.0
+        for i in range(2):
+            update(i)
+        for name, array in wanted.items():
+            found, expected = ordered(model[name]), ordered(array)
+            # At most a unit in the last place; bfloat16, zero and what is infinite, exactly.
+            assert np.abs(found - expected).max() <= (dtype == mx.float16), (change, name)
+            same = (expected == 0) | np.isinf(np.array(array.astype(mx.float32)))
+            assert np.array_equal(found[same], expected[same]), (change, name)
+        optimizer.learning_rate = 1e-3
+        for i in range(3):
+            update(i)
+        for name, array in wanted.items():
+            assert mx.all(mx.isfinite(model[name]) == mx.isfinite(array)).item(), (change, name)
+            assert not mx.any(mx.isnan(model[name])).item(), (change, name)
+    assert optimizer.skipped.item() == 0

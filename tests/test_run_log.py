@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from compiled_adam.run_log import RunLog, read
+from compiled_adam.run_log import RunLog, is_log, read
 
 
 def test_lines_are_json_and_what_will_happen_again_is_dropped(tmp_path: Path) -> None:
@@ -47,6 +48,27 @@ def test_lines_that_cannot_be_read_are_set_aside(tmp_path: Path) -> None:
     assert said == [
         f"1 lines of {file} cannot be read; it is {tmp_path / 'damaged-log.jsonl'} now, and the others are kept"
     ]
+
+
+def test_lines_of_wrong_types_are_set_aside_too(tmp_path: Path) -> None:
+    """When a run goes on, what it cannot place must not end it."""
+    file, said = tmp_path / "log.jsonl", []
+    file.write_text('{"iteration": "2", "loss": 1.0}\n{"iteration": 1, "loss": 1.0}\n[["iteration", 1]]\n{"loss": 2}\n')
+    RunLog(file, 2, said.append).close()
+    assert read(file) == [{"iteration": 1, "loss": 1.0}]
+    assert said[0].startswith(f"3 lines of {file} cannot be read")
+
+
+@pytest.mark.parametrize("keep", [0, 2])
+def test_a_log_that_is_no_file_is_said_and_left(keep: int, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "log.jsonl")  # which would be waited for
+    said: list[str] = []
+    log = RunLog(tmp_path / "log.jsonl", keep, said.append)
+    log.write({"iteration": 1})
+    log.close()
+    assert len(said) == 1 and "cannot be written any more" in said[0] and "is a pipe" in said[0]
+    assert (tmp_path / "log.jsonl").is_fifo() and not is_log(tmp_path / "log.jsonl")
+    assert list(tmp_path.iterdir()) == [tmp_path / "log.jsonl"]
 
 
 def test_a_full_disk_is_said_once(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_pictures(tmp_path: Path, capsys) -> None:
         ("cosine 1 10 --at=-1", "'-1' is not a list of updates"),
         ("cosine 1 10 --until 0", "until is 0"),
         ("cosine 1 10 --out a.gif", "its name must end in .svg or .png"),
-        ("cosine 1 10 --out /nonexistent/a.png", "No such file"),
+        ("cosine 1 10 --out /nonexistent/a.png", "/nonexistent is no folder; make it first"),
         ("--config nowhere.yaml", "No such file"),
         ("--config empty.yaml", "empty.yaml has no lr_schedule"),
         ("--config broken.yaml", "broken.yaml is not YAML"),

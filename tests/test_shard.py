@@ -64,7 +64,7 @@ def start(count: int, folder: Path, jobs: dict[str, dict[str, Any]]) -> list[dic
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, list[dict[str, dict[str, Any]]]]]:
     folder = tmp_path_factory.mktemp("sharded")
-    launch.warm(folder / "warm", "tests.step_worker", json.dumps(both(JOBS)))
+    launch.warm("shard", folder / "warm", "tests.step_worker", json.dumps(both(JOBS)))
     return {
         count: (folder / str(count), start(count, folder / str(count), both(JOBS) if count > 1 else JOBS))
         for count in (1, 2, 4)

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -22,7 +23,7 @@ from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import compiled_adam as ca
-from compiled_adam import durable, loop, losses
+from compiled_adam import checkpoint, durable, loop, losses
 from compiled_adam.errors import InputError
 from compiled_adam.loader import Batches
 from compiled_adam.run_log import read
@@ -331,6 +332,8 @@ def test_the_second_ctrl_c_acts_at_once() -> None:
         "import time; from compiled_adam.stopping import asked_to_stop\n"
         "with asked_to_stop() as asked:\n"
         "    print('ready', flush=True)\n"
+        "    while asked.signal is None: time.sleep(0.01)\n"
+        "    print('going on', flush=True)\n"
         "    while True: time.sleep(0.01)"
     )
     # With Python's own handler, also where the tests run in the background and inherit that Ctrl-C is ignored.
@@ -338,10 +341,9 @@ def test_the_second_ctrl_c_acts_at_once() -> None:
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
-    assert process.poll() is None
+    assert process.stdout.readline() == "going on\n"
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=60)
     assert "once more to stop at once" in errors and "KeyboardInterrupt" in errors
 
 
@@ -620,7 +622,7 @@ def test_an_error_in_the_middle_saves_what_there_is(kind, tiny_model: Path, tmp_
         train(tiny_model, tmp_path, iterate_batches=sixth(error), steps_per_save=100)
     assert raised.value is error
     line = capsys.readouterr().out.splitlines()[-1]
-    assert re.search(r"iteration 6: '?example 3 .*; .*has the weights after iteration 5, and --resume goes on", line)
+    assert re.search(r"iteration 6: '?example 3 .*; .*has the weights after iteration 5, and .*--resume goes on", line)
     assert ("--allow-change data" in line) == isinstance(error, InputError)
     assert ca.latest_checkpoint(tmp_path / "checkpoints").name == "0000005"
 
@@ -668,6 +670,20 @@ def test_readers_of_adapters_see_a_whole_file(tiny_model: Path, tmp_path: Path, 
     with pytest.raises(TrainingStopped, match="killed in the middle"):
         train(tiny_model, tmp_path, iters=3)
     assert (tmp_path / "adapters.safetensors").read_bytes() == before
+
+
+def test_a_checkpoint_that_a_killed_save_left_under_another_name_is_put_aside_like_others(tmp_path: Path) -> None:
+    for name in ("0000002", ".0000004.old"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "meta.json").write_text(name)
+    said: list[str] = []
+    run = SimpleNamespace(folder=tmp_path, progress=SimpleNamespace(line=said.append))
+    found = loop.TrainingLoop._checkpoints(run)
+    loop.TrainingLoop._put_aside(run, found, [])
+    assert not os.listdir(tmp_path / "checkpoints")
+    aside = tmp_path / "previous-1" / "checkpoints"
+    assert (aside / "0000004" / "meta.json").read_text() == ".0000004.old" and "previous-1" in said[0]
+    assert [path.name for path in checkpoint.numbered(aside)] == ["0000002", "0000004"]
 
 
 # Loops of one's own.

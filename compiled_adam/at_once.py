@@ -1,0 +1,73 @@
+"""Assignments that no interrupt can divide.
+
+Python handles a signal, and so raises KeyboardInterrupt, between two of its bytecodes, never inside of a function that
+is written in C. A loop in C over C functions has no bytecode in between.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import deque
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+_call = operator.methodcaller("__call__")
+
+
+class Assignments:
+    """Items of dictionaries and lists that are collected, and then all assigned at once."""
+
+    def __init__(self) -> None:
+        self._containers: list[Any] = []
+        self._keys: list[Any] = []
+        self._values: list[Any] = []
+
+    def add(self, container: Any, key: Any, value: Any) -> None:
+        self._containers.append(container)
+        self._keys.append(key)
+        self._values.append(value)
+
+    def attribute(self, owner: object, name: str, value: Any) -> None:
+        """The same for an attribute of an object."""
+        self.add(vars(owner), name, value)
+
+    def ready(self) -> Callable[[], object]:
+        """`make` as a function that is written in C, for `call_all`."""
+        pairs = map(operator.setitem, self._containers, self._keys, self._values)
+        return partial(deque, pairs, 0)
+
+    def make(self) -> None:
+        """Assigns everything.
+
+        >>> a, b = {"x": 1}, [2]
+        >>> assignments = Assignments()
+        >>> assignments.add(a, "x", 3)
+        >>> assignments.add(b, 0, 4)
+        >>> assignments.make(), a, b
+        (None, {'x': 3}, [4])
+        """
+        deque(map(operator.setitem, self._containers, self._keys, self._values), maxlen=0)
+        self._values = []  # who assigned them has them now; here they would only keep memory
+
+
+def call_all(functions: Iterable[Callable[[], object]]) -> None:
+    """Calls functions that are written in C, such as ``partial(dict.update, a, b)``."""
+    deque(map(_call, functions), maxlen=0)
+
+
+def undone_on_error(work: Callable[[], Result], undo: Callable[[], None]) -> Result:
+    """What ``work`` returns; if it raises, ``undo`` is called before the error goes on.
+
+    ``undo`` may be called twice, and when ``work`` has just ended: it must know whether there is something to undo.
+    """
+    try:
+        try:
+            return work()
+        except BaseException:
+            undo()
+            raise
+    except BaseException:
+        undo()  # Ctrl-C may have come before the line above was done
+        raise

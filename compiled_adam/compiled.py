@@ -1,0 +1,47 @@
+"""``mx.compile`` that forgets: MLX itself keeps every trace of a function for ever."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+
+from . import random_state
+
+
+class Compiled:
+    """A compiled ``function`` that is begun anew when it has been traced ``most`` times.
+
+    Another shape, dtype or Python number is another trace. An optimizer whose numbers change at every step would
+    otherwise fill the memory. ``draws``: whether the function uses MLX's global random state.
+    """
+
+    def __init__(self, function: Callable[..., Any], most: int, draws: bool = False) -> None:
+        self._function, self._most = function, most
+        self._compile = random_state.compiled if draws else mx.compile
+        self._begin()
+
+    def _begin(self) -> None:
+        function, traces = self._function, [0]
+
+        def trace(*arguments: Any) -> Any:
+            # Without `self`: in a circle of references what is evicted would stay until Python looks for circles.
+            traces[0] += 1
+            return function(*arguments)
+
+        self._traces, self._compiled = traces, self._compile(trace)
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self._traces[0] >= self._most:
+            self._begin()
+        return self._compiled(*arguments)
+
+
+def is_evaluated(array: mx.array) -> bool:
+    """Evaluates an array; False if it has no value, because it depends on what is being traced."""
+    try:
+        mx.eval(array)
+    except ValueError:  # MLX's word for that
+        return False
+    return True

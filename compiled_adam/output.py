@@ -1,0 +1,73 @@
+"""A file that a user names for a result: it appears whole or not at all, and nothing but a file is ever replaced."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from .errors import InputError
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+_STREAMS = (1, 2)  # of this process: standard output and errors
+
+
+def write(path: Path, content: bytes) -> None:
+    """Writes ``content`` to a new file, or in the place of a file, whose permissions stay; links are followed.
+
+    Raises:
+        InputError: ``path`` is no file but a folder, a pipe, a device or a link in a circle, or this program's own
+            output; its folder is missing.
+        OSError: it cannot be written; what was there is still there.
+    """
+    target = Path(os.path.realpath(path))  # a link stays a link, to another file
+    mode = _mode(path, target)
+    # Short, since a name may be as long as the file system allows, and this process's own.
+    temporary = target.parent / f".{os.getpid()}.partial"
+    temporary.unlink(missing_ok=True)  # of a process that was killed and had the same number
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        with open(descriptor, "wb") as stream:
+            if mode is not None:
+                os.fchmod(descriptor, mode)
+            stream.write(content)
+            stream.flush()
+            os.fsync(descriptor)  # on some file systems only this finds the disk full
+        temporary.replace(target)
+    except OSError as error:
+        raise OSError(f"{path} could not be written: {error.strerror}; nothing of it was changed") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _mode(path: Path, target: Path) -> int | None:
+    """The permissions of the file that is replaced; None if there is none."""
+    advice = "name a file, new or old"
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        if not target.parent.is_dir():
+            raise InputError(f"{path} cannot be written: {target.parent} is no folder; make it first") from None
+        return None
+    except OSError as error:  # links in a circle, a file in the place of a folder, a name that is too long
+        raise InputError(f"{path} cannot be written: {error.strerror}; {advice}") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise InputError(f"{path} is {_KINDS.get(stat.S_IFMT(found.st_mode), 'no file')}; {advice}")
+    if any(_is(stream, found) for stream in _STREAMS):
+        raise InputError(f"{path} is where this command's own messages go; {advice}")
+    if not os.access(target, os.W_OK):
+        raise InputError(f"{path} is read-only; {advice}")
+    return stat.S_IMODE(found.st_mode)
+
+
+def _is(descriptor: int, found: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), found)
+    except OSError:  # it is closed
+        return False

@@ -1,0 +1,565 @@
+"""A train step and what people do with it between its calls, against a reference in float64.
+
+Each rule is one operation. After each: weights, counters and results are what the reference says; and where an
+operation is refused, raises or does not train, everything is bit for bit as it was.
+"""
+
+from __future__ import annotations
+
+import collections
+import copy
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fuzz_eager
+import fuzz_models as models
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from fuzz_interrupt import interrupted_at
+from fuzz_shadow import ULP, Options, Shadow
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from mlx.utils import tree_flatten
+
+import compiled_adam as ca
+from compiled_adam import any_optimizer, moments, residual
+from compiled_adam.errors import InputError
+
+RAN: collections.Counter[str] = collections.Counter()  # how often each operation ran
+SKIPPED = set(filter(None, os.environ.get("FUZZ_SKIP", "").split(",")))  # rules to leave out
+# The rounding of a gradient in another graph, of the largest of all gradients.
+GRADIENT = {"float32": 3e-5, "bfloat16": 2.0**-5, "float16": 2.0**-8}
+LOSS = {"float32": 1e-5, "bfloat16": 2.0**-5, "float16": 2.0**-8}
+
+shapes = st.builds(
+    models.Shape,
+    st.lists(st.sampled_from(models.BLOCKS), min_size=1, max_size=3).map(tuple),
+    st.sampled_from([6, 6, 6, 182]),  # 182 squared: an array that is updated in place, on two threads
+    st.sampled_from(list(models.DTYPES)),
+)
+ours = st.fixed_dictionaries(
+    {
+        "name": st.sampled_from(["ours Adam", "ours AdamW"]),
+        "moments": st.sampled_from(["float32", "float32", "bfloat16", "8bit", "param"]),
+        "compensated": st.booleans(),
+        "max_grad_norm": st.sampled_from([None, 0.5]),
+        "skip_nonfinite": st.booleans(),
+        "multipliers": st.booleans(),
+        "decay_filter": st.booleans(),
+        "schedule": st.booleans(),
+        "lowering": st.sampled_from(["auto", "fused", "inplace"]),
+        "bias_correction": st.booleans(),
+        "eps": st.sampled_from([1e-8, 1e-3]),
+    }
+)
+theirs = st.fixed_dictionaries({"name": st.sampled_from(fuzz_eager.NAMES)})
+seeds = st.integers(0, 10_000)
+rows = st.sampled_from([2, 3, 5])
+
+
+def allowed(name: str) -> Callable[[Any], Any]:
+    return precondition(lambda self: name not in SKIPPED and self.step is not None)
+
+
+class TrainStepMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.step: ca.TrainStep | None = None
+        self.folder = Path(tempfile.mkdtemp())
+        self.results: list[tuple[Any, float]] = []  # results of before, and the losses that they had
+
+    def teardown(self) -> None:
+        shutil.rmtree(self.folder)
+
+    # What there is.
+
+    @initialize(
+        shape=shapes,
+        options=st.one_of(ours, ours, ours, theirs),
+        accumulate=st.sampled_from([1, 1, 2, 3]),
+        weighted=st.booleans(),
+        max_traces=st.sampled_from([1, 2, 64]),
+    )
+    def begin(
+        self, shape: models.Shape, options: dict[str, Any], accumulate: int, weighted: bool, max_traces: int
+    ) -> None:
+        if not options["name"].startswith("ours"):  # the reference cannot tell shared parameters apart
+            shape = shape._replace(blocks=tuple(b for b in shape.blocks if b != "shared"), dtype="float32")
+        if options.get("lowering") == "inplace" and options["moments"] in moments.STOCHASTIC:
+            options = {**options, "lowering": "auto"}
+        self.shape, self.options, self.accumulate, self.weighted = shape, options, accumulate, weighted
+        self.max_traces = max_traces
+        self.model, self.twin = models.build(shape), models.build(shape)
+        self.loss_fn = models.loss_fn if weighted else models.mean_loss
+        self.optimizer = self._optimizer()
+        self.step = self._step(self.model, self.optimizer)
+        self.rate_is_scheduled = options.get("schedule", False)
+        self.is_ours = options["name"].startswith("ours")
+        reference = self._reference_options(), accumulate
+        if self.is_ours:
+            self.shadow = Shadow(self._weights(), shape.dtype, *reference)
+        else:
+            self.shadow = fuzz_eager.Eager(self._weights(), shape.dtype, *reference, options["name"], self._trees)
+        self.start = [(path, mx.array(a)) for path, a in tree_flatten(self.model.parameters())]
+        RAN["begin"] += 1
+
+    def _optimizer(self) -> Any:
+        o = self.options
+        if not o["name"].startswith("ours"):
+            return fuzz_eager.make(o["name"])
+        rate = ca.schedulers.linear(2e-2, 20, end=1e-3, warmup=3) if o["schedule"] else 1e-2
+        keywords: dict[str, Any] = {
+            "eps": o["eps"],
+            "bias_correction": o["bias_correction"],
+            "moments": o["moments"],
+            "compensated": o["compensated"],
+            "max_grad_norm": o["max_grad_norm"],
+            "skip_nonfinite": o["skip_nonfinite"],
+            "learning_rate_multipliers": {"^first": 2.0, "last.bias": 0.5} if o["multipliers"] else None,
+            "lowering": o["lowering"],
+        }
+        if o["name"] == "ours Adam":
+            return ca.Adam(rate, **keywords)
+        decay_filter = ca.decay_matrices if o["decay_filter"] else None
+        return ca.AdamW(rate, weight_decay=0.1, decay_filter=decay_filter, **keywords)
+
+    def _reference_options(self) -> Options:
+        o = collections.defaultdict(bool, self.options)
+        schedule = ca.schedulers.linear(2e-2, 20, end=1e-3, warmup=3)
+
+        def multiplier(path: str) -> float:
+            return (
+                1.0
+                if not o["multipliers"]
+                else 2.0
+                if path.startswith("first")
+                else 0.5
+                if path == "last.bias"
+                else 1.0
+            )
+
+        return Options(
+            (lambda i: float(schedule(mx.array(i)))) if o["schedule"] else 1e-2,
+            (0.9, 0.999),
+            o["eps"],
+            0.1 if o["name"] == "ours AdamW" else 0.0,
+            o["bias_correction"],
+            o["moments"],
+            o["compensated"],
+            o["max_grad_norm"] or None,
+            o["skip_nonfinite"],
+            multiplier,
+            lambda path, a: not o["decay_filter"] or a.ndim >= 2,
+        )
+
+    def _step(self, model: nn.Module, optimizer: Any) -> ca.TrainStep:
+        return ca.make_step(
+            model,
+            self.loss_fn,
+            optimizer,
+            accumulate=self.accumulate,
+            weighted=self.weighted,
+            max_traces=self.max_traces,
+        )
+
+    # Reading.
+
+    def _weights(self) -> dict[str, np.ndarray]:
+        found = {}
+        seen = set()
+        for path, (container, key) in models.places(self.model).items():
+            if (id(container), key) not in seen:
+                seen.add((id(container), key))
+                found[path] = np.array(container[key].astype(mx.float32), np.float64)
+        return found
+
+    def _trees(self) -> Any:
+        return self.model.trainable_parameters(), self.optimizer.state
+
+    def _snapshot(self) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+        """Everything, bit for bit."""
+        state: dict[str, Any] = {**self.step.state_dict(), "all": dict(tree_flatten(self.model.parameters()))}
+        arrays = {f"{part}.{path}": a for part, those in state.items() for path, a in those.items()}
+        mx.eval(arrays)
+        # Views of nothing but bytes: an array that was kept would not be overwritten in place.
+        return {n: (str(a.dtype), a.shape, bytes(memoryview(a.reshape(-1).view(mx.uint8)))) for n, a in arrays.items()}
+
+    def _gradient(self, batch: models.Batch) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], float, float]:
+        """By an eager call of a twin: gradients, their error bounds, the weight and the loss."""
+        self.twin.update(self.model.parameters())
+        self.twin.train(self.model.training)
+        weight = models.loss_fn(self.twin, *batch)[1].item() if self.weighted else 1.0
+        self.twin.update(self.model.parameters())  # normalisation has counted that batch
+        loss, gradients = nn.value_and_grad(self.twin, models.mean_loss)(self.twin, *batch)
+        summed: dict[tuple[int, Any], np.ndarray] = {}
+        paths: dict[tuple[int, Any], str] = {}
+        flat = dict(tree_flatten(gradients))
+        for path, (container, key) in models.places(self.twin).items():
+            place = id(container), key
+            paths.setdefault(place, path)
+            summed[place] = summed.get(place, 0.0) + np.array(flat[path].astype(mx.float32), np.float64)
+        found = {paths[place]: g for place, g in summed.items()}
+        largest = max(np.abs(g).max(initial=0.0) for g in found.values())
+        bound = GRADIENT[self.shape.dtype] * largest + 1e-7
+        return found, {path: np.full_like(g, bound) for path, g in found.items()}, weight, loss.item()
+
+    def _compare_buffers(self) -> None:
+        """What the forward pass assigns is as after the twin's."""
+        trained = models.places(self.model).keys()
+        there = dict(tree_flatten(self.twin.parameters()))
+        for path, array in tree_flatten(self.model.parameters()):
+            if path not in trained:
+                tolerance = {"float32": 1e-5}.get(self.shape.dtype, 4 * ULP[self.shape.dtype])
+                found, expected = (np.array(a.astype(mx.float32)) for a in (array, there[path]))
+                np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance, err_msg=path)
+
+    def _check(self, result: ca.StepResult, expected: bool, loss: float) -> None:
+        assert result.updated == expected
+        found = result.loss.item()
+        assert abs(found - loss) <= LOSS[self.shape.dtype] * (abs(loss) + 1), (found, loss)
+        if expected:
+            norm, bound = self.shadow.norm
+            assert result.grad_norm is not None
+            assert not np.isfinite(norm) or abs(result.grad_norm.item() - norm) <= bound + 1e-6, (result, norm, bound)
+        self.results = [*self.results[-3:], (result, found)]
+        self._check_state()
+
+    def _check_state(self) -> None:
+        for part in any_optimizer.parts(self.optimizer):
+            assert part.step.item() == self.shadow.step
+        if self.is_ours and self.optimizer.skipped is not None:
+            assert self.optimizer.skipped.item() == self.shadow.skipped
+        self.shadow.compare_weights(self._weights())
+
+    def _look(self) -> None:
+        """Moments and residuals too."""
+        if not self.is_ours:
+            return
+        state, weights = self.step.state_dict()["optimizer"], dict(tree_flatten(self.model.parameters()))
+        m, v, values = {}, {}, {}
+        for path in self.shadow.p:
+            own = {
+                name: state[f"{path}.{name}"] for name in ("m", "v", "m_scale", "v_scale") if f"{path}.{name}" in state
+            }
+            m[path], v[path] = (np.array(a, np.float64) for a in moments.decode(own))
+            rest = state.get(f"{path}.residual")
+            value = weights[path].astype(mx.float32) if rest is None else residual.join(weights[path], rest)
+            values[path] = np.array(value, np.float64)
+        self.shadow.compare_state(m, v, values)
+
+    def _call(self, *batch: Any, **keywords: Any) -> ca.StepResult:
+        return self.step(*batch, **keywords)
+
+    def _train(self, batch: models.Batch, call: Callable[..., ca.StepResult]) -> None:
+        gradients, errors, weight, loss = self._gradient(batch)
+        if not self.is_ours and self.shadow.filled + 1 == self.accumulate:
+            pass  # the reference reads parameters and state now, before they change
+        updated = self.shadow.batch(gradients, errors, weight, loss)
+        self._check(call(*batch), updated, loss)
+        self._compare_buffers()
+
+    def _unchanged(self, before: Any) -> None:
+        after = self._snapshot()
+        assert before.keys() == after.keys(), before.keys() ^ after.keys()
+        different = [name for name in before if before[name] != after[name]]
+        assert not different, different
+        self._check_state()
+
+    # Training.
+
+    @allowed("train")
+    @rule(seed=seeds, rows=rows)
+    def train(self, seed: int, rows: int) -> None:
+        RAN["train"] += 1
+        self._train(models.batch(self.shape, seed, rows), self._call)
+
+    @allowed("train_and_look")
+    @rule(seed=seeds, rows=rows)
+    def train_and_look(self, seed: int, rows: int) -> None:
+        RAN["train_and_look"] += 1
+        self._train(models.batch(self.shape, seed, rows), self._call)
+        self._look()
+
+    @allowed("thread")
+    @rule(seed=seeds)
+    def thread(self, seed: int) -> None:
+        RAN["thread"] += 1
+        results: list[Any] = []
+
+        def call(*batch: Any) -> ca.StepResult:
+            def work() -> None:
+                try:
+                    results.append(self._call(*batch))
+                    mx.eval(results[0].loss)
+                except BaseException as error:
+                    results.append(error)
+
+            worker = threading.Thread(target=work)
+            worker.start()
+            worker.join()
+            if isinstance(results[-1], BaseException):
+                raise results[-1]
+            return results[0]
+
+        self._train(models.batch(self.shape, seed, 3), call)
+
+    @allowed("flush")
+    @rule()
+    def flush(self) -> None:
+        RAN["flush"] += 1
+        if not self.shadow.filled:
+            assert self.step.flush() is None
+            return
+        loss = self.shadow.loss / (self.shadow.weight or 1.0)
+        empty = self.shadow.weight == 0
+        self.shadow.flush()
+        result = self.step.flush()
+        assert result is not None
+        if empty:
+            assert result.updated
+            self._check_state()
+        else:
+            self._check(result, True, loss)
+
+    @allowed("nan")
+    @precondition(lambda self: self.step is not None and self.options.get("skip_nonfinite") and self.accumulate == 1)
+    @precondition(lambda self: "batch norm" not in self.shape.blocks)  # what it counts is lost, with the guard too
+    @rule(seed=seeds)
+    def nan(self, seed: int) -> None:
+        RAN["nan"] += 1
+        before = self._snapshot()
+        result = self._call(*models.batch(self.shape, seed, 3, "nan"))
+        assert result.updated and not np.isfinite(result.loss.item())
+        self.shadow.skipped += 1
+        after = self._snapshot()
+        counted = {"optimizer.skipped", "optimizer.grad_norm", "optimizer.learning_rate"}
+        assert [name for name in before if before[name] != after[name] and name not in counted] == []
+        self._check_state()
+
+    @allowed("empty")
+    @precondition(lambda self: self.step is not None and self.weighted and "batch norm" not in self.shape.blocks)
+    @rule(seed=seeds)
+    def empty(self, seed: int) -> None:
+        RAN["empty"] += 1
+        gradients, errors, *_ = self._gradient(models.batch(self.shape, seed, 2))
+        updated = self.shadow.batch(gradients, errors, 0.0, 0.0)
+        result = self._call(*models.batch(self.shape, seed, 2, "empty"))
+        assert result.updated == updated
+        self._check_state()
+
+    # What raises.
+
+    @allowed("fails")
+    @rule(seed=seeds, text=st.sampled_from(["a", "b"]))
+    def fails(self, seed: int, text: str) -> None:
+        RAN["fails"] += 1
+        before = self._snapshot()
+        try:
+            self._call(*models.batch(self.shape, seed, 3), fail=text)
+        except RuntimeError as error:
+            assert str(error) == text
+        else:
+            raise AssertionError("an error of the loss was lost")
+        self._unchanged(before)
+
+    @allowed("foreign")
+    @rule(seed=seeds)
+    def foreign(self, seed: int) -> None:
+        RAN["foreign"] += 1
+        before = self._snapshot()
+        batch = models.foreign(models.batch(self.shape, seed, 3))
+        try:
+            self._call(*batch)
+        except RuntimeError:
+            self._unchanged(before)
+        else:
+            raise AssertionError("a batch that cannot be evaluated was trained on")
+
+    @allowed("interrupt")
+    @rule(seed=seeds, rows=rows, at=st.one_of(st.integers(1, 3000), st.integers(1, 300), st.integers(1, 30_000)))
+    def interrupt(self, seed: int, rows: int, at: int) -> None:
+        RAN["interrupt"] += 1
+        before, shadow = self._snapshot(), copy.copy(self.shadow)
+        kept = copy.deepcopy({n: x for n, x in vars(shadow).items() if n not in ("options", "read", "name")})
+        batch = models.batch(self.shape, seed, rows)
+        gradients, errors, weight, loss = self._gradient(batch)
+        updated = self.shadow.batch(gradients, errors, weight, loss)
+        try:
+            with interrupted_at(at, lambda name: "compiled_adam" in name or "fuzz_models" in name):
+                result = self._call(*batch)
+        except KeyboardInterrupt:
+            RAN["interrupted"] += 1
+            after = self._snapshot()
+            if before == after:
+                vars(self.shadow).update(kept)  # before the call
+            self._check_state()  # or after it
+            self._look()
+            return
+        self._check(result, updated, loss)
+
+    @allowed("frozen")
+    @rule(seed=seeds)
+    def frozen(self, seed: int) -> None:
+        RAN["frozen"] += 1
+        before = self._snapshot()
+        self.model.last.freeze(recurse=False)
+        try:
+            self._call(*models.batch(self.shape, seed, 3))
+        except InputError as error:
+            assert "last.weight" in str(error)
+        else:
+            raise AssertionError("a frozen layer was not noticed")
+        finally:
+            self.model.last.unfreeze(recurse=False)
+        self._unchanged(before)
+
+    # What people do between the calls.
+
+    @allowed("mode")
+    @rule(training=st.booleans())
+    def mode(self, training: bool) -> None:
+        RAN["mode"] += 1
+        self.model.train(training)
+
+    @allowed("evaluate")
+    @rule(what=st.sampled_from(["first", "blocks", "optimizer", "all", "result"]))
+    def evaluate(self, what: str) -> None:
+        RAN["evaluate"] += 1
+        everything = self.model.parameters()
+        mx.eval(
+            {"optimizer": self.optimizer.state, "all": everything, "result": [r.loss for r, _ in self.results]}.get(
+                what, everything.get(what, {})
+            )
+        )
+        self._check_state()
+
+    @allowed("edit")
+    @rule(
+        how=st.sampled_from(["zero", "mask", "clamp", "scale", "add in place", "set in place"]),
+        which=st.sampled_from(["first.weight", "first.bias", "last.weight", "all"]),
+    )
+    def edit(self, how: str, which: str) -> None:
+        RAN["edit"] += 1
+        seen = set()
+        for path, (container, key) in models.places(self.model).items():
+            if which not in ("all", path) or (id(container), key) in seen:
+                continue
+            seen.add((id(container), key))
+            w = container[key]
+            if how == "zero":
+                container[key] = mx.zeros_like(w)
+            elif how == "mask":
+                container[key] = w * (mx.arange(w.size).reshape(w.shape) % 2).astype(w.dtype)
+            elif how == "clamp":
+                container[key] = mx.clip(w, -0.1, 0.1)
+            elif how == "scale":
+                container[key] = (w.astype(mx.float32) * 0.5).astype(w.dtype)
+            elif how == "add in place":
+                w += 1
+                container[key] = w
+            else:
+                w[:] = 0
+        self.shadow.set_weights(self._weights())
+
+    @allowed("load_weights")
+    @rule()
+    def load_weights(self) -> None:
+        RAN["load_weights"] += 1
+        self.model.load_weights(self.start)
+        self.shadow.set_weights(self._weights())
+
+    @allowed("set_dtype")
+    @rule(seed=seeds)
+    def set_dtype(self, seed: int) -> None:
+        """An update of weights of another dtype is refused; the old ones come back."""
+        RAN["set_dtype"] += 1
+        if not self.is_ours or self.shadow.filled + 1 < self.accumulate:
+            return
+        before, state = self._snapshot(), self.step.state_dict()
+        arrays = tree_flatten(self.model.parameters())
+        other = mx.float16 if self.shape.dtype == "bfloat16" else mx.bfloat16
+        self.model.set_dtype(other)
+        try:
+            self._call(*models.batch(self.shape, seed, 3))
+        except InputError:
+            self.model.load_weights(arrays)
+        else:
+            assert not self.shadow.has_residual
+            self.model.load_weights(arrays)
+            self.step.load_state_dict(state)
+        self._unchanged(before)
+
+    @allowed("rate")
+    @precondition(lambda self: self.step is not None and self.is_ours and not self.rate_is_scheduled)
+    @rule(rate=st.sampled_from([0.0, 1e-3, 2e-2]), how=st.sampled_from(["attribute", "array", "number"]))
+    def rate(self, rate: float, how: str) -> None:
+        if f"rate_{how}" in SKIPPED:
+            return
+        RAN["rate"] += 1
+        if how == "attribute":
+            self.optimizer.learning_rate = rate
+        else:
+            self.optimizer.state["learning_rate"] = mx.array(rate) if how == "array" else rate
+        self.shadow.rate = rate
+
+    # Copies and checkpoints.
+
+    def _replace(self, model: nn.Module, optimizer: Any, step: ca.TrainStep) -> None:
+        self.model, self.optimizer, self.step = model, optimizer, step
+
+    @allowed("checkpoint")
+    @rule()
+    def checkpoint(self) -> None:
+        RAN["checkpoint"] += 1
+        before = self._snapshot()
+        ca.save_checkpoint(self.folder / "checkpoint", self.step, {"position": 7})
+        self._unchanged(before)
+        model, optimizer = models.build(self.shape), self._optimizer()
+        model.train(self.model.training)
+        if self.shadow.rate is not None:
+            optimizer.learning_rate = self.shadow.rate
+        step = self._step(model, optimizer)
+        assert ca.load_checkpoint(self.folder / "checkpoint", step) == {"position": 7}
+        self._replace(model, optimizer, step)
+        self._unchanged(before)
+
+    @allowed("state_dict")
+    @rule(seed=seeds)
+    def state_dict(self, seed: int) -> None:
+        """What was read is not changed by going on; and going back is exact."""
+        RAN["state_dict"] += 1
+        before, state = self._snapshot(), self.step.state_dict()
+        if "batch norm" in self.shape.blocks:
+            self.step.load_state_dict(state)
+        else:
+            self._call(*models.batch(self.shape, seed, 3))
+            self.step.load_state_dict(state)
+        self._unchanged(before)
+
+    @allowed("deepcopy")
+    @rule()
+    def deepcopy(self) -> None:
+        RAN["deepcopy"] += 1
+        if self.shadow.filled:
+            return  # the window is the step's, and stays there
+        model, optimizer = copy.deepcopy((self.model, self.optimizer))
+        before = self._snapshot()
+        self._replace(model, optimizer, self._step(model, optimizer))
+        after = self._snapshot()
+        assert {n: x for n, x in before.items() if n in after} == after
+        self._look()
+
+    @invariant()
+    def results_are_values(self) -> None:
+        for result, loss in self.results:
+            found = result.loss.item()
+            assert found == loss or (found != found and loss != loss)
+        if self.step is not None:
+            graphs = self.step.traces
+            assert graphs["grad"] >= 0 and graphs["update"] >= 0
