@@ -9,6 +9,8 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
+from .joining import join
+
 
 def no_targets(max_seq_length: int) -> str:
     """Why batches have no target, in all likelihood, and what to do; to be put after what follows from it."""
@@ -40,7 +42,7 @@ def mean_loss(
         num_batches: how many batches are measured at most; -1 for all.
     """
     model.eval()
-    world = mx.distributed.init()
+    world = join()
     batches = iterate_batches(dataset=dataset, batch_size=batch_size, max_seq_length=max_seq_length, comm_group=world)
     total, targets = 0.0, 0.0
     for batch in islice(batches, None if num_batches == -1 else num_batches):

@@ -20,6 +20,7 @@ import mlx.core as mx
 
 from . import ring
 from .errors import InputError
+from .lora_values import check_timeout
 from .watchdog import PATIENCE
 from .workers import Group, is_lost
 
@@ -37,10 +38,11 @@ ready, _, _ = select.select([0], [], [], max(0.0, end - time.monotonic()))
 if not (ready and os.read(0, 1)) and time.monotonic() >= end:
     os.write(2, sentence.encode())
 """
+LONGEST = 1e8  # seconds; no clock here takes much more
 _joined: Group | None = None
 
 
-def join(timeout: float) -> Group:
+def join(timeout: float = 60.0) -> Group:
     """The group of all workers that a launcher started, or of this process alone; later calls return the same group.
 
     If the others are not there within ten times ``timeout`` seconds, the process ends with exit code 1 and a message.
@@ -50,8 +52,7 @@ def join(timeout: float) -> Group:
             one, an address that is not this machine's or in use, others that refuse.
     """
     global _joined
-    if not 0 < timeout < float("inf"):
-        raise InputError(f"worker_timeout is {timeout!r}; it must be a number of seconds above 0")
+    check_timeout(timeout)
     if not any(name in os.environ for name in LAUNCHERS):
         return mx.distributed.init()
     if _joined is None:
@@ -60,7 +61,7 @@ def join(timeout: float) -> Group:
         if place is not None:
             _check_free(place, me)
         try:
-            with _limited(PATIENCE * timeout, me):
+            with _limited(min(PATIENCE * timeout, LONGEST), me):
                 group = mx.distributed.init()
         except RuntimeError as error:
             if not _is_known(error):

@@ -218,7 +218,15 @@ class Adam(optim.Adam):
             self._group(path, container[key])  # `options` are those of all
         self._init(part, parameters, parameters)
 
+    def lay_out(self, parameters: dict) -> None:
+        """`init` that computes nothing: the state has its shapes and dtypes, and takes no memory."""
+        self._create(parameters, parameters)
+
     def _init(self, parameters: dict, all_parameters: dict, trainable: dict | None = None) -> None:
+        self._create(parameters, all_parameters, trainable)
+        _evaluate(self._state)
+
+    def _create(self, parameters: dict, all_parameters: dict, trainable: dict | None = None) -> None:
         """Creates the state of ``parameters``, a part of those that are ``trainable``. Default: all of them."""
         trainable = parameters if trainable is None else trainable
         check_patterns([path for path, _, _ in along(all_parameters, all_parameters)], self._multipliers)
@@ -247,7 +255,6 @@ class Adam(optim.Adam):
             if converted is not states[key]:
                 assignments.add(states, key, converted)
         assignments.make()
-        _evaluate(self._state)
 
     def _make_room_for_scalars(self, parameters: Any) -> None:
         """Puts the scalars that the options ask for into the state, and takes those of other options out.

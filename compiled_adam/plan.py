@@ -22,6 +22,7 @@ from .errors import InputError
 from .lora_command import make_optimizer, make_trainable
 from .lora_options import parser, settings
 from .moments import POLICIES
+from .optimizers import Adam
 
 GB = 1e9
 MOST_WORKERS = 1 << 16
@@ -105,7 +106,10 @@ def _states(args: types.SimpleNamespace, trainable: dict, workers: int) -> dict[
         if policy in POLICIES:
             own.moments = policy
         optimizer = make_optimizer(own)
-        optimizer.init(trainable)
+        if isinstance(optimizer, Adam):
+            optimizer.lay_out(trainable)
+        else:
+            optimizer.init(trainable)  # MLX's leave it lazy
         shared, parts = 0, [[0, 0] for _ in range(workers)]  # of each worker, bytes of moments and of residuals
         for path, array in _arrays(optimizer.state).items():
             leaf, _, kind = path.rpartition(".")

@@ -41,7 +41,7 @@ def test_one_process_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("timeout", [0, -1.0, float("nan"), float("inf")])
 def test_a_timeout_that_is_none(timeout: float) -> None:
-    with pytest.raises(InputError, match=r"worker_timeout is .*; it must be a number of seconds above 0"):
+    with pytest.raises(InputError, match=r"worker_timeout .*is .*; it must be a number of seconds above 0"):
         joining.join(timeout)
 
 
