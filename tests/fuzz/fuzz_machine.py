@@ -32,10 +32,13 @@ from compiled_adam import any_optimizer, moments, residual
 from compiled_adam.errors import InputError
 
 RAN: collections.Counter[str] = collections.Counter()  # how often each operation ran
+INTERRUPTED: collections.Counter[str] = collections.Counter()  # and which state an interrupt left
 SKIPPED = set(filter(None, os.environ.get("FUZZ_SKIP", "").split(",")))  # rules to leave out
 # The rounding of a gradient in another graph, of the largest of all gradients.
 GRADIENT = {"float32": 3e-5, "bfloat16": 2.0**-5, "float16": 2.0**-8}
 LOSS = {"float32": 1e-5, "bfloat16": 2.0**-5, "float16": 2.0**-8}
+
+Snapshot = dict[str, tuple[str, tuple[int, ...], bytes]]
 
 shapes = st.builds(
     models.Shape,
@@ -65,6 +68,10 @@ rows = st.sampled_from([2, 3, 5])
 
 def allowed(name: str) -> Callable[[Any], Any]:
     return precondition(lambda self: name not in SKIPPED and self.step is not None)
+
+
+def _is_ours(file: str) -> bool:
+    return "compiled_adam" in file or "fuzz_models" in file
 
 
 class TrainStepMachine(RuleBasedStateMachine):
@@ -184,7 +191,7 @@ class TrainStepMachine(RuleBasedStateMachine):
     def _trees(self) -> Any:
         return self.model.trainable_parameters(), self.optimizer.state
 
-    def _snapshot(self) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    def _snapshot(self) -> Snapshot:
         """Everything, bit for bit."""
         state: dict[str, Any] = {**self.step.state_dict(), "all": dict(tree_flatten(self.model.parameters()))}
         arrays = {f"{part}.{path}": a for part, those in state.items() for path, a in those.items()}
@@ -260,26 +267,33 @@ class TrainStepMachine(RuleBasedStateMachine):
 
     def _train(self, batch: models.Batch, call: Callable[..., ca.StepResult]) -> None:
         gradients, errors, weight, loss = self._gradient(batch)
+        if not all(np.isfinite(g).all() for g in gradients.values()):
+            return  # float16 has overflown, as it does with a normalisation of equal numbers
         updated = self.shadow.batch(gradients, errors, weight, loss)  # of what there is before the call
         self._check(call(*batch), updated, loss)
         self._compare_buffers()
 
-    def _unchanged(self, before: Any) -> None:
+    def _different(self, before: Snapshot) -> list[str]:
+        """What is not as it was. That a trace has found out what the forward pass assigns is no change of it."""
         after = self._snapshot()
-        assert before.keys() == after.keys(), before.keys() ^ after.keys()
-        different = [name for name in before if before[name] != after[name]]
-        assert not different, different
+        found = [name for name in after.keys() - before.keys() if not name.startswith("model.")]
+        return [*found, *(name for name, array in before.items() if after.get(name) != array)]
+
+    def _unchanged(self, before: Snapshot) -> None:
+        assert self._different(before) == []
         self._check_state()
 
     # Training.
 
     @allowed("batches")
-    @rule(batches=st.lists(st.tuples(seeds, rows), min_size=1, max_size=5), look=st.booleans())
-    def batches(self, batches: list[tuple[int, int]], look: bool) -> None:
+    @rule(batches=st.lists(st.tuples(seeds, rows), min_size=1, max_size=5), flush=st.booleans(), look=st.booleans())
+    def batches(self, batches: list[tuple[int, int]], flush: bool, look: bool) -> None:
         """Several, since what a step keeps to itself is put into the optimizer's state when somebody looks."""
         for seed, count in batches:
             RAN["train"] += 1
             self._train(models.batch(self.shape, seed, count), self._call)
+        if flush and "flush" not in SKIPPED:
+            self._flush()
         if look:
             RAN["look"] += 1
             self._look()
@@ -307,9 +321,7 @@ class TrainStepMachine(RuleBasedStateMachine):
 
         self._train(models.batch(self.shape, seed, 3), call)
 
-    @allowed("flush")
-    @rule()
-    def flush(self) -> None:
+    def _flush(self) -> None:
         RAN["flush"] += 1
         if not self.shadow.filled:
             assert self.step.flush() is None
@@ -335,9 +347,8 @@ class TrainStepMachine(RuleBasedStateMachine):
         result = self._call(*models.batch(self.shape, seed, 3, "nan"))
         assert result.updated and not np.isfinite(result.loss.item())
         self.shadow.skipped += 1
-        after = self._snapshot()
         counted = {"optimizer.skipped", "optimizer.grad_norm", "optimizer.learning_rate"}
-        assert [name for name in before if before[name] != after[name] and name not in counted] == []
+        assert set(self._different(before)) <= counted
         self._check_state()
 
     @allowed("empty")
@@ -396,22 +407,30 @@ class TrainStepMachine(RuleBasedStateMachine):
             raise AssertionError("a batch that cannot be evaluated was trained on")
 
     @allowed("interrupt")
-    @rule(seed=seeds, rows=rows, at=st.one_of(st.integers(1, 3000), st.integers(1, 300), st.integers(1, 30_000)))
-    def interrupt(self, seed: int, rows: int, at: int) -> None:
+    @rule(seed=seeds, rows=rows, part=st.integers(0, 1150), traced=st.booleans())
+    def interrupt(self, seed: int, rows: int, part: int, traced: bool) -> None:
+        """Before a bytecode of a call like the one before; or, perhaps, of one that traces."""
         RAN["interrupt"] += 1
+        at = 1 + part * 20
+        if not traced:
+            with interrupted_at(0, _is_ours) as ran:
+                self._train(models.batch(self.shape, seed, rows), self._call)
+            at = 1 + part * ran[0] // 1000
         before, shadow = self._snapshot(), copy.copy(self.shadow)
         kept = copy.deepcopy({n: x for n, x in vars(shadow).items() if n not in ("options", "read", "name")})
         batch = models.batch(self.shape, seed, rows)
         gradients, errors, weight, loss = self._gradient(batch)
+        if not all(np.isfinite(g).all() for g in gradients.values()):
+            return
         updated = self.shadow.batch(gradients, errors, weight, loss)
         try:
-            with interrupted_at(at, lambda name: "compiled_adam" in name or "fuzz_models" in name):
+            with interrupted_at(at, _is_ours):
                 result = self._call(*batch)
         except KeyboardInterrupt:
-            RAN["interrupted"] += 1
-            after = self._snapshot()
-            if before == after:
-                vars(self.shadow).update(kept)  # before the call
+            which = "after" if self._different(before) else "before"
+            INTERRUPTED[which] += 1
+            if which == "before":
+                vars(self.shadow).update(kept)
             self._check_state()  # or after it
             self._look()
             return
