@@ -58,12 +58,14 @@ ours = st.fixed_dictionaries(
         "schedule": st.booleans(),
         "lowering": st.sampled_from(["auto", "fused", "inplace"]),
         "bias_correction": st.booleans(),
+        "betas": st.sampled_from([(0.9, 0.999), (0.8, 0.95), (0.0, 0.9)]),
         "eps": st.sampled_from([1e-8, 1e-3]),
     }
 )
 theirs = st.fixed_dictionaries({"name": st.sampled_from(fuzz_eager.NAMES)})
 seeds = st.integers(0, 10_000)
 rows = st.sampled_from([2, 3, 5])
+looks = st.sampled_from(["each time", "at the end", "never"])
 
 
 def allowed(name: str) -> Callable[[Any], Any]:
@@ -124,6 +126,7 @@ class TrainStepMachine(RuleBasedStateMachine):
             return fuzz_eager.make(o["name"])
         rate = ca.schedulers.linear(2e-2, 20, end=1e-3, warmup=3) if o["schedule"] else 1e-2
         keywords: dict[str, Any] = {
+            "betas": o["betas"],
             "eps": o["eps"],
             "bias_correction": o["bias_correction"],
             "moments": o["moments"],
@@ -155,7 +158,7 @@ class TrainStepMachine(RuleBasedStateMachine):
 
         return Options(
             (lambda i: float(schedule(mx.array(i)))) if o["schedule"] else 1e-2,
-            (0.9, 0.999),
+            o["betas"] or (0.9, 0.999),
             o["eps"],
             0.1 if o["name"] == "ours AdamW" else 0.0,
             o["bias_correction"],
@@ -286,15 +289,18 @@ class TrainStepMachine(RuleBasedStateMachine):
     # Training.
 
     @allowed("batches")
-    @rule(batches=st.lists(st.tuples(seeds, rows), min_size=1, max_size=5), flush=st.booleans(), look=st.booleans())
-    def batches(self, batches: list[tuple[int, int]], flush: bool, look: bool) -> None:
+    @rule(batches=st.lists(st.tuples(seeds, rows), min_size=1, max_size=5), flush=st.booleans(), look=looks)
+    def batches(self, batches: list[tuple[int, int]], flush: bool, look: str) -> None:
         """Several, since what a step keeps to itself is put into the optimizer's state when somebody looks."""
         for seed, count in batches:
             RAN["train"] += 1
             self._train(models.batch(self.shape, seed, count), self._call)
+            if look == "each time":
+                RAN["look"] += 1
+                self._look()
         if flush and "flush" not in SKIPPED:
             self._flush()
-        if look:
+        if look == "at the end":
             RAN["look"] += 1
             self._look()
 
@@ -302,6 +308,7 @@ class TrainStepMachine(RuleBasedStateMachine):
     @rule(seed=seeds)
     def thread(self, seed: int) -> None:
         RAN["thread"] += 1
+        mx.eval(self.model.parameters())  # what somebody has edited here, no other thread could evaluate
         results: list[Any] = []
 
         def call(*batch: Any) -> ca.StepResult:
