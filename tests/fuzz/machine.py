@@ -16,13 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fuzz_eager
-import fuzz_models as models
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from fuzz_interrupt import interrupted_at
-from fuzz_shadow import ULP, Options, Shadow
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from mlx.utils import tree_flatten, tree_map
@@ -30,6 +26,9 @@ from mlx.utils import tree_flatten, tree_map
 import compiled_adam as ca
 from compiled_adam import any_optimizer, moments, residual
 from compiled_adam.errors import InputError
+from tests.fuzz import eager, models
+from tests.fuzz.shadow import ULP, Options, Shadow
+from tests.interrupts import bytecodes, interrupted
 
 RAN: collections.Counter[str] = collections.Counter()  # how often each operation ran
 INTERRUPTED: collections.Counter[str] = collections.Counter()  # and which state an interrupt left
@@ -62,7 +61,7 @@ ours = st.fixed_dictionaries(
         "eps": st.sampled_from([1e-8, 1e-3]),
     }
 )
-theirs = st.fixed_dictionaries({"name": st.sampled_from(fuzz_eager.NAMES)})
+theirs = st.fixed_dictionaries({"name": st.sampled_from(eager.NAMES)})
 seeds = st.integers(0, 10_000)
 rows = st.sampled_from([2, 3, 5])
 looks = st.sampled_from(["each time", "at the end", "never"])
@@ -70,10 +69,6 @@ looks = st.sampled_from(["each time", "at the end", "never"])
 
 def allowed(name: str) -> Callable[[Any], Any]:
     return precondition(lambda self: name not in SKIPPED and self.step is not None)
-
-
-def _is_ours(file: str) -> bool:
-    return "compiled_adam" in file or "fuzz_models" in file
 
 
 class TrainStepMachine(RuleBasedStateMachine):
@@ -116,14 +111,14 @@ class TrainStepMachine(RuleBasedStateMachine):
         if self.is_ours:
             self.shadow = Shadow(self._weights(), shape.dtype, *reference)
         else:
-            self.shadow = fuzz_eager.Eager(self._weights(), shape.dtype, *reference, options["name"], self._trees)
+            self.shadow = eager.Eager(self._weights(), shape.dtype, *reference, options["name"], self._trees)
         self.start = tree_map(lambda a: mx.array(a), self.model.parameters())
         RAN["begin"] += 1
 
     def _optimizer(self) -> Any:
         o = self.options
         if not o["name"].startswith("ours"):
-            return fuzz_eager.make(o["name"])
+            return eager.make(o["name"])
         rate = ca.schedulers.linear(2e-2, 20, end=1e-3, warmup=3) if o["schedule"] else 1e-2
         keywords: dict[str, Any] = {
             "betas": o["betas"],
@@ -420,9 +415,15 @@ class TrainStepMachine(RuleBasedStateMachine):
         RAN["interrupt"] += 1
         at = 1 + part * 20
         if not traced:
-            with interrupted_at(0, _is_ours) as ran:
-                self._train(models.batch(self.shape, seed, rows), self._call)
-            at = 1 + part * ran[0] // 1000
+            counts = [0]
+
+            def counted(*batch: Any) -> ca.StepResult:
+                results: list[ca.StepResult] = []
+                counts.append(bytecodes(lambda: results.append(self._call(*batch))))
+                return results[0]
+
+            self._train(models.batch(self.shape, seed, rows), counted)
+            at = 1 + part * counts[-1] // 1000
         before, shadow = self._snapshot(), copy.copy(self.shadow)
         kept = copy.deepcopy({n: x for n, x in vars(shadow).items() if n not in ("options", "read", "name")})
         batch = models.batch(self.shape, seed, rows)
@@ -430,10 +431,8 @@ class TrainStepMachine(RuleBasedStateMachine):
         if not all(np.isfinite(g).all() for g in gradients.values()):
             return
         updated = self.shadow.batch(gradients, errors, weight, loss)
-        try:
-            with interrupted_at(at, _is_ours):
-                result = self._call(*batch)
-        except KeyboardInterrupt:
+        results: list[ca.StepResult] = []
+        if interrupted(lambda: results.append(self._call(*batch)), at):
             which = "after" if self._different(before) else "before"
             INTERRUPTED[which] += 1
             if which == "before":
@@ -441,7 +440,7 @@ class TrainStepMachine(RuleBasedStateMachine):
             self._check_state()  # or after it
             self._look()
             return
-        self._check(result, updated, loss)
+        self._check(results[0], updated, loss)
 
     def _frozen(self, seed: int) -> None:
         RAN["frozen"] += 1
