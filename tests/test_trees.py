@@ -13,7 +13,7 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
-from nets import Two, assert_same, values
+from nets import assert_same, values
 
 import compiled_adam as ca
 from compiled_adam.errors import InputError
