@@ -539,3 +539,12 @@ def test_a_weight_of_another_shape_gets_advice_that_works(optimizer: optim.Optim
     assert np.array_equal(np.array(optimizer.state["layers"][1]["bias"]["m"]), moments)
     assert optimizer.state["layers"][0]["weight"]["m"].shape == (5, 4)
     step(mx.ones((2, 4)))
+
+
+@pytest.mark.parametrize("cls", [ca.AdamW, optim.SGD, lambda rate: optim.MultiOptimizer([optim.SGD(rate)])])
+def test_a_schedule_of_plain_python_is_refused_before_the_first_step(cls: Callable[..., Any]) -> None:
+    def warm(step: mx.array) -> float:
+        return 1e-3 * min(1.0, step.item() / 10)
+
+    with pytest.raises(InputError, match=r"schedule .*warm \(.*test_trees.py.*compiled_adam\.schedulers"):
+        ca.make_step(nn.Linear(4, 1), loss_fn, cls(warm))
