@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 
 from . import random_state
+
+
+_thread = threading.local()
+
+
+class _End:
+    """Forgets the traces of a thread when it ends.
+
+    MLX keeps them for each thread, and drops them after Python has let go of it. If the process ends at that moment,
+    Python ends the thread while it frees what a trace refers to, and that aborts the process.
+    """
+
+    def __del__(self, clear: Callable[[], None] = mx.clear_streams) -> None:
+        clear()
 
 
 class Compiled:
@@ -33,6 +48,8 @@ class Compiled:
         self._traces, self._compiled = traces, self._compile(trace)
 
     def __call__(self, *arguments: Any) -> Any:
+        if not hasattr(_thread, "end"):
+            _thread.end = _End() if threading.current_thread() is not threading.main_thread() else None
         if self._traces[0] >= self._most:
             self._begin()
         return self._compiled(*arguments)

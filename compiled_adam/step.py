@@ -217,9 +217,10 @@ class TrainStep:
         return undone_on_error(partial(work, assignments), undo)
 
     def _micro_batch(self, signature: Hashable, batch: list[mx.array], assignments: Assignments) -> StepResult:
-        loss, aux, assigned, gradients, weight = self._bound.gradients(signature, batch)
+        made = self._bound.gradients(signature, batch)
         # If the batch, the forward or the backward pass cannot be evaluated, this raises while nothing is assigned.
-        _evaluate(loss, aux, assigned, gradients, weight, random_state.get())
+        _evaluate(*made, random_state.get())
+        loss, aux, assigned, gradients, weight = made
         sums, filled, update, total_loss = None, 0, None, loss
         if self._accumulate > 1:
             sums = self._add(gradients, weight, loss)
@@ -228,7 +229,9 @@ class TrainStep:
         if filled in (0, self._accumulate):
             update = self._apply(gradients, weight, total_loss, assigned)
             sums, filled = None, 0
-        del gradients  # the graph alone must hold them, or their memory cannot be reused
+        if mx.default_device().type == mx.DeviceType.cpu:
+            mx.eval(*made)  # what fails on another thread, such as the inverse of a singular matrix, raises only now
+        del made, gradients  # the graph alone must hold them, or their memory cannot be reused
         self._assign(assigned, update, sums, filled, assignments)
         return self._result(loss, aux, update)
 

@@ -452,6 +452,26 @@ def test_a_kernel_that_fails_changes_nothing(accumulate: int, monkeypatch: pytes
     assert step(mx.ones((8, 4))).loss.item() > 0
 
 
+@pytest.mark.skipif(mx.default_device() != mx.Device(mx.cpu), reason="a GPU's step does not wait for the CPU's stream")
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_an_operation_that_fails_while_it_runs_changes_nothing(accumulate: int) -> None:
+    """MLX raises such an error when somebody waits for the result, which may be long after the call."""
+
+    def inverse(model: nn.Module, x: mx.array) -> mx.array:
+        return mx.square(model(x)).mean() + mx.linalg.inv(x, stream=mx.cpu).sum()
+
+    model = nn.Linear(4, 1)
+    step = ca.make_step(model, inverse, ca.AdamW(1e-2), accumulate=accumulate)
+    step(mx.eye(4))
+    before = {part: {p: np.array(a) for p, a in arrays.items()} for part, arrays in step.state_dict().items()}
+    for _ in range(5):
+        with pytest.raises(RuntimeError, match="Inverse"):
+            step(mx.zeros((4, 4)))
+        for part, arrays in step.state_dict().items():
+            assert all(np.array_equal(np.array(array), before[part][path]) for path, array in arrays.items()), part
+    step(mx.eye(4))
+
+
 @pytest.mark.parametrize("captured", [True, False])
 def test_a_step_inside_a_transformation_is_refused_and_the_model_is_whole(captured: bool) -> None:
     model, adam = nn.Linear(4, 1), ca.AdamW(1e-2)
