@@ -10,7 +10,6 @@ import mlx.core as mx
 
 from . import random_state
 
-
 _thread = threading.local()
 
 
