@@ -15,6 +15,7 @@ from .checkpoint import check_finite
 from .compare import Row, table
 from .errors import InputError
 from .lora_values import lora_parameters
+from .model_files import check_safetensors
 from .trainable import add_adapters
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
@@ -118,7 +119,7 @@ def read_arrays(file: Path) -> dict[str, mx.array]:
     if file.suffix not in (".safetensors", ".npz"):
         raise InputError(f"{file} is not a .safetensors file, which weights must be in")
     if file.suffix == ".safetensors":
-        _check_safetensors(file)
+        check_safetensors(file)
     try:
         arrays = mx.load(str(file))
     except (RuntimeError, ValueError) as error:
@@ -126,22 +127,6 @@ def read_arrays(file: Path) -> dict[str, mx.array]:
     if not isinstance(arrays, dict) or not arrays:
         raise InputError(f"{file} has no arrays")
     return arrays
-
-
-def _check_safetensors(file: Path) -> None:
-    """That the header can be read and every array is there: MLX finds the second out only when it is evaluated."""
-    size = file.stat().st_size
-    with open(file, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = stream.read(min(length, size))
-    try:
-        entries = json.loads(header)
-        ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
-        whole = 8 + length + max(ends, default=0) <= size
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
-        raise InputError(f"{file} is damaged, or not a safetensors file: its header cannot be read") from None
-    if not whole:
-        raise InputError(f"{file} is damaged: it has {size} bytes, fewer than its header says")
 
 
 def _read_config(file: Path) -> tuple[str, int, dict[str, Any]]:

@@ -39,6 +39,7 @@ def parts(optimizer: optim.Optimizer) -> list[optim.Optimizer]:
 
 def flat_state(optimizer: optim.Optimizer) -> dict[str, mx.array]:
     """The arrays of the state by their paths."""
+    take_numbers(optimizer)
     return {path: container[key] for path, container, key in Structure(optimizer.state).leaves}
 
 
@@ -106,6 +107,7 @@ def description(optimizer: optim.Optimizer) -> dict[str, Any]:
 
     Of a schedule these are its values at some steps, and of a learning rate that is set by hand its value now.
     """
+    take_numbers(optimizer)
     found: dict[str, Any] = {}
     every = parts(optimizer)
     for i, part in enumerate(every):

@@ -98,7 +98,8 @@ def write_checkpoint(
         "extra": as_json("extra", extra or {}),
     }
     records = {}
-    with replacing(folder) as temporary, ThreadPoolExecutor() as pool:
+    # In this order: what ends early removes its files, by which those who read them see that there is no more to come.
+    with ThreadPoolExecutor() as pool, replacing(folder) as temporary:
         # The largest first: its record is still being made while the others are written.
         for part in ("optimizer", "window", "model"):
             if state[part]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +49,7 @@ def _run(argv: Sequence[str] | None, interrupts: _Interrupts) -> int:
         _tell(str(error) or "interrupted")
         return 130
     except Exception as error:
-        if interrupts.seen and isinstance(error, RuntimeError) and not isinstance(error, TrainingStopped):
+        if isinstance(error, RuntimeError) and not isinstance(error, TrainingStopped) and interrupts.soon():
             # Ctrl-C ends every process of a terminal, as the compiler that MLX is waiting for: its failure came first.
             _tell("interrupted")
             return 130
@@ -75,6 +77,12 @@ class _Interrupts:
     def __exit__(self, *_: object) -> None:
         if self._ours:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def soon(self) -> bool:
+        """Whether there was one, or is in a moment: a signal to all processes does not reach them at the same time."""
+        with contextlib.suppress(KeyboardInterrupt):
+            time.sleep(0.0 if self.seen else 0.1)
+        return self.seen
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.seen = True

@@ -44,7 +44,7 @@ def record(file: Path | FileIO, written: threading.Event | None = None) -> Recor
         if count := file.readinto(block):
             digest.update(block[:count])
             size += count
-        elif complete:
+        elif complete or os.fstat(file.fileno()).st_nlink == 0:  # removed: nobody writes it any more
             return Record(bytes=size, sha256=digest.hexdigest())
         else:
             time.sleep(1e-3)
@@ -57,10 +57,9 @@ def recorded(file: Path, pool: ThreadPoolExecutor) -> Iterator[Future[Record]]:
     Afterwards it would take as long as the writing itself.
     """
     written = threading.Event()
-    file.touch()
-    future = pool.submit(record, file, written)
     try:
-        yield future
+        file.touch()
+        yield pool.submit(record, file, written)
     finally:
         written.set()
 
@@ -173,8 +172,12 @@ def discard(path: Path) -> bool:
         if there and left:
             remove(old)
         if there or left:
-            (path if there else old).rename(aside)
-            aside.unlink() if aside.is_symlink() else shutil.rmtree(aside)
+            try:
+                (path if there else old).rename(aside)
+                aside.unlink() if aside.is_symlink() else shutil.rmtree(aside)
+            except BaseException:  # Ctrl-C
+                remove(aside)
+                raise
     return there or left
 
 

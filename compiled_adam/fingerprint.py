@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import cast
@@ -57,9 +56,12 @@ def of_rows(rows: Iterable[tuple[Sequence[int], int]]) -> str:
     >>> of_rows([([1, 2], 0), ([3], 0)]) == of_rows([([1], 0), ([2, 3], 0)])
     False
     """
+    import numpy as np  # here, because only mlx-lm brings it along
+
     digest = hashlib.sha256()
     for tokens, offset in rows:
-        digest.update(array("q", [len(tokens), offset, *tokens]).tobytes())
+        digest.update(np.array([len(tokens), offset], np.int64).tobytes())
+        digest.update(np.asarray(tokens, np.int64).tobytes())
     return f"rows {digest.hexdigest()[:16]}"  # version 0.1 had a digest of the file here
 
 

@@ -62,17 +62,22 @@ class GradientGraphs:
                 self._compiled.popitem(last=False)
                 self._traces["evicted"] += 1
             graph = self._compile(signature)
-        loss, aux, changed, gradients, weight = graph.function(self._arrays.read(), batch)
+        arrays = self._arrays.read()
+        loss, aux, changed, gradients, weight = graph.function(arrays, batch)
         self._compiled[key] = graph
         self._compiled.move_to_end(key)
-        return Gradients(loss, aux, dict(zip(graph.changed, changed, strict=True)), gradients, weight)
+        return Gradients(loss, aux, dict(zip(graph.assigned(arrays), changed, strict=True)), gradients, weight)
 
     def _compile(self, signature: Hashable) -> _Graph:
-        changed: list[int] = []  # by tracing: only these leave the graph, most models have none
+        assigned: dict[Hashable, list[int]] = {}  # by tracing: only these leave the graph, most models have none
 
         def gradient(arrays: list[mx.array], batch: list[mx.array]) -> Any:
             self._traces["grad"] += 1
             args, kwargs = batches.rebuild(signature, iter(batch))
+            changed: list[int] = []
+            if len(assigned) >= self._max_traces:
+                assigned.clear()  # of traces that are forgotten
+            assigned[_kinds(arrays)] = changed
             # Everything but the loss leaves by a list: as a further output of value_and_grad it gets a
             # stop_gradient, over which mx.compile loses outputs (IndexError) if a cast occurs in the loss as well.
             rest: list[Any] = []
@@ -107,7 +112,7 @@ class GradientGraphs:
             aux, after, weight = rest
             return loss, aux, after, gradients, weight
 
-        return _Graph(Compiled(gradient, self._max_traces, draws=True), changed)
+        return _Graph(Compiled(gradient, self._max_traces, draws=True), assigned)
 
     def _follow_structure(self) -> None:
         """Lets the forward pass keep what depends neither on the batch nor on the parameters, such as a mask."""
@@ -127,7 +132,17 @@ class GradientGraphs:
 
 class _Graph(NamedTuple):
     function: Callable[..., Any]
-    changed: list[int]  # indices of the arrays that the forward pass assigns
+    by_kinds: dict[Hashable, list[int]]  # indices of the arrays that the forward pass assigns
+
+    def assigned(self, arrays: list[mx.array]) -> list[int]:
+        """Those of the trace for arrays of these shapes and dtypes."""
+        if len(self.by_kinds) == 1:
+            return next(iter(self.by_kinds.values()))
+        return self.by_kinds[_kinds(arrays)]
+
+
+def _kinds(arrays: list[mx.array]) -> Hashable:
+    return tuple([(array.shape, array.dtype) for array in arrays])
 
 
 def _operations(arrays: list[mx.array]) -> int:

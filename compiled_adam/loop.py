@@ -122,6 +122,8 @@ class TrainingLoop:
                 ) from error
             if self.workers.many and is_lost(error):
                 raise
+            if isinstance(error, RuntimeError):
+                time.sleep(0.1)  # a signal to all processes may come here a moment after what it ends there
             if not (self.asked.signal is not None and isinstance(error, RuntimeError)):
                 self._tell_of_failure(error)
                 raise

@@ -79,6 +79,12 @@ def _parsed(line: bytes, place: str) -> Any:
         raise InputError(f"{place} is not JSON ({error}): {start!r}; each line must be one object") from None
     if not isinstance(row, dict):
         raise InputError(f"{place} is not an object such as {{'text': '...'}}: {json.dumps(row)[:60]}")
+    if b"\\ud" in line.lower():  # JSON can write one half of a character alone, wherever it has text
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise InputError(f"{place} has half of a character ({half!a}), which no tokenizer takes") from None
     return row
 
 

@@ -66,7 +66,7 @@ def check(folder: Path, trust_remote_code: bool = False) -> None:
     if not files:
         raise InputError(f"No safetensors found in {folder}: a model has its weights in model*.safetensors")
     for file in files:
-        _check_safetensors(file)
+        check_safetensors(file)
     if not any((folder / name).exists() for name in TOKENIZERS):
         raise InputError(f"{folder} has no tokenizer.json, nor another file of a tokenizer; download the model again")
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -92,7 +92,7 @@ def _json(file: Path) -> dict[str, Any]:
     return found
 
 
-def _check_safetensors(file: Path) -> None:
+def check_safetensors(file: Path) -> None:
     """The header, and whether the file has the bytes that the header says: copies and downloads end in the middle."""
     size = file.stat().st_size
     with open(file, "rb") as stream:

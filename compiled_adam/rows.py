@@ -106,8 +106,12 @@ def _check(data: Any, row: Mapping[str, Any], place: str) -> None:
                 f"{place} is a conversation, but the tokenizer of the model has no chat template; use a model that has"
                 " one (an -Instruct or -it model), or data with 'text'"
             )
-        if (tools := row.get("tools")) is not None and not isinstance(tools, list):
-            raise InputError(f"{place}: 'tools' is {_kind(tools)}; it must be a list")
+        if (tools := row.get("tools")) is not None:
+            if not isinstance(tools, list):
+                raise InputError(f"{place}: 'tools' is {_kind(tools)}; it must be a list of objects")
+            for tool in tools:
+                if not isinstance(tool, Mapping):
+                    raise InputError(f"{place}: 'tools' has {_kind(tool)} in it; it must be a list of objects")
 
 
 def _value(row: Mapping[str, Any], key: str, place: str) -> Any:

@@ -27,6 +27,7 @@ from .gradient import GradientGraphs
 from .layout import Places, Structure, along, trainable_places
 from .lowering import LARGE
 from .optimizers import Adam
+from .options import check_schedules
 from .packing import PackedTrees
 from .trees import Trees
 
@@ -170,6 +171,8 @@ class TrainStep:
         if self._group is not None:
             workers.check_alike(self._group, {"shard_state": shard_state})  # first: it decides what is communicated
             shard.complete(self._optimizer, self._group, model.parameters())
+        for part in any_optimizer.parts(self._optimizer):
+            check_schedules(part._schedulers)
         self._bind()
         if self._group is not None:
             workers.check_model(self._group, model, self.description())

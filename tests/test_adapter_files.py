@@ -165,12 +165,12 @@ def test_files_that_cannot_be_read(model: nn.Module, tmp_path: Path) -> None:
     refused(model, tmp_path / "none.safetensors", "none.safetensors does not exist")
     refused(model, tmp_path, r"is a folder; give the file in it, such as .*adapters.safetensors")
     for damage, message in (
-        (b"", "its header cannot be read"),
-        (b"no weights", "its header cannot be read"),
-        (whole[:5000], "is damaged: it has 5000 bytes, fewer than its header says"),
-        (whole[:-1], "fewer than its header says"),
-        (b"\xff" * 8 + whole[8:], "its header cannot be read"),
-        (whole[:8] + b"[" + whole[9:], "its header cannot be read"),
+        (b"", "is damaged: it is no safetensors file"),
+        (b"no weights", "is damaged: it is no safetensors file"),
+        (whole[:5000], "is damaged: it has 5,000 bytes, and its header describes"),
+        (whole[:-1], "and its header describes"),
+        (b"\xff" * 8 + whole[8:], "is damaged: it is no safetensors file"),
+        (whole[:8] + b"[" + whole[9:], "is damaged: its header is none of a safetensors file"),
     ):
         file.write_bytes(damage)
         refused(model, file, message)

@@ -166,15 +166,23 @@ def pythons_own_handler():
 def test_what_ctrl_c_breaks_is_no_error(pythons_own_handler, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """At a terminal it also ends the compiler that MLX is waiting for, and MLX raises before Python sees the signal."""
 
-    def demo(arguments: object) -> None:
+    def before(arguments: object) -> None:
         try:
             os.kill(os.getpid(), signal.SIGINT)
         except KeyboardInterrupt:
             raise RuntimeError("could not load a library") from None
 
-    monkeypatch.setattr(cli, "_demo", demo)
-    assert main(["demo"]) == 130
-    assert capsys.readouterr().err == "compiled-adam: interrupted\n"
+    def after(arguments: object) -> None:
+        def late(seconds: float) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+        monkeypatch.setattr(cli.time, "sleep", late)
+        raise RuntimeError("could not load a library")
+
+    for demo in (before, after):
+        monkeypatch.setattr(cli, "_demo", demo)
+        assert main(["demo"]) == 130
+        assert capsys.readouterr().err == "compiled-adam: interrupted\n"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

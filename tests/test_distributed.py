@@ -156,7 +156,7 @@ mx.eval(step(*batch()).loss)
         assert disk.startswith(("FileNotFoundError", "OSError")[rank]) and "/proc" in disk
         assert extra.startswith("TypeError") and "not JSON serializable" in extra
         assert missing.removeprefix("InputError ") == ["rank 1: ", ""][rank] + (
-            "missing is not a checkpoint: it has no meta.json"
+            "missing is not a checkpoint: there is no such folder"
         )
 
 

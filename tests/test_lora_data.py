@@ -98,7 +98,8 @@ GOOD = text("good").encode()
         (b'{"text": ["a"]}', r"line 3: 'text' is a list"),
         (b'{"text": {"a": 1}}', r"line 3: 'text' is an object"),
         (b'{"text": ""}', r"line 3: 'text' is empty; remove the row"),
-        (b'{"text": "a\\ud800"}', r"line 3: 'text' has half of a character \('\\ud800'\)"),
+        (b'{"text": "a\\ud800"}', r"line 3 has half of a character \('\\ud800'\), which no tokenizer takes"),
+        (b'{"text": "a", "tools": [{"name": "\\uDFFF"}]}', r"line 3 has half of a character \('\\udfff'\)"),
     ],
 )
 @pytest.mark.parametrize("name", ["train", "valid", "test"])
@@ -121,8 +122,8 @@ CHAT = [
     ('{"messages": [{"role": "user"}]}', "message 1: there is no 'content'; it must be text"),
     (messages(("user", 5)), "message 1: 'content' is a number"),
     (messages(("user", {"a": 1})), "message 1: 'content' is an object"),
-    (messages(("user", "a\ud800")), "message 1: 'content' has half of a character"),
-    (messages(("user", "a"), tools="weather"), "'tools' is text; it must be a list"),
+    (messages(("user", "a"), tools="weather"), "'tools' is text; it must be a list of objects"),
+    (messages(("user", "a"), tools=["weather"]), "'tools' has text in it; it must be a list of objects"),
 ]
 
 
@@ -137,6 +138,7 @@ def test_conversations_that_templates_know(chat, tmp_path: Path) -> None:
     call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]}
     rows = [
         TALK,
+        r'{"messages": [{"role": "user", "content": "\ud83d\ude00 \\ud800"}]}',  # two halves; and no escape
         json.dumps({"messages": [{"role": "user", "content": "a"}, call], "tools": None}),
         json.dumps({"messages": [{"role": "user", "content": "a"}, {**call, "content": None}], "tools": []}),
         json.dumps({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}),
@@ -250,6 +252,9 @@ def test_rows_that_are_given_in_python(tokenizer, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=rf"^example {index} \(counted from 0\) of the {name}: 'text' is empty"):
             dataset[index]
         assert dataset[1 - index][0][-1] == tokenizer.eos_token_id
+    half = located(CacheDataset(TextDataset([{"text": "a\ud800"}], tokenizer)), "train set")
+    with pytest.raises(InputError, match=r"'text' has half of a character \('\\ud800'\)"):
+        half[0]
     # What is no data set of mlx-lm's rows stays what it is; tokens that are there already are used.
     own = [([1, 2], 0)]
     assert located(own, "train set") is own and located(None, "train set") is None

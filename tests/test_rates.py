@@ -203,3 +203,19 @@ def test_steps_with_an_unusable_rate_count_as_failures() -> None:
         assert failures(2, entry | {"learning_rate": bad}) == 3
         assert failures(2, entry | {"learning_rate": bad, "grad_norm": None}) == 2  # of the update before
     assert failures(2, entry | {"learning_rate": None}) == 0
+
+
+def test_a_number_in_the_state_is_in_what_is_saved_right_after(tmp_path) -> None:
+    # Not only once the next call has made an array of it.
+    model = nn.Linear(2, 1)
+    step = ca.make_step(model, lambda model, x: mx.square(model(x)).mean(), ca.Adam(1e-2))
+    step(mx.ones((1, 2)))
+    step.optimizer.state["learning_rate"] = 0.25
+    assert step.description()["learning_rate"] == 0.25
+    step.optimizer.state["learning_rate"] = 0.5
+    assert step.state_dict()["optimizer"]["learning_rate"].item() == 0.5
+    step.optimizer.state["learning_rate"] = 0.125
+    ca.save_checkpoint(tmp_path / "checkpoint", step)
+    again = ca.make_step(nn.Linear(2, 1), step.loss_fn, ca.Adam(0.125))
+    ca.load_checkpoint(tmp_path / "checkpoint", again)
+    assert again.optimizer.learning_rate.item() == 0.125

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from mlx_lm import load
 from mlx_lm.tuner.trainer import TrainingArgs
@@ -139,6 +140,8 @@ def test_where_the_loss_begins_is_a_part_of_the_data() -> None:
     rows = [([1, 2, 3], 0), ([4, 5], 1)]
     others = [[([1, 2, 3], 0), ([4, 5], 0)], [([1, 2, 3, 4], 0), ([5], 1)], rows[::-1], rows[:1], [*rows, ([], 0)]]
     assert len({fingerprint.of_rows(each) for each in (rows, *others)}) == 6
+    for convert in (tuple, np.array, mx.array):
+        assert fingerprint.of_rows((convert(tokens), offset) for tokens, offset in rows) == fingerprint.of_rows(rows)
 
 
 # Another place in them.

@@ -52,6 +52,7 @@ class Shadow:
         self.m, self.v, self.dp, self.dm, self.dv = (
             {path: np.zeros_like(w) for path, w in weights.items()} for _ in "12345"
         )
+        self.before: dict[str, tuple[np.ndarray, np.ndarray, float]] = {}  # the last update: values, bounds, the rate
         self.step = self.skipped = 0
         self.rate: float | None = None  # set by hand
         self.norm: tuple[float, float] = (0.0, 0.0)  # of the last update's gradient, and its bound
@@ -117,24 +118,42 @@ class Shadow:
 
     def _leaf(self, path: str, g: np.ndarray, dg: np.ndarray, rate: float) -> None:
         o, (b1, b2) = self.options, self.options.betas
+        self.before[path] = self.p[path], self.dp[path], rate
         m = b1 * self.m[path] + (1 - b1) * g
         v = b2 * self.v[path] + (1 - b2) * g**2
         dm = b1 * self.dm[path] + (1 - b1) * dg + 4 * EPS32 * np.abs(m)
         dv = b2 * self.dv[path] + (1 - b2) * (2 * np.abs(g) * dg + dg**2) + 4 * EPS32 * v
-        c1, c2 = (1 - b1**self.step, 1 - b2**self.step) if o.bias_correction else (1.0, 1.0)
+        c1, c2 = self._corrections()
         root = np.sqrt(v / c2)
         droot = np.minimum(np.sqrt(dv / c2), dv / c2 / np.maximum(root, 1e-300)) + 8 * EPS32 * root + 2e-20
         bottom = root + o.eps
         low = np.maximum(bottom - droot, o.eps)
-        change = rate * m / c1 / bottom
+        change = self._change(path, self.p[path], m, v, rate)
         dchange = abs(rate) * (dm / c1 / low + np.abs(m / c1) * droot / (bottom * low)) + 16 * EPS32 * np.abs(change)
-        decay = rate * o.weight_decay * self.p[path] if o.decays(path, g) else 0.0
-        p = self.p[path] - change - decay
-        # The float32 sums; residuals are as fine, in float16 below 2^-14 finer than 2^-40.
-        self.dp[path] = self.dp[path] + dchange + 4 * EPS32 * (np.abs(p) + np.abs(decay)) + 2.0**-40
+        p = self.p[path] - change
+        self.dp[path] = self.dp[path] + dchange + self._sums(p, change)
         self.p[path], self.m[path], self.v[path] = p, m, v
         stored_m, stored_v = self._coarseness(m, v)
         self.dm[path], self.dv[path] = dm + stored_m, dv + stored_v
+
+    def _corrections(self) -> tuple[float, float]:
+        b1, b2 = self.options.betas
+        return (1 - b1**self.step, 1 - b2**self.step) if self.options.bias_correction else (1.0, 1.0)
+
+    def _change(self, path: str, p: np.ndarray, m: np.ndarray, v: np.ndarray, rate: float) -> np.ndarray:
+        """What the update with new moments takes off the parameter."""
+        o, (c1, c2) = self.options, self._corrections()
+        decay = rate * o.weight_decay * p if o.decays(path, p) else 0.0
+        return rate * (m / c1) / (np.sqrt(v / c2) + o.eps) + decay
+
+    def _sums(self, p: np.ndarray, change: np.ndarray) -> np.ndarray:
+        """The rounding of float32 sums; residuals are as fine, in float16 below 2^-14 finer than 2^-40."""
+        return 4 * EPS32 * (np.abs(p) + np.abs(change)) + 2.0**-40
+
+    def _is_exact(self, m: np.ndarray) -> bool:
+        """Whether moments are stored as they were computed."""
+        policy = self.dtype if self.options.moments == "param" else self.options.moments
+        return policy == "float32" or (policy == "8bit" and m.size < 4096)
 
     def _coarseness(self, m: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """By how much the moments may change when they are stored."""
@@ -165,11 +184,19 @@ class Shadow:
             _within(f"{path}.m", m[path], self.m[path], self.dm[path] + 1e-38)
             _within(f"{path}.v", v[path], self.v[path], self.dv[path] + 1e-38)
             _within(f"{path} with its residual", values[path], self.p[path], self.dp[path])
+            if path in self.before and self._is_exact(m[path]):
+                # Of the moments that there are, whatever the rounding of the gradient did to them.
+                p, dp, rate = self.before[path]
+                change = self._change(path, p, m[path], v[path], rate)
+                bound = dp + self._sums(p, change) + 32 * EPS32 * np.abs(change)
+                bound = bound + (0.0 if self.has_residual else self.rounding(values[path]))
+                _within(f"{path} after the last update", values[path], p - change, bound)
             self.m[path], self.v[path], self.p[path] = m[path], v[path], values[path]
             self.dm[path], self.dv[path], self.dp[path] = (np.zeros_like(m[path]) for _ in "123")
 
     def set_weights(self, weights: Arrays) -> None:
         """Somebody has: the residual that was there may count or not, which is a unit in the last place."""
+        self.before = {}
         for path, w in weights.items():
             self.p[path] = w.copy()
             self.dp[path] = 2 * self.rounding(w) if self.has_residual else np.zeros_like(w)

@@ -8,8 +8,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
-from fuzz_shadow import ULP, Arrays, Options, Shadow
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
+
+from compiled_adam import AdamW
+from tests.fuzz.shadow import ULP, Arrays, Options, Shadow
 
 NAMES = ("SGD", "Adam", "AdamW", "Lion", "Muon", "MultiOptimizer")
 
@@ -17,8 +19,6 @@ NAMES = ("SGD", "Adam", "AdamW", "Lion", "Muon", "MultiOptimizer")
 def make(name: str) -> optim.Optimizer:
     """Their eps is large enough for a gradient's rounding not to decide the direction of an update."""
     if name == "MultiOptimizer":
-        from compiled_adam import AdamW
-
         # Not compensated: its value would be in two arrays.
         both = [AdamW(1e-2, eps=1e-3, compensated=False, max_grad_norm=0.7), optim.SGD(1e-2)]
         return optim.MultiOptimizer(both, [lambda path, p: p.ndim >= 2])
