@@ -31,6 +31,17 @@ def python_blocks(page: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
 
 
+# These start processes of Python, each of which imports mlx-lm for two seconds.
+PROCESSES = {"run", "start", "steps", "fine", "ran"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before what `-m` leaves out is chosen
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if PROCESSES.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_sessionfinish() -> None:
     kernels.keep()
 

@@ -206,6 +206,7 @@ def trained(policy: str, dtype: str = "float32") -> dict:
     return quality.train(policy, 0, dtype, steps=60, width=64, layers=2, context=32, batch=4)
 
 
+@pytest.mark.slow
 def test_eight_bit_moments_train_a_small_language_model_as_well() -> None:
     # The short version of `python -m bench quality`, with its tolerance of 0.5 %.
     float32, eight_bit = trained("float32"), trained("8bit")
@@ -219,6 +220,7 @@ def test_stock_and_ours_train_alike_in_float32() -> None:
     assert trained("float32")["losses"] == pytest.approx(trained(quality.STOCK)["losses"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_in_bfloat16_stock_trains_worse_and_ours_as_in_float32() -> None:
     ours, stock = trained("float32", "bfloat16")["eval_loss"], trained(quality.STOCK, "bfloat16")["eval_loss"]
     assert ours == pytest.approx(trained("float32")["eval_loss"], rel=2e-3)

@@ -31,6 +31,7 @@ FIELDS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_command_writes_a_table_and_a_record(run, tmp_path: Path) -> None:
     done = run(
         "-m", "bench", "--workload", "224 x (8x1024)", "--dtype", "float32", "--seconds", "0", "--json", "record.json"

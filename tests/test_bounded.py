@@ -36,6 +36,7 @@ def live_arrays() -> int:
     return sum(isinstance(each, mx.array) for each in gc.get_objects())
 
 
+@pytest.mark.slow
 def test_four_hundred_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[ca.TrainStep] = []
 

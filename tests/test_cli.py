@@ -69,6 +69,7 @@ def test_wrong_flags_and_values(capsys) -> None:
         assert code == 2 and message in errors and "Traceback" not in errors, arguments
 
 
+@pytest.mark.slow
 def test_interrupt(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "compiled_adam.cli", "demo", "--pretraining", "100000"],

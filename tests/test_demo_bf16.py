@@ -8,6 +8,7 @@ from mlx_lm.utils import load
 from compiled_adam import demo, demo_bf16
 
 
+@pytest.mark.slow
 def test_ours_follows_float32_where_stock_stalls(tiny_model: Path, capsys) -> None:
     _, tokenizer, *_ = load(str(tiny_model))
     text = demo.texts()[1]

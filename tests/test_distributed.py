@@ -270,18 +270,19 @@ def until(condition, seconds: float = 120) -> None:
 
 
 def test_a_killed_worker_stops_the_others_and_they_resume(fine: Fine) -> None:
-    program = f"""
-import os, signal, sys
+    program = """
+import os, runpy, signal
 from mlx_lm.tuner.callbacks import TrainingCallback
-from compiled_adam import cli, lora_command
+from compiled_adam import lora_command
 class Killing(TrainingCallback):
     def on_train_loss_report(self, info):
         if info["iteration"] == 8 and os.environ["MLX_RANK"] == "1":
             os.kill(os.getpid(), signal.SIGKILL)
 lora_command.get_reporting_callbacks = lambda *_, **__: Killing()
-sys.exit(cli.main({fine.arguments("lora", "killed")!r}))
+runpy.run_module("tests.lora_worker", run_name="__main__")
 """
-    with launch.workers(2, fine.folder, "-c", program) as processes:
+    job = json.dumps([fine.arguments("lora", "killed")])
+    with launch.workers(2, fine.folder, "-c", program, job) as processes:
         ended = launch.outputs(processes)
     assert [code for code, _ in ended] == [1, -signal.SIGKILL], ended
     assert "another worker has ended" in ended[0][1] and "--resume goes on from iteration" in ended[0][1], ended[0][1]

@@ -303,6 +303,7 @@ def test_resuming_on_the_command_line(tiny_model: Path, data: Path, command, tmp
     assert "resumed from parts/checkpoints/0000008" in back.stdout
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_does_not_end_the_training(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     command = " ".join([sys.executable, "-m", "compiled_adam.cli", "lora", *job(tiny_model, data, "out")])
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}

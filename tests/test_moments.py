@@ -111,6 +111,7 @@ def test_small_leaves_stay_float32() -> None:
     assert optimizer.state["bias"]["m"].dtype == mx.float32 and optimizer.state["weight"]["m"].dtype == mx.int8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["float32", "bfloat16", "8bit"])
 def test_a_moving_average_does_not_stall_in_20_000_steps(policy: str) -> None:
     # Large gradients for 3000 steps, then 30 times smaller ones: v must fall by a factor of 900, in steps of 0.1 %.

@@ -400,6 +400,7 @@ def test_another_dtype_or_shape_is_an_error_that_says_what_to_do() -> None:
     assert "residual" in adam.state["scales"][1]
 
 
+@pytest.mark.slow
 def test_memory_stays_the_same() -> None:
     model, adam = Many(count=100), optimizer()
     step = ca.make_step(model, loss_fn, adam)

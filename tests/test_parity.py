@@ -63,6 +63,7 @@ def run(train, optimizer, tiny_model: Path, kind: str, accumulate: int, file: Pa
     return losses, adapters
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:an example has")  # they are to be cut
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("kind", ["lora", "dora", "full"])

@@ -255,6 +255,7 @@ def test_a_save_that_fails_is_reported_and_the_run_goes_on(
     assert re.search(r"iter +8  not saved: .*No space left on device; training goes on", line)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_signals_finish_the_step_and_save(kind: int, tiny_model: Path, data: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "compiled_adam.cli", "lora", "--model", str(tiny_model), "--data", str(data)]
