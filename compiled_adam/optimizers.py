@@ -158,6 +158,7 @@ class Adam(optim.Adam):
     @learning_rate.setter
     def learning_rate(self, learning_rate: float | mx.array) -> None:
         self._state["learning_rate"] = assigned_rate(learning_rate)
+        _evaluate(self._state["learning_rate"])
 
     @property
     def traces(self) -> int:
