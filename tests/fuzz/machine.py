@@ -213,7 +213,8 @@ class TrainStepMachine(RuleBasedStateMachine):
             summed[place] = summed.get(place, 0.0) + np.array(flat[path].astype(mx.float32), np.float64)
         found = {paths[place]: g for place, g in summed.items()}
         largest = max(np.abs(g).max(initial=0.0) for g in found.values())
-        bound = GRADIENT[self.shape.dtype] * largest + 1e-7
+        normalised = any("norm" in block for block in self.shape.blocks)  # it makes small differences large
+        bound = GRADIENT[self.shape.dtype] * largest * (8 if normalised else 1) + 1e-7
         return found, {path: np.full_like(g, bound) for path, g in found.items()}, weight, loss.item()
 
     def _compare_buffers(self) -> None:
@@ -585,8 +586,10 @@ class TrainStepMachine(RuleBasedStateMachine):
 
     def _deepcopy(self, seed: int) -> None:
         RAN["deepcopy"] += 1
-        if self.shadow.filled:
-            return  # the window is the step's, and stays there
+        if self.shadow.filled or "batch norm" in self.shape.blocks:
+            # The window is the step's, and stays there; and a new step knows what the forward pass assigns, and has it
+            # in its checkpoints, only after it has run.
+            return
         model, optimizer = copy.deepcopy((self.model, self.optimizer))
         before = self._snapshot()
         self._replace(model, optimizer, self._step(model, optimizer))
