@@ -53,6 +53,7 @@ class Shadow:
             {path: np.zeros_like(w) for path, w in weights.items()} for _ in "12345"
         )
         self.before: dict[str, tuple[np.ndarray, np.ndarray, float]] = {}  # the last update: values, bounds, the rate
+        self.replaced = False  # whether weights were set since the last update
         self.step = self.skipped = 0
         self.rate: float | None = None  # set by hand
         self.norm: tuple[float, float] = (0.0, 0.0)  # of the last update's gradient, and its bound
@@ -118,7 +119,7 @@ class Shadow:
 
     def _leaf(self, path: str, g: np.ndarray, dg: np.ndarray, rate: float) -> None:
         o, (b1, b2) = self.options, self.options.betas
-        self.before[path] = self.p[path], self.dp[path], rate
+        self.before[path], self.replaced = (self.p[path], self.dp[path], rate), False
         m = b1 * self.m[path] + (1 - b1) * g
         v = b2 * self.v[path] + (1 - b2) * g**2
         dm = b1 * self.dm[path] + (1 - b1) * dg + 4 * EPS32 * np.abs(m)
@@ -191,12 +192,14 @@ class Shadow:
                 bound = dp + self._sums(p, change) + 32 * EPS32 * np.abs(change)
                 bound = bound + (0.0 if self.has_residual else self.rounding(values[path]))
                 _within(f"{path} after the last update", values[path], p - change, bound)
-            self.m[path], self.v[path], self.p[path] = m[path], v[path], values[path]
-            self.dm[path], self.dv[path], self.dp[path] = (np.zeros_like(m[path]) for _ in "123")
+            self.m[path], self.v[path] = m[path], v[path]
+            self.dm[path], self.dv[path] = (np.zeros_like(m[path]) for _ in "12")
+            if not self.replaced:  # else the residual that was there may be taken away by the next update
+                self.p[path], self.dp[path] = values[path], np.zeros_like(m[path])
 
     def set_weights(self, weights: Arrays) -> None:
         """Somebody has: the residual that was there may count or not, which is a unit in the last place."""
-        self.before = {}
+        self.before, self.replaced = {}, self.has_residual
         for path, w in weights.items():
             self.p[path] = w.copy()
             self.dp[path] = 2 * self.rounding(w) if self.has_residual else np.zeros_like(w)
