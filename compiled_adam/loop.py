@@ -27,7 +27,7 @@ from .progress import TrainingProgress
 from .run_log import LOG, RunLog, is_log
 from .run_report import Report, StepReader, failures
 from .step import TrainStep
-from .stopping import Asked, TrainingStopped, elected, is_out_of_memory, vote
+from .stopping import Asked, TrainingStopped, elected, is_lost_evaluation, is_out_of_memory, vote
 from .workers import Workers, is_lost
 
 CHECKPOINTS, BEST, PREVIOUS, CONFIG = "checkpoints", "best", "previous", "adapter_config.json"
@@ -134,8 +134,11 @@ class TrainingLoop:
         if ended is not None:
             self.progress.line(ended)
         complete = self._stop_signal() is None and not self._failed_too_often()
-        problems = self._save_all(flush=complete)
+        problems, fault = self._save_all(flush=complete)
         outcome = self._what_is_saved(problems)
+        if fault is not None:
+            self.progress.line(f"iter {self.iteration:>5}  {outcome}")
+            raise fault
         if (number := self._stop_signal()) is not None:
             self._end_as_asked(number, outcome)
         if self._failed_too_often():
@@ -150,7 +153,7 @@ class TrainingLoop:
     def _tell_of_failure(self, error: Exception) -> None:
         """Saves what can be saved, and says what that is: the error itself is not about it."""
         # Other workers are somewhere else, and cannot take part in saving.
-        problems = [] if self.workers.many else self._save_all()
+        problems = [] if self.workers.many else self._save_all()[0]
         changed = (
             """; with data that were repaired, it needs allow=["data"] or --allow-change data, too"""
             if isinstance(error, InputError) and self.resumable
@@ -287,22 +290,26 @@ class TrainingLoop:
 
     # Saving.
 
-    def _save_all(self, flush: bool = False) -> list[str]:
-        """Saves the checkpoint and then the adapters, each whether or not the other can be; returns what went wrong.
+    def _save_all(self, flush: bool = False) -> tuple[list[str], Exception | None]:
+        """Saves the checkpoint and then the adapters, each whether or not the other can be; returns what went wrong,
+        and the first error that is a fault of the program.
 
         With ``flush`` a partly filled window is applied between them: to the adapters, which are the result, but not to
         the checkpoint, which more iterations can follow as if this had not been the last one.
         """
-        problems = []
+        problems: list[str] = []
+        fault: Exception | None = None
         saves = [self._save_checkpoint, *([self.step.flush] if flush else []), self._save_adapters]
         for save in saves:
             try:
                 save()
-            except (OSError, ValueError, RuntimeError) as error:
+            except Exception as error:
                 if self.workers.many and isinstance(error, RuntimeError):
                     raise  # no connection any more
-                problems.append(str(error))
-        return problems
+                known = isinstance(error, (OSError, InputError)) or is_lost_evaluation(error)
+                problems.append(str(error) if known else repr(error))
+                fault = fault if known else fault or error
+        return problems, fault
 
     def _what_is_saved(self, problems: list[str]) -> str:
         return "; ".join([*(f"not saved: {problem}" for problem in problems), self.saved])
@@ -317,7 +324,7 @@ class TrainingLoop:
         """A save that fails in the middle of a run (disk full, weights not finite) is reported; what is there stays."""
         try:
             save()
-        except (OSError, ValueError) as error:
+        except (OSError, InputError) as error:
             self.progress.line(f"iter {self.iteration:>5}  not saved: {error}; training goes on, {self.saved}")
 
     def _save_numbered(self) -> None:
@@ -361,7 +368,10 @@ class TrainingLoop:
             folder = checkpoints / f"{self.iteration:07d}"
             write_checkpoint(folder, self.step, state, extra, settings=self.options.settings)
             self._note_checkpoint()  # now, since another worker may have ended
-            prune(checkpoints, self.options.keep_checkpoints)
+            try:
+                prune(checkpoints, self.options.keep_checkpoints)
+            except (OSError, InputError) as error:
+                self.warn(f"{folder} is saved, but older checkpoints were not removed: {error}")
 
         self.workers.first_does(write)
         self._note_checkpoint()

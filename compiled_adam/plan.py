@@ -40,6 +40,7 @@ class Plan(NamedTuple):
 
     parameters: int  # how many the model has without adapters; of a quantized one, those it stands for
     trainable: int  # how many are trained
+    layers: int  # in how many of the last layers
     dtype: str  # of weights that are not quantized; bfloat16 if the config does not say
     weights: int
     gradients: int
@@ -67,11 +68,15 @@ class Plan(NamedTuple):
 def plan(config: Mapping[str, Any], args: types.SimpleNamespace, workers: int = 1) -> Plan:
     """The plan of a job with the settings ``args``, as `lora_options.settings` gives them, for a model's ``config``.
 
+    Without a ``num_layers`` of its own it is for mlx-lm's default of 16 layers, or all if the model has fewer.
+
     Raises:
         ValueError: a config that mlx-lm has no model for, or options that contradict each other.
     """
     args = types.SimpleNamespace(**vars(args))
     model, parameters, dtype = model_config.build(config)
+    if "num_layers" not in (*args.given, *args.in_file):
+        args.num_layers = min(args.num_layers, len(model.layers))
     make_trainable(args, model)
     trainable = _arrays(model.trainable_parameters())
     count = sum(p.size for p in trainable.values())
@@ -84,6 +89,7 @@ def plan(config: Mapping[str, Any], args: types.SimpleNamespace, workers: int = 
     return Plan(
         parameters,
         count,
+        len(model.layers) if args.num_layers == -1 else args.num_layers,
         dtype,
         weights=_bytes(model.parameters()),
         gradients=_bytes(trainable),
@@ -156,7 +162,8 @@ def main(argv: Sequence[str]) -> None:
 def describe(made: Plan, link: float) -> list[str]:
     """Lines about everything that is the same for all policies; ``link`` in GB/s."""
     lines = [
-        f"{_count(made.parameters)} parameters, {made.dtype} where not quantized; {_count(made.trainable)} trained",
+        f"{_count(made.parameters)} parameters, {made.dtype} where not quantized; {_count(made.trainable)} trained,"
+        f" in {_layers(made.layers)}",
         f"weights {_gb(made.weights)}, gradients {_gb(made.gradients)}"
         + (f", accumulated {_gb(made.window)}" if made.window else "")
         + (f", exchanged {_gb(made.exchange)}" if made.exchange else ""),
@@ -180,6 +187,10 @@ def table(made: Plan, memory: float, name: str) -> Table:
         fits = _gb(left) if left >= 0 else f"does not fit, {_gb(-left)} too much"
         rows.add_row(policy, _gb(state.moments), _gb(state.residuals), _gb(made.total(policy)), fits)
     return rows
+
+
+def _layers(count: int) -> str:
+    return "the last layer" if count == 1 else f"the last {count} layers"
 
 
 def _calls(nbytes: Sequence[int]) -> str:

@@ -343,7 +343,7 @@ class TrainStep:
         if filled >= self._accumulate:
             raise InputError(
                 f"the state has a window of {filled} micro-batches, but accumulate is {self._accumulate};"
-                f" make the step with accumulate={filled + 1} or more"
+                f" make it {filled + 1} or more (accumulate=..., --grad-accumulation-steps)"
             )
         mx.eval(state)  # what cannot be read raises here
         assignments = Assignments()

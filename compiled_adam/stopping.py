@@ -75,3 +75,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error of MLX, whose backends all raise RuntimeError, means that memory was not enough."""
     found = re.search(r"out of memory|insufficient memory|unable to allocate|attempting to allocate", str(error), re.I)
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and found is not None)
+
+
+def is_lost_evaluation(error: BaseException) -> bool:
+    """Whether an error of MLX means that what the device was computing is lost, so that it cannot be saved.
+
+    >>> is_lost_evaluation(RuntimeError("[METAL] Command buffer execution failed: Internal Error"))
+    True
+    >>> is_lost_evaluation(RuntimeError("dictionary changed size during iteration"))
+    False
+    """
+    lost = r"^\[(eval|\w+::eval_\w+|metal|metal::\w+|cuda\w*)\]|^cuda\w* failed|without a primitive|^There is no Stream"
+    found = isinstance(error, RuntimeError) and re.search(lost, str(error), re.I) is not None
+    return found or is_out_of_memory(error)

@@ -125,6 +125,20 @@ def test_command(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(policy in out for policy in POLICIES)
 
 
+def test_a_plan_without_options_is_for_all_layers_of_a_small_model(tiny_model: Path, capsys) -> None:
+    """mlx-lm's default of 16 layers is more than it has."""
+    config = model_config.read(str(tiny_model))
+    said = []
+    for argv in ([], ["--num-layers", "-1"], ["--num-layers", "1"]):
+        assert cli.main(["plan", str(tiny_model), "--memory", "1", *argv]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and "trained, in the last 4 layers\n" in said[0]
+    assert "trained, in the last layer\n" in said[2]
+    assert plan.plan({**config, "num_hidden_layers": 17}, settings(["--train"])).layers == 16
+    assert cli.main(["plan", str(tiny_model), "--num-layers", "16"]) == 2  # asked for
+    assert "num_layers (--num-layers) is 16, but the model has 4 layers" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -255,6 +255,48 @@ def test_a_save_that_fails_is_reported_and_the_run_goes_on(
     assert re.search(r"iter +8  not saved: .*No space left on device; training goes on", line)
 
 
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError, KeyError, InputError, OSError])
+@pytest.mark.parametrize("at", ["0000008", "0000012"])
+def test_only_what_a_user_can_mend_is_a_failed_save(
+    kind, at: str, tiny_model: Path, tmp_path: Path, monkeypatch, capsys
+):
+    """A fault of the program in a save is raised as it is, after the other saves were tried."""
+    real, mended = loop.write_checkpoint, kind in (InputError, OSError)
+
+    def write(folder, *rest, **more):
+        if folder.name == at:
+            raise kind("of the save")
+        real(folder, *rest, **more)
+
+    def train() -> None:
+        settings = arguments(tmp_path, steps_per_save=8)
+        ca.train(lora(tiny_model), ca.Adam(1e-3), dataset(), args=settings, keep_checkpoints=2)
+
+    monkeypatch.setattr(loop, "write_checkpoint", write)
+    if mended and at == "0000008":
+        train()
+    else:
+        with pytest.raises(TrainingStopped if mended else kind, match="of the save"):
+            train()
+    assert "not saved: " in capsys.readouterr().out or mended
+    assert (tmp_path / "adapters.safetensors").exists()
+    before = {"0000008": [] if not mended else ["0000012"], "0000012": ["0000008"]}[at]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("*")) == before
+
+
+def test_a_checkpoint_is_saved_although_old_ones_cannot_be_removed(
+    tiny_model: Path, tmp_path: Path, monkeypatch, capsys
+):
+    def prune(folder, keep):
+        raise InputError(f"{folder}/9999999/meta.json is damaged")
+
+    monkeypatch.setattr(loop, "prune", prune)
+    ca.train(lora(tiny_model), ca.Adam(1e-3), dataset(), args=arguments(tmp_path), keep_checkpoints=1)
+    said = capsys.readouterr().out
+    assert "not saved" not in said and "0000012 is saved, but older checkpoints were not removed: " in said
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["0000004", "0000008", "0000012"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_signals_finish_the_step_and_save(kind: int, tiny_model: Path, data: Path, tmp_path: Path) -> None:
