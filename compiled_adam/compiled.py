@@ -25,7 +25,7 @@ class _End:
 
 
 class Compiled:
-    """A compiled ``function`` that is begun anew when it has been traced ``most`` times.
+    """A compiled ``function`` that is begun anew when it has been traced more than ``most`` times.
 
     Another shape, dtype or Python number is another trace. An optimizer whose numbers change at every step would
     otherwise fill the memory. ``draws``: whether the function uses MLX's global random state.
@@ -49,7 +49,7 @@ class Compiled:
     def __call__(self, *arguments: Any) -> Any:
         if not hasattr(_thread, "end"):
             _thread.end = _End() if threading.current_thread() is not threading.main_thread() else None
-        if self._traces[0] >= self._most:
+        if self._traces[0] > self._most:  # not at ``most``: one trace that serves every call would be made at each
             self._begin()
         return self._compiled(*arguments)
 

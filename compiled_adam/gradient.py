@@ -75,9 +75,10 @@ class GradientGraphs:
             self._traces["grad"] += 1
             args, kwargs = batches.rebuild(signature, iter(batch))
             changed: list[int] = []
-            if len(assigned) >= self._max_traces:
-                assigned.clear()  # of traces that are forgotten
+            assigned.pop(_kinds(arrays), None)
             assigned[_kinds(arrays)] = changed
+            while len(assigned) > self._max_traces + 1:  # as many traces as `Compiled` may have; the oldest goes first
+                del assigned[next(iter(assigned))]
             # Everything but the loss leaves by a list: as a further output of value_and_grad it gets a
             # stop_gradient, over which mx.compile loses outputs (IndexError) if a cast occurs in the loss as well.
             rest: list[Any] = []

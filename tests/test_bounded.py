@@ -69,3 +69,11 @@ def test_four_hundred_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert 0 < arrays[late].max() <= arrays[early].max()
     # The median, because lengths differ by up to 400 tokens; what a trace holds on to would be there 280 times.
     assert np.median(memory[late]) <= 1.2 * np.median(memory[early])
+
+
+def test_the_only_trace_that_is_kept_serves_every_call() -> None:
+    model = nn.Linear(2, 1)
+    step = ca.make_step(model, lambda model, x: mx.square(model(x)).mean(), ca.Adam(1e-2), max_traces=1)
+    for _ in range(4):
+        step(mx.ones((1, 2)))
+    assert step.traces["grad"] == step.traces["update"] == 1
