@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
+from mlx.utils import tree_flatten
 
 from .compare import Row, differences
 from .errors import InputError
@@ -43,6 +44,12 @@ def flat_state(optimizer: optim.Optimizer) -> dict[str, mx.array]:
     return {path: container[key] for path, container, key in Structure(optimizer.state).leaves}
 
 
+def other_values(optimizer: optim.Optimizer) -> dict[str, Any]:
+    """What the state has beside arrays, such as Python numbers, by path."""
+    leaves: list[tuple[str, Any]] = tree_flatten(states(optimizer))  # type: ignore[assignment]
+    return {path: value for path, value in leaves if not isinstance(value, mx.array)}
+
+
 def learning_rate(optimizer: optim.Optimizer) -> mx.array | None:
     """The 0-d learning rate of the (first) optimizer; None if it has none."""
     rate = parts(optimizer)[0]._state.get("learning_rate")  # `state` of ours would show the moments for it
@@ -58,8 +65,7 @@ def skipped(optimizer: optim.Optimizer) -> list[mx.array]:
 def take_numbers(optimizer: optim.Optimizer) -> None:
     """Makes arrays of a step and of a learning rate that somebody has assigned to the state as Python numbers.
 
-    Raises TypeError for what is none, and for other numbers in the state: a trace would contain them for ever, and what
-    an update makes of them would be lost.
+    Raises TypeError for what is none.
     """
     for part in parts(optimizer):
         state = part._state  # `state` of ours would show the moments for it
