@@ -20,6 +20,7 @@ _SAMPLED = (0, 1, 2, 5, *(factor * 10**power for power in range(1, 6) for factor
 
 # What the form of storage decides, and what else a state may or may not have.
 _OF_A_FORM = {"residual", "m_scale", "v_scale"}
+_NO_OPTIONS = {"_traces", "_initialized"}  # numbers that an update does not depend on
 _MADE = {
     "learning_rate",
     *(f"{under}{name}" for under in ("", "_") for name in ("rounding_key", "grad_norm", "skipped")),
@@ -104,8 +105,8 @@ def _arrays(state: dict[str, Any]) -> list[tuple[str, mx.array]]:
 
 
 def constants(optimizer: optim.Optimizer) -> list[float]:
-    """The numbers among the public attributes, which a trace of the update contains."""
-    return [x for part in parts(optimizer) for value in _public(part).values() for x in value]
+    """The numbers among the attributes, which a trace of the update contains; also those that a subclass counts."""
+    return [x for part in parts(optimizer) for value in _numbers(part).values() for x in value]
 
 
 def description(optimizer: optim.Optimizer) -> dict[str, Any]:
@@ -210,9 +211,13 @@ def _arranged(
 
 
 def _public(optimizer: optim.Optimizer) -> dict[str, list[float]]:
+    return {name: values for name, values in _numbers(optimizer).items() if not name.startswith("_")}
+
+
+def _numbers(optimizer: optim.Optimizer) -> dict[str, list[float]]:
     found = {}
     for name, value in vars(optimizer).items():
-        if not name.startswith("_"):
+        if name not in _NO_OPTIONS:
             values = value if isinstance(value, (list, tuple)) else [value]
             found[name] = [float(x) for x in values if isinstance(x, numbers.Real)]
     return {name: values for name, values in found.items() if values}

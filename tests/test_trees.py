@@ -626,3 +626,23 @@ def test_an_update_is_traced_once_where_one_trace_is_kept() -> None:
     for i in range(8):
         step(mx.ones((3 + i // 4, 4)))
     assert step.traces == {"grad": 2, "accumulate": 1, "update": 1, "evicted": 1}
+
+
+@pytest.mark.parametrize("base", [ca.AdamW, optim.SGD])
+@pytest.mark.parametrize("name", ["calls", "_calls"])
+def test_a_number_that_a_subclass_counts_is_followed(base: type, name: str) -> None:
+    """It is a constant of a trace, so that each update has a trace of its own: slow, but what the class says."""
+
+    class Slower(base):  # type: ignore[misc]
+        def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
+            setattr(self, name, getattr(self, name, 0) + 1)
+            factor = 1.0 / getattr(self, name)
+            return super().apply_gradients(tree_map(lambda g: factor * g, gradients), parameters)
+
+    def make() -> Any:
+        optimizer = Slower(1e-2)
+        setattr(optimizer, name, 0)
+        return optimizer
+
+    model = partial(nn.Linear, 4, 4)
+    assert_same(trained(model, make, True), trained(model, make, False), 1e-5)  # float32, fused differently
