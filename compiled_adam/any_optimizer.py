@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
+from mlx.utils import tree_flatten
 
 from .compare import Row, differences
 from .errors import InputError
@@ -19,6 +20,7 @@ _SAMPLED = (0, 1, 2, 5, *(factor * 10**power for power in range(1, 6) for factor
 
 # What the form of storage decides, and what else a state may or may not have.
 _OF_A_FORM = {"residual", "m_scale", "v_scale"}
+_NO_OPTIONS = {"_traces", "_initialized"}  # numbers that an update does not depend on
 _MADE = {
     "learning_rate",
     *(f"{under}{name}" for under in ("", "_") for name in ("rounding_key", "grad_norm", "skipped")),
@@ -43,6 +45,12 @@ def flat_state(optimizer: optim.Optimizer) -> dict[str, mx.array]:
     return {path: container[key] for path, container, key in Structure(optimizer.state).leaves}
 
 
+def other_values(optimizer: optim.Optimizer) -> dict[str, Any]:
+    """What the state has beside arrays, such as Python numbers, by path."""
+    leaves: list[tuple[str, Any]] = tree_flatten(states(optimizer))  # type: ignore[assignment]
+    return {path: value for path, value in leaves if not isinstance(value, mx.array)}
+
+
 def learning_rate(optimizer: optim.Optimizer) -> mx.array | None:
     """The 0-d learning rate of the (first) optimizer; None if it has none."""
     rate = parts(optimizer)[0]._state.get("learning_rate")  # `state` of ours would show the moments for it
@@ -58,8 +66,7 @@ def skipped(optimizer: optim.Optimizer) -> list[mx.array]:
 def take_numbers(optimizer: optim.Optimizer) -> None:
     """Makes arrays of a step and of a learning rate that somebody has assigned to the state as Python numbers.
 
-    Raises TypeError for what is none, and for other numbers in the state: a trace would contain them for ever, and what
-    an update makes of them would be lost.
+    Raises TypeError for what is none.
     """
     for part in parts(optimizer):
         state = part._state  # `state` of ours would show the moments for it
@@ -98,8 +105,8 @@ def _arrays(state: dict[str, Any]) -> list[tuple[str, mx.array]]:
 
 
 def constants(optimizer: optim.Optimizer) -> list[float]:
-    """The numbers among the public attributes, which a trace of the update contains."""
-    return [x for part in parts(optimizer) for value in _public(part).values() for x in value]
+    """The numbers among the attributes, which a trace of the update contains; also those that a subclass counts."""
+    return [x for part in parts(optimizer) for value in _numbers(part).values() for x in value]
 
 
 def description(optimizer: optim.Optimizer) -> dict[str, Any]:
@@ -204,9 +211,13 @@ def _arranged(
 
 
 def _public(optimizer: optim.Optimizer) -> dict[str, list[float]]:
+    return {name: values for name, values in _numbers(optimizer).items() if not name.startswith("_")}
+
+
+def _numbers(optimizer: optim.Optimizer) -> dict[str, list[float]]:
     found = {}
     for name, value in vars(optimizer).items():
-        if not name.startswith("_"):
+        if name not in _NO_OPTIONS:
             values = value if isinstance(value, (list, tuple)) else [value]
             found[name] = [float(x) for x in values if isinstance(x, numbers.Real)]
     return {name: values for name, values in found.items() if values}

@@ -32,7 +32,8 @@ class Compiled:
     """
 
     def __init__(self, function: Callable[..., Any], most: int, draws: bool = False) -> None:
-        self._function, self._most = function, most
+        self._function = function
+        self._most = max(most, 2)  # with 1, every call would come after the last trace
         self._compile = random_state.compiled if draws else mx.compile
         self._begin()
 

@@ -98,6 +98,11 @@ class Structure:
             return True
         return self.follow(Structure(self._root), [])
 
+    def children(self) -> tuple[list[Any], list[Any], list[Any]]:
+        """Containers and keys of all containers below the root, and these."""
+        every = [(node, key, child) for node, _, children, _ in self._nodes for key, child in children]
+        return [node for node, _, _ in every], [key for _, key, _ in every], [child for _, _, child in every]
+
     def added(self, now: Structure) -> list[tuple[str, Any, Any]]:
         """The arrays (path, container, key) of ``now``, a later structure of the same tree, that are at new places.
 

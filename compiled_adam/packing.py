@@ -129,17 +129,25 @@ class Slot:
     def _assign_views(self, flat: mx.array, assignments: Assignments) -> list[mx.array]:
         views = [mx.as_strided(flat, shape, strides, start) for shape, strides, start in self._layout]
         for (container, key), view in zip(self._places, views, strict=True):
-            assignments.add(container, key, view)
+            if not (self.hidden and key in container):
+                assignments.add(container, key, view)
         assignments.attribute(self, "_written", Written(views))
         return views
 
     def show(self, assignments: Assignments) -> list[mx.array]:
-        """Puts views of a hidden array into the tree, as a part of ``assignments``; returns them."""
+        """Puts views of a hidden array into the tree, as a part of ``assignments``; returns them.
+
+        What somebody has put there in the meantime stays.
+        """
         if not self.hidden or self._flat is None:
             return []
         views = self._assign_views(self._flat, assignments)
         assignments.attribute(self, "hidden", False)
         return views
+
+    def hideable(self) -> list[tuple[Any, Any]]:
+        """Where `hide` takes something out of the tree."""
+        return self._places if len(self._places) > 1 else []
 
     def hide(self) -> None:
         """Takes what is packed out of the tree, where it would be out of date, and keep memory, after an update."""
@@ -202,11 +210,27 @@ class PackedTrees:
                 {name: Slot([(path + name, c, name) for path, c in own], name == "residual") for name in names}
             )
 
+        self._containers = self._structure.children()
+        hidden = [place for slots in self._states for slot in slots.values() for place in slot.hideable()]
+        self._hidden = [container for container, _ in hidden], [key for _, key in hidden]
+
     def intact(self) -> bool:
         """Whether the state is still in the containers that it was in."""
-        if self._optimizer.keeper is self:
+        if self._optimizer.keeper is self and not self._edited():
             return True  # nobody has asked for the state since the last update
         return self._optimizer.state is self._root and self._structure.intact()
+
+    def _edited(self) -> bool:
+        """Whether somebody who has kept the state, or a part of it, has put something there while moments are hidden.
+
+        All loops are in C: it is asked at every step.
+        """
+        parents, keys, children = self._containers
+        try:
+            same = all(map(operator.is_, map(operator.getitem, parents, keys), children))
+        except (KeyError, IndexError):
+            return True
+        return not same or any(map(operator.contains, *self._hidden))
 
     def read(self, assigned: Mapping[int, mx.array] = MappingProxyType({})) -> tuple[list[mx.array], State]:
         """The parameters, some of which the forward pass has ``assigned``, and the state; flat arrays as one leaf."""

@@ -115,6 +115,7 @@ class Trees:
         """
         if weight is not None:
             gradients = [counted(g, weight) for g in gradients]
+        numbers = any_optimizer.other_values(self._optimizer)
         put_back = self._structure.snapshot()
         weights = self._parameters.read()
 
@@ -137,6 +138,7 @@ class Trees:
                 norm = known if isinstance(known, mx.array) else rule.global_norm(gradients)
             if not self._structure.intact():
                 raise InputError("the optimizer changed the structure of its state; create all of it in init_single")
+            self._refuse_other_numbers(numbers)
             new_state = self._state.read()
             all_back()
             return new, new_state, norm
@@ -150,6 +152,16 @@ class Trees:
                     f"{path!r} has become an array of shape {array.shape}; it was of shape {shape}: call make_step"
                     " again, with the same optimizer to keep the moments of what has its old shape"
                 ) from error
+
+    def _refuse_other_numbers(self, before: dict[str, Any]) -> None:
+        """A trace would contain them for ever."""
+        now = any_optimizer.other_values(self._optimizer)
+        for path, value in before.items():
+            if now.get(path) is not value and now.get(path) != value:
+                raise InputError(
+                    f"the optimizer's update changes {path!r} of its state, which is {type(value).__name__} and no"
+                    " array: make it an mx.array in init_single"
+                )
 
     def _updated(self, gradients: list[mx.array], parameters: list[mx.array]) -> list[mx.array]:
         optimizer = self._optimizer

@@ -415,4 +415,5 @@ def test_memory_stays_the_same() -> None:
         gc.collect()
         used.append(mx.get_active_memory())
     # Where the state was looked at there are no more arrays either: the views are of the same memory.
-    assert max(used[5:]) <= used[4] + 4096, used
+    # The first steps are several, because every other one may hold the results of the one before.
+    assert max(used[6:]) <= max(used[2:6]) + 4096, used

@@ -568,3 +568,81 @@ def test_a_schedule_of_plain_python_is_refused_before_the_first_step(cls: Callab
 
     with pytest.raises(InputError, match=r"schedule .*warm \(.*test_trees.py.*compiled_adam\.schedulers"):
         ca.make_step(nn.Linear(4, 1), loss_fn, cls(warm))
+
+
+@pytest.mark.parametrize("optimizer", [lambda: ca.AdamW(1e-2), lambda: optim.AdamW(1e-2)])
+def test_what_is_put_into_a_state_that_was_kept_is_used(optimizer: Callable[[], Any]) -> None:
+    """Between steps, moments of packed parameters are not in the state's tree, which somebody may have kept."""
+
+    def edited(with_step: bool) -> nn.Module:
+        mx.random.seed(0)
+        model, its = nn.Linear(4, 4), optimizer()
+        its.init(model.trainable_parameters())
+        step = ca.make_step(model, loss_fn, its) if with_step else None
+        for i in range(6):
+            x = mx.random.normal((3, 4), key=mx.random.key(i))
+            if step is None:
+                its.update(model, nn.value_and_grad(model, loss_fn)(model, x)[1])
+            else:
+                step(x)
+            if i == 0:
+                kept, inner = its.state, its.state["weight"]
+            if i == 2:
+                inner["m"] = mx.ones((4, 4))
+            if i == 3:
+                kept["bias"] = {"m": mx.ones(4), "v": mx.ones(4)}
+        return model
+
+    assert_same(edited(True), edited(False), 1e-5)  # float32, fused differently
+
+
+class Counts(optim.Optimizer):
+    """A number of Python in the state of each parameter, which its update counts or reads."""
+
+    def __init__(self, counts: bool) -> None:
+        super().__init__()
+        self._counts = counts
+
+    def init_single(self, parameter: mx.array, state: dict) -> None:
+        state["t"] = 1
+
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
+        state["t"] += self._counts
+        return parameter - 0.01 * state["t"] * gradient
+
+
+def test_a_number_that_an_update_changes_is_refused_by_name() -> None:
+    model = nn.Linear(4, 4)
+    step, before = ca.make_step(model, loss_fn, Counts(True)), values(model)
+    with pytest.raises(InputError, match=r"changes '0\.weight\.t' of its state, which is int.*mx.array in init_single"):
+        step(mx.ones((3, 4)))
+    assert all(np.array_equal(array, before[path]) for path, array in values(model).items())
+    make = partial(nn.Linear, 4, 4)
+    assert_same(trained(make, lambda: Counts(False), True), trained(make, lambda: Counts(False), False), 1e-5)
+
+
+def test_an_update_is_traced_once_where_one_trace_is_kept() -> None:
+    step = ca.make_step(nn.Linear(4, 4), loss_fn, ca.AdamW(1e-2), accumulate=2, max_traces=1)
+    for i in range(8):
+        step(mx.ones((3 + i // 4, 4)))
+    assert step.traces == {"grad": 2, "accumulate": 1, "update": 1, "evicted": 1}
+
+
+@pytest.mark.parametrize("base", [ca.AdamW, optim.SGD])
+@pytest.mark.parametrize("name", ["calls", "_calls"])
+def test_a_number_that_a_subclass_counts_is_followed(base: type, name: str) -> None:
+    """It is a constant of a trace, so that each update has a trace of its own: slow, but what the class says."""
+
+    class Slower(base):  # type: ignore[misc]
+        def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
+            setattr(self, name, getattr(self, name, 0) + 1)
+            factor = 1.0 / getattr(self, name)
+            return super().apply_gradients(tree_map(lambda g: factor * g, gradients), parameters)
+
+    def make() -> Any:
+        optimizer = Slower(1e-2)
+        setattr(optimizer, name, 0)
+        return optimizer
+
+    model = partial(nn.Linear, 4, 4)
+    assert_same(trained(model, make, True), trained(model, make, False), 1e-5)  # float32, fused differently
