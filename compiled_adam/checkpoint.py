@@ -233,6 +233,15 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
         return _checked(found, files)
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether `check_checkpoint` finds nothing wrong."""
+    try:
+        check_checkpoint(folder)
+    except (InputError, OSError):
+        return False
+    return True
+
+
 @contextmanager
 def _opened(folder: Path) -> Iterator[tuple[Path, dict[str, FileIO]]]:
     """`durable.opened` for the files of a checkpoint."""

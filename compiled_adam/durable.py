@@ -69,7 +69,7 @@ def save_arrays(file: Path, arrays: dict[str, mx.array]) -> None:
     try:
         mx.save_safetensors(str(file), arrays)
     except RuntimeError as error:
-        raise OSError(f"{file} could not be written: {error}") from error
+        raise OSError(f"{file} could not be written: {str(error).rstrip('.')}; is the disk full?") from error
     flush(file)
 
 

@@ -18,7 +18,16 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.trainer import TrainingArgs
 
-from .checkpoint import Contents, check_finite, latest_checkpoint, numbered, prune, read_checkpoint, write_checkpoint
+from .checkpoint import (
+    Contents,
+    check_finite,
+    is_whole,
+    latest_checkpoint,
+    numbered,
+    prune,
+    read_checkpoint,
+    write_checkpoint,
+)
 from .durable import present, replace_arrays, replacing, save_arrays
 from .errors import InputError
 from .evaluation import mean_loss, no_targets
@@ -446,9 +455,6 @@ class TrainingLoop:
             present(path).rename(aside / CHECKPOINTS / path.name)
         for path in files:
             path.rename(aside / path.name)
-        newest = (
-            f"; resume=... or --resume {aside / CHECKPOINTS / checkpoints[-1].name} goes on from there"
-            if checkpoints
-            else ""
-        )
+        whole = next((path for path in reversed(numbered(aside / CHECKPOINTS)) if is_whole(path)), None)
+        newest = f"; resume=... or --resume {whole} goes on from there" if whole else ""
         self.progress.line(f"what an earlier run left is in {aside}{newest}")

@@ -217,7 +217,8 @@ def train(
             loop.resume(resume, allow)
             if loop.iteration >= args.iters:
                 progress.line(
-                    f"iter {loop.iteration:>5}  all {args.iters} iterations are done; iters (--iters) has more"
+                    f"iter {loop.iteration:>5}  all {args.iters} iterations are done; to train on, give more iters"
+                    " (--iters)"
                 )
         if anew:
             progress.line(f"there is no checkpoint in {folder / CHECKPOINTS} yet: the run begins anew")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import types
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,13 @@ def read(file: Path, tokenizer: Any, config: Any) -> Any:
 
     Raises ValueError, with the number of the line, for what is no UTF-8, no JSON, or no example.
     """
+    if file.is_symlink() and not file.exists():
+        raise InputError(f"{file} is a link to {os.readlink(file)}, which does not exist; mend the link, or remove it")
     if not file.exists():
         return []
+    if not file.is_file():  # a pipe would be waited for
+        kind = "a folder" if file.is_dir() else "no regular file"
+        raise InputError(f"{file} is {kind}; it must be a file of JSON lines. Move it away, or name another folder")
     rows, lines = [], []
     for number, line in enumerate(file.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
         if line.strip():
@@ -73,7 +79,7 @@ def _parsed(line: bytes, place: str) -> Any:
     except UnicodeDecodeError as error:
         at = f"byte {line[error.start]:#04x} at position {error.start}"
         raise InputError(f"{place} is not UTF-8 ({at}); save the file in this encoding") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also a number of more digits than Python reads
         text = line.decode("utf-8")
         start = text if len(text) < 60 else f"{text[:60]}..."
         raise InputError(f"{place} is not JSON ({error}): {start!r}; each line must be one object") from None

@@ -130,7 +130,7 @@ def _checked(config: dict[str, Any], file: str) -> dict[str, Any]:
         elif action.dest == "optimizer" and isinstance(value, str) and value.lower() in lora_values.OPTIMIZERS:
             checked["optimizer"] = value.lower()  # as mlx-lm does
         elif action.choices is not None:
-            wrong = None if value in action.choices else f"one of {', '.join(map(str, action.choices))}"
+            wrong = None if value in list(action.choices) else f"one of {', '.join(map(str, action.choices))}"
         elif action.dest == "allow_change":
             wrong = None if isinstance(value, list) else "a list of names"
         elif not isinstance(value, str):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import mlx.optimizers as optim
+from mlx_lm.tuner.callbacks import SUPPORT_CALLBACK
 
 from . import loader, options, schedulers
 from .adamw import AdamW
@@ -48,7 +50,12 @@ _FLAGS = {
     "steps_per_save": "--save-every",
 }  # where the name of the flag is not that of the argument
 _LONGEST = 1e8  # seconds of a timeout, three years; beyond some centuries Python cannot wait
-_LORA = {"rank": "a whole number of at least 1", "scale": "a finite number other than 0", "dropout": "in [0, 1)"}
+_LARGEST_RANK = 1 << 16
+_LORA = {
+    "rank": f"a whole number from 1 to {_LARGEST_RANK}",
+    "scale": "a finite number other than 0",
+    "dropout": "in [0, 1)",
+}
 _HF_DATASET = (
     *("path", "config", "train_split", "valid_split", "test_split"),
     *("prompt_feature", "completion_feature", "text_feature", "chat_feature"),
@@ -72,13 +79,23 @@ def called(name: str) -> str:
 def check_whole(name: str, value: object) -> None:
     """Raises ValueError for a whole number that is out of its range."""
     least, others = _WHOLE[name]
-    most = 2**32 - 1 if name == "seed" else None
+    most = 2**32 - 1 if name == "seed" else sys.maxsize
     whole = isinstance(value, int) and not isinstance(value, bool)
-    if whole and (value in others or (value >= least and (most is None or value <= most))):  # type: ignore[operator]
+    if whole and (value in others or least <= value <= most):  # type: ignore[operator]
         return
-    allowed = f"a whole number of at least {least}" if most is None else f"a whole number from {least} to {most}"
+    bounded = name == "seed" or (whole and value > most)  # type: ignore[operator]
+    allowed = f"a whole number from {least} to {most}" if bounded else f"a whole number of at least {least}"
     allowed += "".join(f", or {other} {meaning}" for other, meaning in others.items())
     raise InputError(f"{called(name)} is {value!r}; it must be {allowed}")
+
+
+def as_float(value: Any) -> Any:
+    """A whole number that MLX's 64 bits cannot hold, as a float; anything else as it is.
+
+    >>> as_float(10**20), as_float(20), as_float("20")
+    (1e+20, 20, '20')
+    """
+    return float(value) if isinstance(value, int) and abs(value) > sys.maxsize else value
 
 
 def check_timeout(value: Any) -> None:
@@ -94,12 +111,19 @@ def check(args: types.SimpleNamespace) -> None:
         value = getattr(args, name)
         if value is not None:
             check_whole(name, value)
+    for name in ("learning_rate", "max_grad_norm", "weight_decay"):
+        setattr(args, name, as_float(getattr(args, name)))
     options.learning_rate(args.learning_rate, called("learning_rate"))
     if args.max_grad_norm is not None and not 0 < args.max_grad_norm < math.inf:
         raise InputError(f"{called('max_grad_norm')} is {args.max_grad_norm!r}; it must be a number above 0")
     if args.weight_decay is not None:
         options.check_number(called("weight_decay"), args.weight_decay)
     check_timeout(args.worker_timeout)
+    if not SUPPORT_CALLBACK.keys() >= set(_names(args.report_to)):
+        raise InputError(
+            f"{called('report_to')} is {args.report_to!r}; it must be one of {', '.join(SUPPORT_CALLBACK)}, or several"
+            " with commas between them"
+        )
     if args.bucket is not None:
         loader.geometric(args.bucket)
     if args.lr_schedule is not None:
@@ -110,6 +134,11 @@ def check(args: types.SimpleNamespace) -> None:
     args.optimizer_config = optimizer_config(args.optimizer_config, args.optimizer)
     if hasattr(args, "hf_dataset"):
         _check_hf_dataset(args.hf_dataset, test=args.test)
+
+
+def _names(report_to: str | None) -> list[str]:
+    """The services in a list with commas, as mlx-lm reads it."""
+    return [name.strip().lower() for name in (report_to or "").split(",") if name.strip()]
 
 
 def lora_parameters(given: Mapping[str, Any], *, needed: bool = True) -> dict[str, Any]:
@@ -134,13 +163,13 @@ def lora_parameters(given: Mapping[str, Any], *, needed: bool = True) -> dict[st
             continue
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         fits = {
-            "rank": number and value >= 1 and value == int(value),
+            "rank": number and 1 <= value <= _LARGEST_RANK and value == int(value),
             "scale": number and value != 0,
             "dropout": number and 0 <= value < 1,
         }
         if not fits[key]:
             raise InputError(f"lora_parameters: {key} is {value!r}; it must be {allowed}")
-        found[key] = int(value) if key == "rank" else value
+        found[key] = int(value) if key == "rank" else as_float(value)
     keys = given.get("keys")
     if keys is not None and (not isinstance(keys, list) or not keys or not all(isinstance(key, str) for key in keys)):
         raise InputError(
@@ -168,7 +197,7 @@ def optimizer_config(given: Mapping[str, Any], optimizer: str) -> dict[str, dict
     for name, config in given.items():
         if config is not None and not isinstance(config, Mapping):
             raise InputError(f"optimizer_config: {name} is {config!r}; it must be a mapping of arguments to values")
-        checked[name] = dict(config or {})
+        checked[name] = {key: as_float(value) for key, value in (config or {}).items()}
         keywords = _keywords(name)
         for key, value in checked[name].items():
             if key not in keywords:

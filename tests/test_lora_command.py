@@ -182,6 +182,14 @@ def test_options_of_training_without_it(flag: str) -> None:
         ("steps_per_eval: .inf", "steps_per_eval is inf; it must be a whole number"),
         ("optimizer_config: 3", "optimizer_config is 3; it must be a mapping"),
         ("report_to: 3", "report_to is 3; it must be text"),
+        ("report_to: tensorboard", r"report_to \(--report-to\) is 'tensorboard'; it must be one of wandb, swanlab"),
+        ("reduce_dtype: [param]", r"reduce_dtype is \['param'\]; it must be one of float32"),
+        ("reduce_dtype: {a: 1}", "reduce_dtype is {'a': 1}; it must be one of float32"),
+        (f"val_batches: {10**20}", rf"val_batches \(--val-batches\) is {10**20}; it must be a whole number from 1 to"),
+        (
+            f"lora_parameters: {{rank: {10**20}, scale: 1.0, dropout: 0.0}}",
+            f"rank is {10**20}; it must be a whole number from 1 to 65536",
+        ),
         ("clear_cache_threshold: 4XB", "clear_cache_threshold is '4XB'; it must be a size such as 500MB or 4GB"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import types
 from pathlib import Path
@@ -350,3 +351,29 @@ def test_sets_of_hugging_face(tiny_model: Path, tokenizer, tmp_path: Path, monke
     train, _, _ = lora_data.load(job(tmp_path, hf_dataset=[described, described]), tokenizer)
     with pytest.raises(InputError, match=r"^example 7 .* of the train set: 'text' is empty"):
         train.process(train[7])
+
+
+@pytest.mark.parametrize("name", ["train", "valid", "test"])
+def test_what_is_no_file_is_named(name: str, tmp_path: Path, tokenizer) -> None:
+    """A link into nowhere is no set that is missing: training would go on without validation."""
+    for each in ("train", "valid", "test"):
+        (tmp_path / f"{each}.jsonl").write_text(text("good") + "\n")
+    file = tmp_path / f"{name}.jsonl"
+    file.unlink()
+    file.symlink_to(tmp_path / "moved.jsonl")
+    with pytest.raises(InputError, match=rf"{name}.jsonl is a link to .*moved.jsonl, which does not exist"):
+        lora_data.load(job(tmp_path, test=True), tokenizer)
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(InputError, match=rf"{name}.jsonl is no regular file; it must be a file of JSON lines"):
+        lora_data.load(job(tmp_path, test=True), tokenizer)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(InputError, match=rf"{name}.jsonl is a folder; it must be a file of JSON lines"):
+        lora_data.load(job(tmp_path, test=True), tokenizer)
+
+
+def test_a_number_too_long_for_python_is_a_line_that_cannot_be_used(tmp_path: Path, tokenizer) -> None:
+    (tmp_path / "train.jsonl").write_text(f'{text("good")}\n{{"text": "a", "id": {"1" * 5000}}}\n')
+    with pytest.raises(InputError, match=r"train.jsonl line 2 is not JSON \(Exceeds the limit"):
+        lora_data.load(job(tmp_path), tokenizer)

@@ -88,7 +88,7 @@ def test_the_ends_of_the_ranges(tmp_path: Path) -> None:
         *(
             (
                 f"lora_parameters: {{rank: {rank}, scale: 20.0, dropout: 0.0}}",
-                "rank is .*; it must be a whole number of",
+                "rank is .*; it must be a whole number from 1",
             )
             for rank in ("0", "-1", "1.5", "true", "many", ".inf", "[8]")
         ),
@@ -232,3 +232,15 @@ def test_what_is_not_used_is_said(tmp_path: Path) -> None:
 
 def test_a_restart_loop_has_one_command_line() -> None:
     assert notes(lora_options.settings(["--train", "--resume", "--resume-adapter-file", "a"])) == []
+
+
+def test_whole_numbers_beyond_64_bits_are_floats(tmp_path: Path) -> None:
+    """MLX's bindings raise "std::bad_cast" for them, in the middle of a run."""
+    large = 10**23
+    rates = f"learning_rate: {large}\nmax_grad_norm: {large}"
+    sgd = f"optimizer: sgd\noptimizer_config: {{sgd: {{momentum: {large}}}}}"
+    lora = f"lora_parameters: {{rank: 8, scale: {large}, dropout: 0.0}}"
+    (tmp_path / "job.yaml").write_text(f"{rates}\n{sgd}\n{lora}\n")
+    found = lora_options.settings(["-c", str(tmp_path / "job.yaml")])
+    values = found.learning_rate, found.max_grad_norm, found.optimizer_config["sgd"]["momentum"]
+    assert [(type(each), each) for each in (*values, found.lora_parameters["scale"])] == [(float, 1e23)] * 4

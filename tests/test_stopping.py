@@ -297,6 +297,19 @@ def test_a_checkpoint_is_saved_although_old_ones_cannot_be_removed(
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["0000004", "0000008", "0000012"]
 
 
+def test_a_damaged_checkpoint_that_is_put_aside_is_not_recommended(tiny_model: Path, tmp_path: Path, capsys) -> None:
+    train(tiny_model, tmp_path, steps_per_save=4)
+    meta = tmp_path / "checkpoints" / "0000012" / "meta.json"
+    meta.write_text("{")
+    train(tiny_model, tmp_path, steps_per_save=4, resume="auto")
+    line = next(line for line in capsys.readouterr().out.splitlines() if "an earlier run left" in line)
+    assert line.endswith("previous-1")
+    (tmp_path / "checkpoints" / "0000012" / "meta.json").write_text("{")
+    train(tiny_model, tmp_path, steps_per_save=4)  # a new run
+    line = next(line for line in capsys.readouterr().out.splitlines() if "an earlier run left" in line)
+    assert re.search(r"--resume \S*previous-2/checkpoints/0000008 goes on from there$", line)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_signals_finish_the_step_and_save(kind: int, tiny_model: Path, data: Path, tmp_path: Path) -> None:
