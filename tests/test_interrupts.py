@@ -73,6 +73,7 @@ def check(kind: str, accumulate: int, at: Callable[[int], list[int]], call: Call
 
     for each in (step, twin):
         called(each, 3, None)
+    state(twin)  # as before each of the calls below: it shows the moments, which makes a call longer
     total = bytecodes(lambda: called(twin, 3, None))
     called(step, 3, None)
     outcomes = []
