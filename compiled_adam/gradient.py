@@ -69,16 +69,13 @@ class GradientGraphs:
         return Gradients(loss, aux, dict(zip(graph.assigned(arrays), changed, strict=True)), gradients, weight)
 
     def _compile(self, signature: Hashable) -> _Graph:
-        assigned: dict[Hashable, list[int]] = {}  # by tracing: only these leave the graph, most models have none
+        # By tracing: only these leave the graph, most models have none.
+        assigned: OrderedDict[Hashable, list[int]] = OrderedDict()
 
         def gradient(arrays: list[mx.array], batch: list[mx.array]) -> Any:
             self._traces["grad"] += 1
             args, kwargs = batches.rebuild(signature, iter(batch))
             changed: list[int] = []
-            assigned.pop(_kinds(arrays), None)
-            assigned[_kinds(arrays)] = changed
-            while len(assigned) > self._max_traces + 1:  # as many traces as `Compiled` may have; the oldest goes first
-                del assigned[next(iter(assigned))]
             # Everything but the loss leaves by a list: as a further output of value_and_grad it gets a
             # stop_gradient, over which mx.compile loses outputs (IndexError) if a cast occurs in the loss as well.
             rest: list[Any] = []
@@ -110,6 +107,11 @@ class GradientGraphs:
             for i in changed:
                 if i >= self._trainable:
                     self._assigned.setdefault(self._arrays.paths[i], originals[i])
+            # Only now: a trace that ends early must not change what is known of one that another thread has made.
+            assigned[_kinds(arrays)] = changed
+            assigned.move_to_end(_kinds(arrays))
+            while len(assigned) > self._max_traces + 1:  # as many traces as `Compiled` may have; the oldest goes first
+                assigned.popitem(last=False)
             aux, after, weight = rest
             return loss, aux, after, gradients, weight
 
@@ -133,7 +135,7 @@ class GradientGraphs:
 
 class _Graph(NamedTuple):
     function: Callable[..., Any]
-    by_kinds: dict[Hashable, list[int]]  # indices of the arrays that the forward pass assigns
+    by_kinds: OrderedDict[Hashable, list[int]]  # indices of the arrays that the forward pass assigns
 
     def assigned(self, arrays: list[mx.array]) -> list[int]:
         """Those of the trace for arrays of these shapes and dtypes."""

@@ -526,6 +526,41 @@ def test_what_one_thread_makes_another_may_use_first(cls: Callable[..., Any], ho
     assert not np.array_equal(np.array(model.weight), before)
 
 
+def test_a_trace_that_ends_early_in_one_thread_leaves_that_of_another() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.count = nn.Linear(4, 1), mx.array(0.0)
+            self.freeze(recurse=False, keys=["count"])
+
+        def __call__(self, x: mx.array) -> mx.array:
+            self.count = self.count + 1
+            if failing:
+                raise RuntimeError("not now")
+            return self.layer(x)
+
+    failing, errors = False, []
+    model, x = Counting(), mx.ones((2, 4))
+    mx.eval(x)
+    step = ca.make_step(model, loss_fn, ca.AdamW(1e-2))
+    step(x)
+
+    def work() -> None:
+        try:
+            step(x)
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    failing = True
+    thread = threading.Thread(target=work)  # traces anew: MLX's traces belong to a thread
+    thread.start()
+    thread.join()
+    assert errors == ["not now"]
+    failing = False
+    step(x)
+    assert model.count.item() == 2
+
+
 def test_something_else_than_an_array_is_named() -> None:
     class Scales(nn.Module):
         def __init__(self) -> None:
