@@ -247,6 +247,14 @@ class PackedTrees:
             states.append(state)
         return parameters, (states, self._optimizer.scalars())
 
+    def settle(self) -> None:
+        """Puts the residuals of weights that somebody has replaced into the state: the next update would take them."""
+        compensated = [slot for slot, s in zip(self._parameters, self._states, strict=True) if "residual" in s]
+        if any(slot.read()[1] is not None for slot in compensated):
+            parameters, state = self.read()
+            self.write(parameters, state)
+            mx.async_eval(parameters, self.state())
+
     def state(self) -> State:
         """The state as `read` returns it."""
         states = [{name: slot.read()[0] for name, slot in slots.items()} for slots in self._states]

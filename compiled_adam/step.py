@@ -313,6 +313,7 @@ class TrainStep:
     def own_state(self) -> dict[str, dict[str, mx.array]]:
         """The `state_dict` whose window, and sharded state, is this worker's alone."""
         self._rebind_if_changed()
+        self._bound.trees.settle()
         bound = self._bound
         everything = self._everything()
         paths = (*bound.parameters.paths, *sorted(self._assigned.keys() & everything.keys()))
@@ -501,6 +502,10 @@ class TrainStep:
             warnings.warn(f"the moments of {', '.join(reshaped)} had another shape; they begin anew", stacklevel=4)
         self._init(tree, part)
         mx.eval(arrays.read(), any_optimizer.states(self._optimizer))
+        for path, (container, key) in zip(arrays.paths, arrays.places, strict=True):
+            # Those of a model that was trained before belong to a checkpoint from before the first step, too.
+            if isinstance(container, nn.BatchNorm) and key in ("running_mean", "running_var"):
+                self._assigned.setdefault(path, container[key])
         trees: Trees | PackedTrees
         # Not with other workers: sharded or not, they sum the same norm and use the same kernels, to the last bit.
         if isinstance(self._optimizer, Adam) and not self._optimizer.has_own_update and self._group is None:

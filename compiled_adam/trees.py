@@ -71,6 +71,13 @@ class Trees:
                 state[j] = residual.of_replaced(state[j], weight.own[0], parameters[i])
         return parameters, state
 
+    def settle(self) -> None:
+        """Puts the residuals of weights that somebody has replaced into the state: the next update would take them."""
+        parameters = self._parameters.read()
+        if not all(weight.are([parameters[i]]) for i, (weight, _) in self._written.items()):
+            self.write(*self.read())
+            mx.async_eval(self.state())
+
     def state(self) -> list[mx.array]:
         """All arrays of the state."""
         return self._state.read()

@@ -367,6 +367,50 @@ def test_a_replaced_weight_starts_with_residual_zero(size: int, dtype: mx.Dtype,
     assert np.array_equal(np.array(adam.state["b"]["residual"]), untouched)
 
 
+@pytest.mark.parametrize("size", [8, 40000])
+@pytest.mark.parametrize("many", [False, True])
+def test_what_is_saved_after_weights_were_replaced_goes_on_like_the_step(size: int, many: bool) -> None:
+    class Weights(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = mx.random.normal((size,), key=mx.random.key(1)).astype(mx.bfloat16)
+            self.b = mx.random.normal((size,), key=mx.random.key(2)).astype(mx.bfloat16)
+
+    def make() -> ca.TrainStep:
+        adam: optim.Optimizer = ca.AdamW(1e-4)
+        if many:
+            adam = optim.MultiOptimizer([adam, optim.SGD(0.1)], [lambda path, p: True])
+        return ca.make_step(Weights(), lambda m, x: ((m.a + m.b) * x).sum().astype(mx.float32), adam)
+
+    step, fresh = make(), make()
+    for i in range(3):
+        step(mx.array(0.5 + i))
+    step.model.a = step.model.a[::-1]
+    step.model.b[:4] = 0.25
+    fresh.load_state_dict(step.state_dict())
+    for each in (step, fresh):
+        each(mx.array(0.5))
+    expected = step.state_dict()
+    for part, arrays in fresh.state_dict().items():
+        for path, array in arrays.items():
+            assert mx.array_equal(array, expected[part][path]).item(), path
+
+
+def test_running_statistics_belong_to_a_state_from_before_the_first_step() -> None:
+    def make() -> nn.Module:
+        mx.random.seed(0)
+        return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm(3), nn.Linear(3, 1))
+
+    trained = make()
+    step = ca.make_step(trained, loss_fn, ca.AdamW(1e-2))
+    for i in range(3):
+        step(mx.random.normal((8, 4), key=mx.random.key(i)))
+    before = ca.make_step(trained, loss_fn, ca.AdamW(1e-2)).state_dict()
+    fresh = ca.make_step(make(), loss_fn, ca.AdamW(1e-2))
+    fresh.load_state_dict(before)
+    assert_same(fresh.model, trained, 0.0)
+
+
 def test_a_loaded_state_keeps_its_residuals() -> None:
     model = nn.Linear(300, 300)
     model.set_dtype(mx.bfloat16)
