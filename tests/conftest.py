@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import warnings
@@ -19,6 +20,10 @@ import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 from compiled_adam import cli  # noqa: E402
+
+# A shell that starts pytest in the background lets it ignore Ctrl-C, and so every process that a test interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples every time: a run of the tests must not depend on luck.
 settings.register_profile("fixed", derandomize=True)
