@@ -115,7 +115,7 @@ def read_arrays(file: Path) -> dict[str, mx.array]:
     if file.is_dir():
         raise InputError(f"{file} is a folder; give the file in it, such as {file / WEIGHTS}")
     if not file.exists():
-        raise InputError(f"{file} does not exist")
+        raise InputError(f"{file} does not exist; it should have the trained weights")
     if file.suffix not in (".safetensors", ".npz"):
         raise InputError(f"{file} is not a .safetensors file, which weights must be in")
     if file.suffix == ".safetensors":

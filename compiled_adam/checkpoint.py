@@ -233,6 +233,12 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
         return _checked(found, files)
 
 
+def check_exists(folder: Path) -> None:
+    """Raises ValueError, as `check_checkpoint` does, if there is no checkpoint at all; reads nothing."""
+    with _opened(folder):
+        pass
+
+
 def is_whole(folder: Path) -> bool:
     """Whether `check_checkpoint` finds nothing wrong."""
     try:
@@ -252,13 +258,13 @@ def _opened(folder: Path) -> Iterator[tuple[Path, dict[str, FileIO]]]:
             raise InputError(f"{folder} is not a checkpoint: there is no such folder") from None
         except NotADirectoryError:
             raise InputError(f"{folder} is not a checkpoint: it has no {META}") from None
+        if META not in found[1]:
+            raise InputError(f"{found[0]} is not a checkpoint: it has no {META}")
         yield found
 
 
 def _checked(folder: Path, files: Mapping[str, FileIO]) -> dict[str, Any]:
     """What `check_checkpoint` returns, of files that are open; ``folder`` is where they were found."""
-    if META not in files:
-        raise InputError(f"{folder} is not a checkpoint: it has no {META}")
     needed = (FILES["model"], FILES["optimizer"])
     with _named(folder / META):
         content = files[META].read(LARGEST + 1)

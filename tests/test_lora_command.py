@@ -273,7 +273,15 @@ def test_what_cannot_be_done_is_one_sentence(tiny_model: Path, data: Path, comma
             (*model, "--data", "lines", "--train"),
             "lines/train.jsonl line 2 is not JSON (Expecting value: line 1 column 1 (char 0)): 'not json'",
         ),
-        ((*train, "--resume-adapter-file", "none.safetensors"), "none.safetensors does not exist"),
+        (
+            (*train, "--resume-adapter-file", "none.safetensors"),
+            "resume_adapter_file (--resume-adapter-file) is 'none.safetensors', which does not exist",
+        ),
+        # Before the model is loaded, whose config would be named.
+        (
+            ("--model", "broken", "--data", str(data), "--train", "--resume", "none"),
+            "none is not a checkpoint: there is no such folder",
+        ),
         ((*train, "-c", "rank.yaml"), "lora_parameters has the key 'alpha'; the keys are rank, scale, dropout, keys"),
         ((*train, "--adapter-path", "file"), "file is a file; give a folder for the adapters"),
         ((*train, "--bucket", "0"), "bucket (--bucket) is 0.0; the ratio of the lengths must be above 1"),
