@@ -116,7 +116,9 @@ def _settings(settings: Mapping[str, Any] | None, step: TrainStep) -> dict[str, 
     """The caller's settings and the step's options, as they are read again."""
     theirs, own = as_json("settings", settings or {}), step.description()
     if both := theirs.keys() & own.keys():
-        raise InputError(f"settings has {min(both)!r}, which is the name of an option of the step; name it otherwise")
+        raise InputError(
+            f"settings has {min(both)!r}, which is the name of an option of the step; give it another name"
+        )
     return theirs | as_json("the description of the step", own)
 
 

@@ -183,7 +183,7 @@ def train(
         data: dict[str, str | None] = {}
         if (keep_checkpoints or resume is not None) and isinstance(batches, Batches):
             if workers.first and len(train_dataset) > _MANY:
-                print(f"tokenizing {len(train_dataset):,} examples, to know them again when a checkpoint is resumed")
+                print(f"tokenizing {len(train_dataset):,} examples, to notice when a resumed run has other data")
             validated = Batches(val_dataset, 1, args.max_seq_length).rows() if val_dataset else None
             data["data"] = fingerprint.of_rows(batches.rows())
             data["validation data"] = None if validated is None else fingerprint.of_rows(validated)
@@ -221,7 +221,7 @@ def train(
                     " (--iters)"
                 )
         if anew:
-            progress.line(f"there is no checkpoint in {folder / CHECKPOINTS} yet: the run begins anew")
+            progress.line(f"there is no checkpoint in {folder / CHECKPOINTS} yet: the run starts from the beginning")
 
         def prepare_folder() -> None:
             if resume is None and (log or keep_checkpoints):

@@ -91,7 +91,7 @@ def _check_files(args: types.SimpleNamespace) -> None:
     alone = join(args.worker_timeout).size() == 1  # other workers may not have the checkpoints, and all begin alike
     if alone and args.resume and args.resume_adapter_file and has_checkpoints(Path(args.adapter_path)):
         # A loop that starts a run again and again has one command line for the first time and for the others.
-        print(f"note: resume_adapter_file is not used: there is a checkpoint in {args.adapter_path} to go on from")
+        print(f"note: resume_adapter_file is not used: the run goes on from a checkpoint in {args.adapter_path}")
         args.resume_adapter_file = None
     if alone and args.train and args.resume not in (None, "auto"):
         check_exists(Path(args.resume))
@@ -109,7 +109,8 @@ def _test_set(args: types.SimpleNamespace, dataset: Any) -> CacheDataset:
     """Tokenized before a training: what is wrong with it must not show at the end of a long one."""
     if len(dataset) < args.batch_size:
         raise InputError(
-            f"the test set has {len(dataset)} examples, fewer than batch_size={args.batch_size} (--batch-size)"
+            f"the test set has {len(dataset)} examples, fewer than batch_size={args.batch_size};"
+            " give it more, or use a smaller batch_size (--batch-size)"
         )
     cached = CacheDataset(dataset)
     for index in range(len(cached)) if args.train else ():

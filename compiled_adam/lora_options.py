@@ -241,9 +241,9 @@ def parser() -> argparse.ArgumentParser:
         nargs="?",
         const="auto",
         metavar="PATH",
-        help="Go on from this checkpoint, or from the newest whole one beside the adapters (auto, or no value), as if"
-        " the run had never stopped; without a path, where no checkpoint was ever written, start anew. Default: start"
-        " anew.",
+        help="Go on from this checkpoint, as if the run had never stopped. Without PATH (or with auto): from the newest"
+        " undamaged checkpoint beside the adapters, or from the beginning if none was ever written. Default: start from"
+        " the beginning.",
     )
     loop.add_argument(
         "--allow-change",
@@ -300,8 +300,8 @@ def check_together(args: types.SimpleNamespace) -> list[str]:
             raise InputError(f"{called(name)} is empty; give a path, or leave it out")
     if args.resume not in (None, "auto") and args.resume_adapter_file:
         raise InputError(
-            "resume continues a run and resume_adapter_file begins one with old weights; give one of them, or --resume"
-            " without a path: the run then begins with these weights, unless there is a checkpoint"
+            "resume continues a run and resume_adapter_file begins one with old weights; give one of them. Or give"
+            " --resume without a path: then the weights are used if there is no checkpoint yet"
         )
     if args.allow_change and not args.resume:
         raise InputError("allow_change is about a checkpoint's settings, but there is no --resume")
@@ -318,7 +318,7 @@ def check_together(args: types.SimpleNamespace) -> list[str]:
         if loser in given:
             raise InputError(f"{called(loser)} is given beside {winner}, {meaning}; give one of them")
         if loser in args.in_file:
-            notes.append(f"{loser} is not used beside {winner}, {meaning}")
+            notes.append(f"{loser} is not used, because there is {winner}, {meaning}")
     if args.train:
         notes += _unused_by_optimizer(args)
     for what in ("model", "data"):

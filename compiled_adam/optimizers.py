@@ -241,7 +241,10 @@ class Adam(optim.Adam):
             self._group(path, parameter)
         for name in ("step", *(() if self._schedulers else ("learning_rate",))):
             if name in trainable:
-                raise InputError(f"the model has parameters at {name!r}, where MLX keeps the optimizer's; rename them")
+                raise InputError(
+                    f"the model has parameters named {name!r}, a name that the optimizer's state needs; rename the"
+                    " parameters"
+                )
             if name not in self.state:
                 raise InputError(f"the optimizer's state has no {name!r}; assign a complete one")
         self.state.setdefault("learning_rate", mx.array(0.0))  # of a schedule, which overwrites it

@@ -403,7 +403,7 @@ class TrainStep:
         if len(everything) < len(paths):
             twice = next(path for path, count in Counter(paths).items() if count > 1)
             raise InputError(
-                f"the model has two arrays whose path is {twice!r}, which no state can tell apart; rename one"
+                f"the model has two arrays whose path is {twice!r}, which no state can tell apart; rename one of them"
             )
         return everything
 
@@ -582,8 +582,8 @@ def _evaluate(*trees: Any) -> None:
         if "transformation" not in str(error):
             raise
         raise _Traced(
-            "a train step was called inside mx.compile, or another transformation of MLX; it is compiled itself: call"
-            " it outside. The model is as it was after the last step"
+            "a train step was called inside mx.compile, or another transformation of MLX; call it outside, because it"
+            " is compiled itself. The model is as it was after the last step"
         ) from error
 
 
