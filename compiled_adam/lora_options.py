@@ -192,7 +192,7 @@ def parser() -> argparse.ArgumentParser:
         "--skip-nonfinite", **switch, help="Skip updates whose gradients are infinite or not a number. Default: on."
     )
     ours.add_argument("--moments", choices=POLICIES, help="How the moments are stored. Default: float32.")
-    ours.add_argument("--weight-decay", type=float, help="Of adamw. Default: 0.01.")
+    ours.add_argument("--weight-decay", type=float, help="Weight decay for adamw. Default: 0.01.")
     ours.add_argument(
         "--bias-correction", **switch, help="Adam's bias correction. Default: on, unlike mlx_lm.lora, where it is off."
     )
@@ -203,7 +203,9 @@ def parser() -> argparse.ArgumentParser:
     )
     loop = made.add_argument_group("training, also as YAML keys")
     loop.add_argument(
-        "--max-traces", type=int, help="How many batch shapes stay compiled; the least recently used goes. Default: 64."
+        "--max-traces",
+        type=int,
+        help="How many batch shapes stay compiled; the least recently used is dropped. Default: 64.",
     )
     loop.add_argument(
         "--bucket",
@@ -260,20 +262,22 @@ def parser() -> argparse.ArgumentParser:
     workers.add_argument(
         "--reduce-dtype",
         choices=DTYPES,
-        help="What gradients are communicated in: param, the parameters', halves it for half-precision weights."
+        help="The dtype in which gradients are communicated; param, the parameters' dtype, halves the bytes for"
+        " half-precision weights."
         " Default: float32.",
     )
     workers.add_argument(
         "--shard-state",
         **switch,
-        help="Spread the optimizer's state over the workers: each keeps that of its part of the parameters. The same"
-        " results in less memory; new weights are communicated, too. Default: off.",
+        help="Spread the optimizer's state over the workers: each keeps the state of its part of the parameters. The"
+        " results are the same, in less memory, but new weights are communicated, too. Default: off.",
     )
     workers.add_argument(
         "--worker-timeout",
         type=float,
         metavar="SECONDS",
-        help="Stop when the other workers are silent for so long, or for five of the longest steps if that is more."
+        help="Stop when the other workers are silent for so many seconds, or for five of the longest steps if that is"
+        " more."
         " Default: 60.",
     )
     return made
