@@ -19,7 +19,7 @@ from .model_files import check_safetensors
 from .trainable import add_adapters
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
-_PEFT = "; it has the names of Hugging Face's PEFT, whose adapters mlx-lm cannot read"
+_PEFT = "; the file has the names of Hugging Face's PEFT, and mlx-lm cannot read PEFT adapters"
 _ADAPTERS = ("lora_a", "lora_b", "m")  # the last parts of the names of what is trained in LoRA and DoRA
 
 
@@ -82,8 +82,8 @@ def load_adapters(model: nn.Module, folder: str | Path) -> str:
     if left := sorted(set(read_arrays(file)) - set(adapters)):
         # mlx-lm refuses them, too: with other layers than the configuration says a test would be of something else.
         raise InputError(
-            f"{file} has {len(left)} arrays that the model has not: {_some(left)}; adapters here are {_some(adapters)}"
-            f"{_peft(left)}"
+            f"{file} has {len(left)} arrays that the model does not have: {_some(left)}; the model has"
+            f" {_some(adapters)}{_peft(left)}"
         )
     return load_weights(model, file, wanted=adapters, allowed=adapters)
 
@@ -96,15 +96,18 @@ def other_scale(file: str | Path, parameters: Mapping[str, Any] | None) -> str |
         return None  # weights need no configuration
     if kind == "full" or not parameters or its["scale"] == parameters["scale"]:
         return None
-    return f"{file} was trained with scale {its['scale']:g}, and this run has {parameters['scale']:g} (lora_parameters)"
+    return (
+        f"{file} was trained with scale {its['scale']:g}, and this run has scale {parameters['scale']:g}"
+        " (lora_parameters)"
+    )
 
 
 def check_folder(folder: str | Path) -> None:
     """Raises ValueError for what can be seen to be wrong with a folder of adapters without a model."""
     if not Path(folder).is_dir():
         raise InputError(
-            f"adapter_path (--adapter-path) is {str(folder)!r}, which is not a folder; an empty one ('') tests the"
-            " model alone"
+            f"adapter_path (--adapter-path) is {str(folder)!r}, which is not a folder; give the folder of a run,"
+            " or '' to test the model without adapters"
         )
     _read_config(Path(folder) / CONFIG)
     read_arrays(Path(folder) / WEIGHTS)
@@ -115,9 +118,9 @@ def read_arrays(file: Path) -> dict[str, mx.array]:
     if file.is_dir():
         raise InputError(f"{file} is a folder; give the file in it, such as {file / WEIGHTS}")
     if not file.exists():
-        raise InputError(f"{file} does not exist")
+        raise InputError(f"{file} does not exist; it should have the trained weights")
     if file.suffix not in (".safetensors", ".npz"):
-        raise InputError(f"{file} is not a .safetensors file, which weights must be in")
+        raise InputError(f"{file} is not a .safetensors file; give weights in this format")
     if file.suffix == ".safetensors":
         check_safetensors(file)
     try:
@@ -125,7 +128,7 @@ def read_arrays(file: Path) -> dict[str, mx.array]:
     except (RuntimeError, ValueError) as error:
         raise InputError(f"{file} cannot be read: {error}") from None
     if not isinstance(arrays, dict) or not arrays:
-        raise InputError(f"{file} has no arrays")
+        raise InputError(f"{file} has no arrays; give a file of weights")
     return arrays
 
 
@@ -134,14 +137,14 @@ def _read_config(file: Path) -> tuple[str, int, dict[str, Any]]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{file} does not exist; it says how the adapters beside it were made") from None
+        raise InputError(f"{file} does not exist; it has the rank and layers of the adapters beside it") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is damaged: {error}") from None
     if not isinstance(config, Mapping):
         raise InputError(f"{file} is damaged: it is not a mapping")
     kind = config.get("fine_tune_type", "lora")
     if "peft_type" in config:
-        raise InputError(f"{file} is of Hugging Face's PEFT, whose adapters mlx-lm cannot read")
+        raise InputError(f"{file} is of Hugging Face's PEFT; mlx-lm cannot read PEFT adapters")
     if kind not in ("lora", "dora", "full"):
         raise InputError(f"{file}: fine_tune_type is {kind!r}; it must be one of lora, dora, full")
     if kind == "full":

@@ -55,16 +55,17 @@ def save_checkpoint(
         folder: the checkpoint; an older one of this name is replaced, other folders are refused.
         step: what `make_step` made. Its model's trainable parameters and whatever else the forward pass assigns, its
             optimizer's state, a partly filled window and MLX's random state are stored.
-        extra: what the caller needs to continue (data position, best loss, ...), as JSON can hold it: keys become text,
-            tuples lists, and what is infinite or not a number stays that. Default None.
+        extra: what the caller needs to continue (data position, best loss, ...). It is stored as JSON: keys become
+            text, and tuples become lists. Numbers may be infinite or NaN. Default None.
         settings: options of the caller that results depend on, by name; `load_checkpoint` compares them. Default None.
 
-    Several processes or threads may save to one folder: each checkpoint is whole, and the last one stays.
+    Several processes or threads may save to the same folder: each checkpoint is whole, and the last one stays.
 
     Raises:
         OSError: it could not be written (disk full, no permission); an older checkpoint is still there then.
-        ValueError: the folder has something else, or weights are infinite or not a number; ``extra`` or ``settings``
-            refer to themselves, are nested too deep or too large, have two keys of one text, or the name of an option.
+        ValueError: the folder has something other than a checkpoint; weights are infinite or not a number; ``extra``
+            or ``settings`` refer to themselves, are nested too deep or too large, or have two keys that become the same
+            text; a setting has the name of an option of the step.
         TypeError: ``extra`` or ``settings`` cannot be stored as JSON.
     """
     state = step.state_dict(everywhere=False)  # something that all workers take part in
@@ -116,7 +117,9 @@ def _settings(settings: Mapping[str, Any] | None, step: TrainStep) -> dict[str, 
     """The caller's settings and the step's options, as they are read again."""
     theirs, own = as_json("settings", settings or {}), step.description()
     if both := theirs.keys() & own.keys():
-        raise InputError(f"settings has {min(both)!r}, which is the name of an option of the step; name it otherwise")
+        raise InputError(
+            f"settings has {min(both)!r}, which is the name of an option of the step; give it another name"
+        )
     return theirs | as_json("the description of the step", own)
 
 
@@ -150,7 +153,7 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Continues ``step`` from a checkpoint; returns the ``extra`` it was saved with.
 
-    Another process may replace the folder meanwhile: what is read is the old checkpoint or the new one.
+    Another process may replace the folder at the same time: the old checkpoint or the new one is read, never a mixture.
 
     If the step has a ``group``, all workers call this, and all read; if one cannot, none continues.
 
@@ -158,8 +161,8 @@ def load_checkpoint(
         folder: the checkpoint.
         step: a fresh step of the same model, loss and optimizer.
         settings: as for `save_checkpoint`.
-        allow: names of settings that may differ; what ``step`` has now is used then. Also the learning rate's:
-            without it, a checkpoint's and a step's must be the same. Default: none.
+        allow: names of settings that may differ; the value that ``step`` has is used then. The learning rate is one of
+            them: unless it is allowed, checkpoint and step must have the same. Default: none.
         warn: gets a sentence about other package versions, or another device. Default ``warnings.warn``.
 
     Raises:
@@ -233,6 +236,12 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
         return _checked(found, files)
 
 
+def check_exists(folder: Path) -> None:
+    """Raises ValueError, as `check_checkpoint` does, if there is no checkpoint at all; reads nothing."""
+    with _opened(folder):
+        pass
+
+
 def is_whole(folder: Path) -> bool:
     """Whether `check_checkpoint` finds nothing wrong."""
     try:
@@ -252,13 +261,13 @@ def _opened(folder: Path) -> Iterator[tuple[Path, dict[str, FileIO]]]:
             raise InputError(f"{folder} is not a checkpoint: there is no such folder") from None
         except NotADirectoryError:
             raise InputError(f"{folder} is not a checkpoint: it has no {META}") from None
+        if META not in found[1]:
+            raise InputError(f"{found[0]} is not a checkpoint: it has no {META}")
         yield found
 
 
 def _checked(folder: Path, files: Mapping[str, FileIO]) -> dict[str, Any]:
     """What `check_checkpoint` returns, of files that are open; ``folder`` is where they were found."""
-    if META not in files:
-        raise InputError(f"{folder} is not a checkpoint: it has no {META}")
     needed = (FILES["model"], FILES["optimizer"])
     with _named(folder / META):
         content = files[META].read(LARGEST + 1)
@@ -287,12 +296,13 @@ def _named(file: Path) -> Iterator[None]:
 
 
 def latest_checkpoint(folder: str | Path, *, warn: Callable[[str], None] = _warn) -> Path:
-    """The newest checkpoint in ``folder`` that is whole; names of checkpoints are numbers. Damaged ones are warned of.
+    """The newest checkpoint in ``folder`` that is not damaged. Names of checkpoints are numbers.
 
-    One whose replacement was killed counts, too: the folder is found by `load_checkpoint`, if not under its name.
+    ``warn`` gets a sentence about each damaged checkpoint. If a process was killed while it replaced a checkpoint, that
+    checkpoint may be under another name in the folder. It is found as well, here and by `load_checkpoint`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the folder has no checkpoint that is not damaged.
     """
     folder = Path(folder)
     found = numbered(folder)

@@ -129,7 +129,9 @@ def held(path: Path) -> Iterator[bool]:
         finally:
             descriptor.unlock()
         if time.monotonic() > end:
-            raise TimeoutError(f"{path} is held by another process for more than {PATIENCE:.0f} s; try again later")
+            raise TimeoutError(
+                f"{path} has been in use by another process for more than {PATIENCE:.0f} s; try again later"
+            )
         if free is False:
             time.sleep(1e-3)
 

@@ -85,9 +85,21 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     path = _target(path)
     with claimed(path, Path.mkdir) as temporary:
-        yield temporary
-        flush(temporary)
+        with _naming(path, temporary):
+            yield temporary
+            flush(temporary)
         _put(temporary, path)
+
+
+@contextmanager
+def _naming(path: Path, temporary: Path) -> Iterator[None]:
+    """An error while ``temporary`` is written names ``path``: the hidden name is gone when a user looks for it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # from `save_arrays`
+            raise OSError(str(error).replace(str(temporary), str(path))) from error
+        raise OSError(error.errno, f"{path} could not be written: {error.strerror}") from error
 
 
 def _target(path: Path) -> Path:
@@ -269,7 +281,8 @@ def replace_arrays(file: Path, arrays: dict[str, mx.array]) -> None:
     """`save_arrays` to a file that readers see old or new, never in between; a link to one stays a link."""
     file = Path(os.path.realpath(file))
     with claimed(file, partial(Path.touch, exist_ok=False)) as temporary:
-        save_arrays(temporary, arrays)
+        with _naming(file, temporary):
+            save_arrays(temporary, arrays)
         temporary.replace(file)
         flush(file.parent)
 

@@ -27,8 +27,8 @@ from .workers import Group, is_lost
 # Set by mlx.launch for each of its backends, and by mpirun.
 LAUNCHERS = ("MLX_RANK", "MLX_HOSTFILE", "OMPI_COMM_WORLD_SIZE")
 CHECK = (
-    "check that every rank was started, and once, that each address in the host file is one of its machine, that its"
-    " port is free, and that the machines reach each other"
+    "check that every rank was started exactly once, that each address in the host file belongs to the machine of its"
+    " rank, that its port is free, and that the machines reach each other"
 )
 # The other process: silent if its input has a byte (all are there) or ends too soon (the worker ended by itself).
 _SPEAKER = """
@@ -109,7 +109,7 @@ def _check_size(group: Group, place: ring.Place | None) -> None:
     raise InputError(
         f"{_name(place)} was started as one of {wanted or 'several'} workers, but MLX has found {group.size()}; start"
         " them with mlx.launch and a --backend that this installation of MLX has (`compiled-adam doctor` says which),"
-        f" or a single one without {', '.join(name for name in LAUNCHERS if name in os.environ)}"
+        f" or start a single one without {', '.join(name for name in LAUNCHERS if name in os.environ)}"
     )
 
 

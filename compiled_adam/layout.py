@@ -212,7 +212,7 @@ def trainable_places(model: nn.Module) -> tuple[list[tuple[str, Any, Any]], Any]
             )
         if (id(container), key) not in seen:  # else: tied, the same container under another path
             if path in paths:
-                raise InputError(f"two parameters have the path {path!r}; rename one, so that their states have places")
+                raise InputError(f"two parameters have the path {path!r}; rename one of them")
             paths.add(path)
             seen[id(container), key] = len(places)
             places.append((path, container, key))

@@ -40,7 +40,7 @@ def geometric(ratio: float) -> Padding:
     """
     if isinstance(ratio, bool) or not isinstance(ratio, numbers.Real) or not 1.01 <= ratio <= 1000:
         raise InputError(
-            f"bucket (--bucket) is {ratio!r}; the ratio of the lengths must be above 1, such as 1.25 (1.01 to 1000)"
+            f"bucket (--bucket) is {ratio!r}; the ratio of the lengths must be from 1.01 to 1000, such as 1.25"
         )
 
     def padded(length: int) -> int:
@@ -143,8 +143,9 @@ class Batches:
         # Positions of version 0.1 do not say how many batches there were.
         other = found.next > count or found.batches not in (None, count)
         if found.epoch_start is not None and other:
+            before = "more" if found.batches is None else found.batches
             warnings.warn(
-                f"the checkpoint is at batch {found.next} of {found.batches or 'more'} of an epoch, which has {count}"
+                f"the checkpoint is at batch {found.next} of an epoch of {before} batches, and an epoch has {count}"
                 " now: a new epoch begins",
                 stacklevel=2,
             )
@@ -214,12 +215,12 @@ class _Position(NamedTuple):
     @classmethod
     def of(cls, position: Any) -> _Position:
         if not isinstance(position, Mapping):
-            raise InputError(f"the position in the data is {str(position)[:60]!r}, not what a checkpoint has")
+            raise InputError(f"the position in the data is {str(position)[:60]!r}; it must be a mapping")
         start, batches = position.get("epoch_start"), position.get("batches")
         found = cls(start, position.get("next", 0), position.get("random"), batches)
         counts = (found.next,) if batches is None else (found.next, batches)
         if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in counts):
-            raise InputError(f"the position in the data is batch {found.next!r} of {batches!r}, which is none")
+            raise InputError(f"the position in the data is batch {found.next!r} of {batches!r}; no such batch exists")
         if start is None and found.next:
             raise InputError(f"the position in the data is batch {found.next} of an epoch that has not begun")
         for state in (found.random, *(() if start is None else (start,))):

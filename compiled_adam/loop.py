@@ -164,7 +164,7 @@ class TrainingLoop:
         # Other workers are somewhere else, and cannot take part in saving.
         problems = [] if self.workers.many else self._save_all()[0]
         changed = (
-            """; with data that were repaired, it needs allow=["data"] or --allow-change data, too"""
+            """; after a change of the data it also needs allow=["data"] or --allow-change data"""
             if isinstance(error, InputError) and self.resumable
             else ""
         )

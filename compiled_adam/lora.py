@@ -73,9 +73,9 @@ def train(
     Ctrl-C or SIGTERM the step is finished and everything saved.
 
     Under ``mlx.launch`` each worker takes its part of every batch of ``batch_size``, and all together are one run, the
-    same as a single process's. The first one prints, logs and saves; a checkpoint is read there too, and continues with
-    any number of workers. All have the same random state, so dropout masks are alike where shapes are. Callbacks are
-    called at every worker.
+    same as a single process's. The first worker prints, logs, saves, and reads the checkpoint of a resumed run, which
+    any number of workers can continue. All workers have the same random state, so their dropout masks are the same
+    where shapes are the same. Callbacks are called at every worker.
 
     Args:
         model: an mlx-lm model whose adapter or unfrozen parameters are trained.
@@ -84,9 +84,10 @@ def train(
         val_dataset: the same for validation at the first, the last and every ``steps_per_eval``-th iteration.
         args: ``mlx_lm.tuner.trainer.TrainingArgs``; None means its defaults.
         loss: ``loss(model, *batch)`` returns the mean loss over tokens and the number of tokens. A batch of 0 tokens
-            counts for nothing. Default: `losses.next_token`; mlx-lm's `default_loss` also trains one token of padding.
-        iterate_batches: makes the batches, called as mlx-lm calls it; for each worker as many. Default:
-            `Batches`, which has mlx-lm's order.
+            adds nothing to the gradient. Default: `losses.next_token`; mlx-lm's `default_loss` also trains one token of
+            padding.
+        iterate_batches: makes the batches, called as mlx-lm calls it; every worker must get the same number of them.
+            Default: `Batches`, which has mlx-lm's order.
         training_callback: gets ``on_train_loss_report(info)`` and ``on_val_loss_report(info)``.
 
         max_traces: how many batch shapes stay compiled, as in `make_step`. Default 64.
@@ -97,24 +98,24 @@ def train(
         save_best: whether to keep the weights with the lowest validation loss in ``best``. Default False.
         early_stop_patience: end after so many validations in a row without a new lowest loss. Default None: never.
         nonfinite_limit: end after so many steps in a row whose loss or gradient is not finite. Default None: never.
-        resume: a checkpoint's folder; or "auto" for the newest whole one in ``checkpoints``, where the run begins anew,
-            and says so, if none was ever written. Default None.
-        settings: names and values that results depend on and a resumed run must share. Default None. With checkpoints
-            they have ``data`` and ``validation data``, too: digests of all tokenized examples, so that all are
-            tokenized before the first step.
+        resume: a checkpoint's folder, or "auto" for the newest undamaged checkpoint in ``checkpoints``. With "auto" the
+            run starts from the beginning, and says so, if no checkpoint was ever written there. Default None.
+        settings: names and values that results depend on and a resumed run must share. Default None. If checkpoints
+            are written or read, ``data`` and ``validation data`` are added: digests of all tokenized examples. For
+            that, all examples are tokenized before the first step.
         allow: names of settings that may differ from the checkpoint's, as in `load_checkpoint`.
-        adapter_config: what mlx-lm needs to load the adapters, for ``adapter_config.json`` beside them; written when
-            nothing stands in the way of the training any more. Default None: not written.
+        adapter_config: what mlx-lm needs to load the adapters, for ``adapter_config.json`` beside them. It is written
+            after all checks, just before the training. Default None: not written.
         reduce_dtype: what gradients are communicated in between workers, as in `make_step`. Default "float32".
         shard_state: whether the optimizer's state is spread over the workers, as in `make_step`. Default False.
         worker_timeout: seconds without an answer after which a worker that waits for the others ends its process, with
             a message and exit code 1; more if steps are long, see `Watchdog`. (One that died is noticed at once.)
 
     Raises:
-        ValueError: unusable arguments, as in `make_step`; a checkpoint that does not exist or fit, or whose folder has
-            none that is whole; workers that were not started alike.
-        TrainingStopped: out of memory, ``nonfinite_limit`` was reached, another worker ended, or the last save failed;
-            the message says what was saved. An error of another kind is raised as it is, after a line about that.
+        ValueError: unusable arguments, as in `make_step`; a checkpoint that does not exist, is damaged or does not fit;
+            workers that were started with different options.
+        TrainingStopped: out of memory, ``nonfinite_limit`` was reached, another worker ended, or the last save failed.
+            The message says what was saved. Other errors are raised as they are, after a line that says what was saved.
         KeyboardInterrupt, SystemExit(143): after Ctrl-C or SIGTERM, when everything is saved.
         OSError: another process is training in the folder of the adapters.
     """
@@ -183,7 +184,7 @@ def train(
         data: dict[str, str | None] = {}
         if (keep_checkpoints or resume is not None) and isinstance(batches, Batches):
             if workers.first and len(train_dataset) > _MANY:
-                print(f"tokenizing {len(train_dataset):,} examples, to know them again when a checkpoint is resumed")
+                print(f"tokenizing {len(train_dataset):,} examples, to notice when a resumed run has other data")
             validated = Batches(val_dataset, 1, args.max_seq_length).rows() if val_dataset else None
             data["data"] = fingerprint.of_rows(batches.rows())
             data["validation data"] = None if validated is None else fingerprint.of_rows(validated)
@@ -221,7 +222,7 @@ def train(
                     " (--iters)"
                 )
         if anew:
-            progress.line(f"there is no checkpoint in {folder / CHECKPOINTS} yet: the run begins anew")
+            progress.line(f"there is no checkpoint in {folder / CHECKPOINTS} yet: the run starts from the beginning")
 
         def prepare_folder() -> None:
             if resume is None and (log or keep_checkpoints):

@@ -22,7 +22,8 @@ from mlx_lm.tuner.trainer import TrainingArgs
 from mlx_lm.tuner.utils import print_trainable_parameters
 
 from . import fingerprint, loader, lora_data, losses, model_files, schedulers
-from .adapter_files import check_folder, load_adapters, load_weights, other_scale, read_arrays
+from .adapter_files import WEIGHTS, check_folder, load_adapters, load_weights, other_scale, read_arrays
+from .checkpoint import check_exists
 from .errors import InputError
 from .evaluation import mean_loss, no_targets
 from .groups import decay_matrices
@@ -84,23 +85,32 @@ def run(args: types.SimpleNamespace) -> None:
 
 
 def _check_files(args: types.SimpleNamespace) -> None:
-    """Raises ValueError for weights that cannot be read; leaves out those that a checkpoint stands for."""
+    """Raises ValueError for files that are not there or cannot be read; leaves out weights that a checkpoint has."""
     if not args.train and args.adapter_path:
         check_folder(args.adapter_path)
     alone = join(args.worker_timeout).size() == 1  # other workers may not have the checkpoints, and all begin alike
     if alone and args.resume and args.resume_adapter_file and has_checkpoints(Path(args.adapter_path)):
         # A loop that starts a run again and again has one command line for the first time and for the others.
-        print(f"note: resume_adapter_file is not used: there is a checkpoint in {args.adapter_path} to go on from")
+        print(f"note: resume_adapter_file is not used: the run goes on from a checkpoint in {args.adapter_path}")
         args.resume_adapter_file = None
+    if alone and args.train and args.resume not in (None, "auto"):
+        check_exists(Path(args.resume))
     if args.train and args.resume_adapter_file is not None:
-        read_arrays(Path(args.resume_adapter_file))
+        file = Path(args.resume_adapter_file)
+        if not file.exists():
+            raise InputError(
+                f"{called('resume_adapter_file')} is {str(file)!r}, which does not exist; give a file of weights, such"
+                f" as {WEIGHTS} in the folder of an earlier run"
+            )
+        read_arrays(file)
 
 
 def _test_set(args: types.SimpleNamespace, dataset: Any) -> CacheDataset:
     """Tokenized before a training: what is wrong with it must not show at the end of a long one."""
     if len(dataset) < args.batch_size:
         raise InputError(
-            f"the test set has {len(dataset)} examples, fewer than batch_size={args.batch_size} (--batch-size)"
+            f"the test set has {len(dataset)} examples, fewer than batch_size={args.batch_size};"
+            " give it more, or use a smaller batch_size (--batch-size)"
         )
     cached = CacheDataset(dataset)
     for index in range(len(cached)) if args.train else ():

@@ -29,7 +29,7 @@ def load(args: types.SimpleNamespace, tokenizer: Any) -> tuple[Any, Any, Any]:
         found = _from_hub(args, tokenizer, needed)
     elif folder.exists():
         if not folder.is_dir():
-            raise InputError(f"data is {args.data!r}, a file; give the folder that has it as train.jsonl")
+            raise InputError(f"data is {args.data!r}, which is a file; give the folder of train.jsonl")
         found = {name: read(folder / f"{name}.jsonl", tokenizer, args) for name in needed}
     else:
         print(f"Loading Hugging Face dataset {args.data}.")
@@ -90,7 +90,9 @@ def _parsed(line: bytes, place: str) -> Any:
             json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             half = error.object[error.start]
-            raise InputError(f"{place} has half of a character ({half!a}), which no tokenizer takes") from None
+            raise InputError(
+                f"{place} has half of a character ({half!a}), which cannot be tokenized; remove it"
+            ) from None
     return row
 
 
@@ -107,7 +109,9 @@ def _format(rows: Any, tokenizer: Any, config: Any, place: str) -> Any:
             f" or {prompt!r} and {completion!r}. Rename them, or name yours in YAML, as in text_feature: ..."
         )
     if getattr(config, "mask_prompt", False) and not ((prompt in first and completion in first) or chat in first):
-        raise InputError(f"{place} is a text, which has no prompt that mask_prompt (--mask-prompt) could mask")
+        raise InputError(
+            f"{place} has only a text; mask_prompt (--mask-prompt) needs a prompt and a completion, or messages"
+        )
     return create_dataset(rows, tokenizer, config)
 
 

@@ -192,7 +192,7 @@ def parser() -> argparse.ArgumentParser:
         "--skip-nonfinite", **switch, help="Skip updates whose gradients are infinite or not a number. Default: on."
     )
     ours.add_argument("--moments", choices=POLICIES, help="How the moments are stored. Default: float32.")
-    ours.add_argument("--weight-decay", type=float, help="Of adamw. Default: 0.01.")
+    ours.add_argument("--weight-decay", type=float, help="Weight decay for adamw. Default: 0.01.")
     ours.add_argument(
         "--bias-correction", **switch, help="Adam's bias correction. Default: on, unlike mlx_lm.lora, where it is off."
     )
@@ -203,7 +203,9 @@ def parser() -> argparse.ArgumentParser:
     )
     loop = made.add_argument_group("training, also as YAML keys")
     loop.add_argument(
-        "--max-traces", type=int, help="How many batch shapes stay compiled; the least recently used goes. Default: 64."
+        "--max-traces",
+        type=int,
+        help="How many batch shapes stay compiled; the least recently used is dropped. Default: 64.",
     )
     loop.add_argument(
         "--bucket",
@@ -241,9 +243,9 @@ def parser() -> argparse.ArgumentParser:
         nargs="?",
         const="auto",
         metavar="PATH",
-        help="Go on from this checkpoint, or from the newest whole one beside the adapters (auto, or no value), as if"
-        " the run had never stopped; without a path, where no checkpoint was ever written, start anew. Default: start"
-        " anew.",
+        help="Go on from this checkpoint, as if the run had never stopped. Without PATH (or with auto): from the newest"
+        " undamaged checkpoint beside the adapters, or from the beginning if none was ever written. Default: start from"
+        " the beginning.",
     )
     loop.add_argument(
         "--allow-change",
@@ -260,20 +262,22 @@ def parser() -> argparse.ArgumentParser:
     workers.add_argument(
         "--reduce-dtype",
         choices=DTYPES,
-        help="What gradients are communicated in: param, the parameters', halves it for half-precision weights."
+        help="The dtype in which gradients are communicated; param, the parameters' dtype, halves the bytes for"
+        " half-precision weights."
         " Default: float32.",
     )
     workers.add_argument(
         "--shard-state",
         **switch,
-        help="Spread the optimizer's state over the workers: each keeps that of its part of the parameters. The same"
-        " results in less memory; new weights are communicated, too. Default: off.",
+        help="Spread the optimizer's state over the workers: each keeps the state of its part of the parameters. The"
+        " results are the same, in less memory, but new weights are communicated, too. Default: off.",
     )
     workers.add_argument(
         "--worker-timeout",
         type=float,
         metavar="SECONDS",
-        help="Stop when the other workers are silent for so long, or for five of the longest steps if that is more."
+        help="Stop when the other workers are silent for so many seconds, or for five of the longest steps if that is"
+        " more."
         " Default: 60.",
     )
     return made
@@ -300,8 +304,8 @@ def check_together(args: types.SimpleNamespace) -> list[str]:
             raise InputError(f"{called(name)} is empty; give a path, or leave it out")
     if args.resume not in (None, "auto") and args.resume_adapter_file:
         raise InputError(
-            "resume continues a run and resume_adapter_file begins one with old weights; give one of them, or --resume"
-            " without a path: the run then begins with these weights, unless there is a checkpoint"
+            "resume continues a run and resume_adapter_file begins one with old weights; give one of them. Or give"
+            " --resume without a path: then the weights are used if there is no checkpoint yet"
         )
     if args.allow_change and not args.resume:
         raise InputError("allow_change is about a checkpoint's settings, but there is no --resume")
@@ -318,7 +322,7 @@ def check_together(args: types.SimpleNamespace) -> list[str]:
         if loser in given:
             raise InputError(f"{called(loser)} is given beside {winner}, {meaning}; give one of them")
         if loser in args.in_file:
-            notes.append(f"{loser} is not used beside {winner}, {meaning}")
+            notes.append(f"{loser} is not used, because there is {winner}, {meaning}")
     if args.train:
         notes += _unused_by_optimizer(args)
     for what in ("model", "data"):

@@ -202,7 +202,9 @@ def optimizer_config(given: Mapping[str, Any], optimizer: str) -> dict[str, dict
         for key, value in checked[name].items():
             if key not in keywords:
                 hint = "; the learning rate is an option of its own" if key == "learning_rate" else ""
-                raise InputError(f"optimizer_config of {name}: no key is {key!r}; they are {', '.join(keywords)}{hint}")
+                raise InputError(
+                    f"optimizer_config of {name} has the key {key!r}; the keys are {', '.join(keywords)}{hint}"
+                )
             if name not in ("adam", "adamw"):  # ours check their own
                 _check_like(f"optimizer_config of {name}: {key}", value, keywords[key])
         try:

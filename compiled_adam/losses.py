@@ -9,19 +9,20 @@ import mlx.nn as nn
 
 
 def next_token(model: Any, tokens: mx.array, lengths: mx.array) -> tuple[mx.array, mx.array]:
-    """The mean cross entropy of each token from ``offset`` to the end of its example, given those before it.
+    """The mean cross entropy of the tokens of each example from ``offset`` on, given the tokens before them.
 
-    ``-sum log softmax(logits)[target] / targets`` in float32. Called as ``mlx_lm.tuner.trainer.default_loss``, from
-    which it differs in one thing: that one also trains the first token of the padding after each example.
+    ``-sum log softmax(logits)[target] / targets`` in float32. It is called like ``mlx_lm.tuner.trainer.default_loss``.
+    The only difference: mlx-lm's loss also trains the first token of the padding after each example.
 
     Args:
         model: ``model(tokens)`` returns logits of shape (batch, length, vocabulary).
         tokens: int32, (batch, length), padded at the end with anything.
-        lengths: int32, (batch, 2): for each example ``offset`` and ``end``. Its targets are the tokens at ``offset``,
-            ..., ``end - 1``, but for the one at 0, which nothing comes before; none if ``offset`` is ``end`` or more.
+        lengths: int32, (batch, 2): for each example ``offset`` and ``end``. The targets are the tokens at ``offset``,
+            ..., ``end - 1``, without the token at 0, because no token comes before it. There is no target if ``offset``
+            is at least ``end``.
 
     Returns:
-        The loss and the number of targets, 0-d. Without any target both are 0, and so is the gradient.
+        The loss and the number of targets, 0-d arrays. Without any target both are 0, and the gradient is 0.
 
     >>> uniform = lambda tokens: mx.zeros((*tokens.shape, 8))
     >>> loss, targets = next_token(uniform, mx.array([[5, 6, 7, 0, 0]]), mx.array([[0, 3]]))

@@ -66,7 +66,7 @@ def parsed(file: Path, content: bytes, names: Sequence[str], needed: Sequence[st
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is damaged: {error}") from None
     if not isinstance(meta, dict) or text != _seal(text.rpartition(_SEAL)[0]):
-        raise InputError(f"{file} is damaged: it is not what was written")
+        raise InputError(f"{file} is damaged: it was changed after it was written")
     version: Any = meta.get("format")
     if _is_count(version) and version > FORMAT:
         raise InputError(f"{file} has format {version}; this version reads {FORMAT}, so update compiled_adam")
@@ -85,7 +85,9 @@ def parsed(file: Path, content: bytes, names: Sequence[str], needed: Sequence[st
         raise InputError(f"{file} does not name {min(missing)}")
     for name, record in files.items():
         if not _is_record(record):
-            raise InputError(f"{file} is not one that compiled_adam wrote: what it records of {name} is no record")
+            raise InputError(
+                f"{file} is not one that compiled_adam wrote: the size or SHA-256 of {name} is missing or wrong"
+            )
     return meta
 
 

@@ -54,7 +54,9 @@ def check(folder: Path, trust_remote_code: bool = False) -> None:
                 " --trust-remote-code"
             )
     elif not _is_known(kind):
-        raise InputError(f"{folder / 'config.json'} has the model_type {kind!r}, which this mlx-lm does not have")
+        raise InputError(
+            f"{folder / 'config.json'} has the model_type {kind!r}, which this mlx-lm does not have; update mlx-lm"
+        )
     model_config.check(config)
     files = sorted(folder.glob("model*.safetensors"))
     index = folder / "model.safetensors.index.json"
@@ -62,7 +64,7 @@ def check(folder: Path, trust_remote_code: bool = False) -> None:
         parts = _json(index).get("weight_map", {})
         for name in sorted(set(parts.values())) if isinstance(parts, dict) else []:
             if not (folder / name).exists():
-                raise InputError(f"{folder / name} is missing, which {index} has weights in; download the model again")
+                raise InputError(f"{folder / name} is missing, but {index} lists it; download the model again")
     if not files:
         raise InputError(f"No safetensors found in {folder}: a model has its weights in model*.safetensors")
     for file in files:
@@ -106,6 +108,6 @@ def check_safetensors(file: Path) -> None:
         ends = [each["data_offsets"][1] for name, each in header.items() if name != "__metadata__"]
         whole = 8 + length + max(ends, default=0)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
-        raise InputError(f"{file} is damaged: its header is none of a safetensors file") from None
+        raise InputError(f"{file} is damaged: its header is not that of a safetensors file") from None
     if whole != size:
         raise InputError(f"{file} is damaged: it has {size:,} bytes, and its header describes {whole:,}")

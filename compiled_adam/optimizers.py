@@ -52,8 +52,8 @@ class Adam(optim.Adam):
 
     Args:
         learning_rate: a number of at least 0, or a function of the step (0-d array, 0 at the first update) that
-            returns one. In a compiled step the function is traced, so that ``if``, ``min`` and ``math`` must be
-            ``mx.where``, ``mx.minimum`` and ``mx``'s functions there.
+            returns one. A compiled step traces the function: write ``mx.where``, ``mx.minimum`` and ``mx.cos`` in it
+            instead of ``if``, ``min`` and ``math.cos``.
         betas: decay rates of the two moments, each in [0, 1). Default (0.9, 0.999).
         eps: added to the denominator, >= 0. Default 1e-8.
         bias_correction: divide the moments by ``1 - beta^t``. Default False, as in MLX.
@@ -65,10 +65,10 @@ class Adam(optim.Adam):
             float32 master copy. Default True. No effect on float32 parameters.
         max_grad_norm: the gradients are scaled so that their global norm, computed in float32, is at most this.
             Default None: no clipping.
-        skip_nonfinite: when the global norm is not a number or infinite (also that of finite gradients beyond 1e19),
-            or the learning rate of a schedule is not a number, infinite or negative, parameters, moments, residuals,
-            rounding key and ``step`` keep their values bit for bit, and ``skipped`` goes up by one. Without it an
-            update is made with such a rate: weights become NaN, or move uphill. Default False.
+        skip_nonfinite: skip an update if the global norm of the gradients is NaN or infinite (gradients beyond 1e19
+            have an infinite norm), or the learning rate of a schedule is NaN, infinite or negative. Parameters,
+            moments, residuals, rounding key and ``step`` then keep their values bit for bit, and ``skipped`` goes up by
+            one. Without this option such updates are made: weights become NaN, or move uphill. Default False.
         learning_rate_multipliers: ``{pattern: factor}``: the learning rate of parameters whose path the regular
             expression matches (``re.search``) is multiplied by the factor. Default None.
         lowering: how the update becomes kernels: "fused", one for each parameter, fewest bytes; "inplace", one for
@@ -241,7 +241,10 @@ class Adam(optim.Adam):
             self._group(path, parameter)
         for name in ("step", *(() if self._schedulers else ("learning_rate",))):
             if name in trainable:
-                raise InputError(f"the model has parameters at {name!r}, where MLX keeps the optimizer's; rename them")
+                raise InputError(
+                    f"the model has parameters named {name!r}, a name that the optimizer's state needs; rename the"
+                    " parameters"
+                )
             if name not in self.state:
                 raise InputError(f"the optimizer's state has no {name!r}; assign a complete one")
         self.state.setdefault("learning_rate", mx.array(0.0))  # of a schedule, which overwrites it

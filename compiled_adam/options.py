@@ -78,7 +78,7 @@ def check_numbers(betas: Any, eps: Any, bias_correction: Any) -> None:
 def check_number(name: str, value: object) -> None:
     """Raises ValueError unless ``value`` is a finite number of at least 0."""
     if not _is_number(value, 0.0):
-        raise InputError(f"{name} is {value!r}; it must be a number of at least 0, and finite{_hint(value)}")
+        raise InputError(f"{name} is {value!r}; it must be a finite number of at least 0{_hint(value)}")
 
 
 def learning_rate(value: Any, name: str = "learning_rate") -> float | mx.array | Callable[[mx.array], Any]:
@@ -116,8 +116,8 @@ def assigned_rate(value: Any) -> mx.array:
     """A learning rate that replaces another: a 0-d float32 array. ValueError as for `learning_rate`."""
     if callable(value):
         raise InputError(
-            f"learning_rate is {_described(value)}, a function; a schedule is an argument of the optimizer, what is"
-            " assigned is a number"
+            f"learning_rate is {_described(value)}, a function; assign a number, or make a new optimizer with the"
+            " schedule as its learning_rate"
         )
     # Always float32: an int or a float64 would change the dtype of an input, and so trace anew.
     rate: Any = learning_rate(value)
@@ -137,9 +137,9 @@ def scheduled(name: str, schedule: Callable[[mx.array], Any], step: mx.array) ->
         if not is_tracing(error):
             raise
         raise InputError(
-            f"the {name} schedule {_described(schedule)} needs the value of the step in Python (if, min, max, math,"
-            " numpy, int or float do), which a compiled step does not have: write it with mx.where, mx.minimum,"
-            " mx.maximum and mx.cos, or use one of compiled_adam.schedulers"
+            f"the {name} schedule {_described(schedule)} needs the value of the step in Python, as if, min, max, math,"
+            " numpy, int and float do; in a compiled step it has no value. Write the schedule with mx.where,"
+            " mx.minimum, mx.maximum and mx.cos, or use one of compiled_adam.schedulers"
         ) from error
     if value.ndim:
         raise InputError(

@@ -111,7 +111,8 @@ class Slot:
             if (array.shape, array.dtype) != (shape, dtype):
                 raise InputError(
                     f"{path!r} has become {array.dtype} of shape {array.shape}; it was {dtype} of shape {shape}:"
-                    " call make_step again, with the same optimizer to keep the moments of what has its old shape"
+                    " call make_step again, with the same optimizer to keep the moments of parameters whose shape is"
+                    " the same"
                 )
 
     def assign(self, array: mx.array, assignments: Assignments) -> None:

@@ -202,6 +202,8 @@ def _gb(nbytes: float) -> str:
 
 
 def _count(number: int) -> str:
+    if number < 1e6:
+        return f"{number:,}"
     return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.1f} M"
 
 

@@ -90,9 +90,11 @@ def _settings(file: Path) -> dict[str, Any]:
     try:
         settings = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{file} is not JSON ({error}); remove it, and the report has no settings") from None
+        raise InputError(
+            f"{file} is not JSON ({error}); repair it, or remove it: then the report shows no settings"
+        ) from None
     if not isinstance(settings, dict):
-        raise InputError(f"{file} is not an object of settings; remove it, and the report has none")
+        raise InputError(f"{file} is not an object of settings; repair it, or remove it: then the report shows none")
     return settings
 
 

@@ -63,7 +63,7 @@ class Located:
                 raise InputError(f"{row.place}: the model's chat template refuses it: {error}") from error
             is_text = isinstance(error, IndexError) and isinstance(self.data, TextDataset)
             if is_text and not self.data.tokenizer.encode(row[self.data.text_key]):
-                raise InputError(f"{row.place}: the tokenizer makes no token of it") from error
+                raise InputError(f"{row.place}: the tokenizer makes no token of it; remove the row") from error
             raise
 
 
@@ -130,7 +130,8 @@ def _check_text(value: Any, what: str, place: str, empty: bool = False) -> None:
         value.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"{place}: {what} has half of a character ({error.object[error.start]!a}), which no tokenizer takes"
+            f"{place}: {what} has half of a character ({error.object[error.start]!a}), which cannot be tokenized;"
+            " remove it"
         ) from None
 
 
@@ -140,7 +141,9 @@ def _check_conversation(messages: Any, what: str, mask_prompt: bool, place: str)
     if not messages:
         raise InputError(f"{place}: {what} is empty; remove the row, or give it messages")
     if mask_prompt and len(messages) < 2:
-        raise InputError(f"{place}: {what} has one message, so that mask_prompt (--mask-prompt) leaves no prompt")
+        raise InputError(
+            f"{place}: {what} has only one message, but mask_prompt (--mask-prompt) needs a prompt before it"
+        )
     for number, message in enumerate(messages, 1):
         its = f"message {number}"
         if not isinstance(message, Mapping):

@@ -125,8 +125,8 @@ def _entry(line: str) -> dict[str, Any]:
     for name in entry.keys() & (_MAY_BE_NULL | _NEVER_NEGATIVE):
         value, nullable, least = entry[name], name in _MAY_BE_NULL, 0 if name in _NEVER_NEGATIVE else -LARGEST
         if not (value is None and nullable) and not (is_number(value) and value >= least):
-            kind = f"a number{' of 0 or more' if least == 0 else ''}{' or null' if nullable else ''}"
-            raise InputError(f"has {name} {_short(value)}; it must be {kind}")
+            allowed = f"a number from {least:g} to {LARGEST:g}{', or null' if nullable else ''}"
+            raise InputError(f"has {name} {_short(value)}; it must be {allowed}")
     return entry
 
 

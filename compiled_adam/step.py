@@ -75,10 +75,11 @@ class TrainStep:
     With ``accumulate=N`` every N-th call updates, with the mean gradient ``sum_i w_i g_i / sum_i w_i`` of the N
     micro-batches (summed in float32), where ``w_i`` is 1, or with ``weighted=True`` what loss_fn returns second.
 
-    loss_fn is traced: its Python runs when a batch has a new signature, not at every call. So a trace holds what
-    Python it met: other arrays than the model's and the batch's (a second model in a closure), attributes such as a
-    dropout rate, activation functions; a schedule must be a pure function of the step. Pass what changes in the batch;
-    the modules' ``training`` flags are followed.
+    loss_fn is traced: its Python runs when a batch has a new signature, not at every call. A trace keeps the values
+    that Python had when it was made: arrays of other objects (a second model in a closure), attributes such as a
+    dropout rate, activation functions. Pass what changes in the batch. Changes of the modules' ``training`` flags are
+    followed.
+    A schedule must be a pure function of the step.
 
     Args:
         model: the module to train: its trainable parameters are updated, and arrays that the forward pass assigns
@@ -88,10 +89,11 @@ class TrainStep:
         optimizer: any ``mlx.optimizers`` optimizer. Default ``Adam(1e-3)``.
         accumulate: micro-batches per update, at least 1. Default 1.
         weighted: whether the second item of loss_fn's tuple is the weight of the batch, a 0-d array of at least 0,
-            usually its number of tokens. The loss is then a mean over that many. A batch of weight 0 counts for
-            nothing, whatever its loss; an update whose batches all weigh 0 has the gradient 0. Default False.
+            usually its number of tokens. The loss is then a mean over so many tokens. A batch of weight 0 adds
+            nothing to the gradient, whatever its loss. An update whose batches all have weight 0 has the gradient 0.
+            Default False.
         max_traces: how many gradient traces are kept. A trace belongs to a batch signature (structure, shapes,
-            dtypes, Python constants) and the modules' ``training`` flags; the least recently used goes first.
+            dtypes, Python constants) and the modules' ``training`` flags; the least recently used is dropped first.
         group: workers of ``mx.distributed`` that train the same model, each with its own part of every batch; all call
             the step alike. Gradients are averaged over them once per update, weighted like micro-batches, before
             clipping and guard; a step's loss stays this worker's. Default None: no others.
@@ -105,14 +107,15 @@ class TrainStep:
     summed over the workers with the next update, for `StepResult.votes`.
 
     Raises:
-        TypeError, ValueError: here for an unusable argument, a model without trainable parameters, or workers with
-            other parameters, options or package versions (raised by all, naming the rank); at a call for a loss that
-            is no scalar, if parameters were frozen, unfrozen or added since, or inside another ``mx.compile``.
+        TypeError, ValueError: `make_step` raises them for an unusable argument, a model without trainable parameters,
+            and workers with other parameters, options or package versions (at all workers, naming the rank). A call
+            raises them for a loss that is no scalar, inside another ``mx.compile``, and if parameters were frozen,
+            unfrozen or added since `make_step`.
 
-    If anything in a call raises, model, optimizer, window and random state are as before it; Ctrl-C leaves them as
-    before or as after it. For that everything but the update itself is evaluated before anything is assigned, and the
-    first update of a trace is tried on one parameter of each kind, which takes the memory of these once more. What no
-    step can undo is an update that runs out of memory.
+    If anything in a call raises, model, optimizer, window and random state are as they were before the call. Ctrl-C
+    leaves all of them as before the call, or all as after it. For that, everything but the update is evaluated before
+    anything is assigned. The first update of a trace is tested on one parameter of each kind, which takes the memory of
+    these parameters once more. A step cannot undo an update that runs out of memory.
 
     >>> mx.random.seed(0)
     >>> model = nn.Linear(2, 1)
@@ -330,10 +333,10 @@ class TrainStep:
     def load_state_dict(self, state: dict[str, dict[str, mx.array]], *, convert: bool = False) -> None:
         """Continues from a `state_dict`: the model, the optimizer, the window and MLX's random state become its.
 
-        With ``convert`` the optimizer's state may be one of stock MLX's Adam or AdamW, or have moments that are stored
-        in another way; what it lacks (residuals, counters) starts at zero. Running statistics and whatever else the
-        forward pass assigns get the dtype that they have there; what is not there, because no batch had been seen,
-        becomes what it was before the first batch.
+        With ``convert`` the optimizer's state may be one of MLX's own Adam or AdamW, or have moments that are stored in
+        another way. What the state lacks (residuals, counters) starts at zero. Running statistics, and whatever else
+        the forward pass assigns, get the dtype that they have in the state. If the state lacks them, because it is from
+        before the first batch, they become what they were before the first batch.
 
         Raises:
             ValueError: with a table of everything that does not fit; nothing is changed then.
@@ -403,7 +406,7 @@ class TrainStep:
         if len(everything) < len(paths):
             twice = next(path for path, count in Counter(paths).items() if count > 1)
             raise InputError(
-                f"the model has two arrays whose path is {twice!r}, which no state can tell apart; rename one"
+                f"the model has two arrays whose path is {twice!r}, which no state can tell apart; rename one of them"
             )
         return everything
 
@@ -582,8 +585,8 @@ def _evaluate(*trees: Any) -> None:
         if "transformation" not in str(error):
             raise
         raise _Traced(
-            "a train step was called inside mx.compile, or another transformation of MLX; it is compiled itself: call"
-            " it outside. The model is as it was after the last step"
+            "a train step was called inside mx.compile, or another transformation of MLX; call it outside, because it"
+            " is compiled itself. The model is as it was after the last step"
         ) from error
 
 

@@ -40,7 +40,7 @@ def asked_to_stop() -> Iterator[Asked]:
         for each, handler in previous.items():
             signal.signal(each, handler)
         # Not print: the signal may have come in the middle of another one.
-        say("\nfinishing the step, then saving; once more to stop at once\n")
+        say("\nfinishing the step, then saving; press Ctrl-C once more to stop at once\n")
 
     for number in (int(signal.SIGINT), int(signal.SIGTERM)):
         previous[number] = signal.signal(number, note)

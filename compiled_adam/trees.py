@@ -157,7 +157,7 @@ class Trees:
             if array.shape != shape:
                 raise InputError(
                     f"{path!r} has become an array of shape {array.shape}; it was of shape {shape}: call make_step"
-                    " again, with the same optimizer to keep the moments of what has its old shape"
+                    " again, with the same optimizer to keep the moments of parameters whose shape is the same"
                 ) from error
 
     def _refuse_other_numbers(self, before: dict[str, Any]) -> None:

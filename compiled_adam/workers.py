@@ -172,7 +172,7 @@ class Workers:
 
     def _explain(self) -> str:
         return (
-            f"{self.saved()}. See what that one said, then start all again, with"
+            f"{self.saved()}. See what that worker said, then start all workers again, with"
             ' resume="auto" or --resume if there is a checkpoint'
         )
 

@@ -170,7 +170,7 @@ def test_files_that_cannot_be_read(model: nn.Module, tmp_path: Path) -> None:
         (whole[:5000], "is damaged: it has 5,000 bytes, and its header describes"),
         (whole[:-1], "and its header describes"),
         (b"\xff" * 8 + whole[8:], "is damaged: it is no safetensors file"),
-        (whole[:8] + b"[" + whole[9:], "is damaged: its header is none of a safetensors file"),
+        (whole[:8] + b"[" + whole[9:], "is damaged: its header is not that of a safetensors file"),
     ):
         file.write_bytes(damage)
         refused(model, file, message)
@@ -205,7 +205,9 @@ def test_a_folder_of_adapters(model: nn.Module, tiny_model: Path, tmp_path: Path
     folder(path, model, {**CONFIG, "num_layers": 4, "lora_parameters": {**LORA, "alpha": 16}})  # as older versions had
     assert "(28 of 56)" in adapter_files.load_adapters(fresh(), path)
     folder(path, model, {**CONFIG, "num_layers": 1})
-    with pytest.raises(InputError, match=r"has 14 arrays that the model has not: model.layers.2.mlp.down_proj.lora_a"):
+    with pytest.raises(
+        InputError, match=r"has 14 arrays that the model does not have: model.layers.2.mlp.down_proj.lora_a"
+    ):
         adapter_files.load_adapters(fresh(), path)
     folder(path, model, {**CONFIG, "lora_parameters": {**LORA, "rank": 8}})
     with pytest.raises(InputError, match=r"does not fit the model; was it made with another rank"):
@@ -244,7 +246,7 @@ def test_a_configuration_that_cannot_be(config: object, message: str, model: nn.
 
 
 def test_a_folder_that_lacks_something(model: nn.Module, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"'.*none', which is not a folder; an empty one"):
+    with pytest.raises(InputError, match=r"'.*none', which is not a folder; give the folder of a run"):
         adapter_files.check_folder(tmp_path / "none")
     with pytest.raises(InputError, match=r"adapter_config.json does not exist"):
         adapter_files.check_folder(tmp_path)
@@ -258,5 +260,5 @@ def test_adapters_of_another_scale(model: nn.Module, tmp_path: Path) -> None:
     file = folder(tmp_path / "a", with_adapters(model)) / "adapters.safetensors"
     assert adapter_files.other_scale(file, LORA) is None
     said = adapter_files.other_scale(file, {**LORA, "scale": 20.0})
-    assert said == f"{file} was trained with scale 10, and this run has 20 (lora_parameters)"
+    assert said == f"{file} was trained with scale 10, and this run has scale 20 (lora_parameters)"
     assert adapter_files.other_scale(tmp_path / "b.safetensors", LORA) is None  # without a configuration

@@ -412,10 +412,29 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pyte
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint, name, full)
             for folder in ("last", "next"):
-                with pytest.raises(OSError, match="No space left"):
+                message = (
+                    rf"^\[Errno {errno.ENOSPC}\] {tmp_path / folder} could not be written: No space left on device$"
+                )
+                with pytest.raises(OSError, match=message):
                     ca.save_checkpoint(tmp_path / folder, step, {"iteration": 2})
         assert os.listdir(tmp_path) == ["last"]
         assert ca.load_checkpoint(tmp_path / "last", step) == {"iteration": 1}
+
+
+def test_an_error_of_mlx_names_the_folder_that_was_asked_for(tmp_path: Path, monkeypatch) -> None:
+    """And not the hidden one beside it, which is gone by then."""
+
+    def full(file: str, _: object) -> None:
+        raise RuntimeError(f"[write] Unable to write 128 bytes to {file}.")
+
+    step = make()
+    monkeypatch.setattr(mx, "save_safetensors", full)
+    for save, file in (
+        (lambda: ca.save_checkpoint(tmp_path / "last", step), tmp_path / "last" / "optimizer.safetensors"),
+        (lambda: durable.replace_arrays(tmp_path / "a.safetensors", {}), tmp_path / "a.safetensors"),
+    ):
+        with pytest.raises(OSError, match=rf"^{file} could not be written: .* to {file}; is the disk full\?$"):
+            save()
 
 
 @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="only root can mount a small file system")

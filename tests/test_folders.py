@@ -183,12 +183,15 @@ def test_another_writer_in_the_gap_between_the_two_renamings(tmp_path: Path, mon
 def test_who_waits_for_a_lock_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "last", "0")
     monkeypatch.setattr(claims, "PATIENCE", 0.0)
-    with claims.held(tmp_path / "last"), pytest.raises(TimeoutError, match="last is held by another process"):
+    with claims.held(tmp_path / "last"), pytest.raises(TimeoutError, match="last has been in use by another process"):
         write(tmp_path / "last", "1")
     assert read(tmp_path / "last") == {"0"} and os.listdir(tmp_path) == ["last"]
     # Who is still removing what was replaced would remove what is moved there next.
     (tmp_path / ".last.old").mkdir()
-    with claims.held(tmp_path / ".last.old"), pytest.raises(TimeoutError, match=r"\.last\.old is held by another"):
+    with (
+        claims.held(tmp_path / ".last.old"),
+        pytest.raises(TimeoutError, match=r"\.last\.old has been in use by another"),
+    ):
         write(tmp_path / "last", "1")
     assert read(tmp_path / "last") == {"0"} and sorted(os.listdir(tmp_path)) == [".last.old", "last"]
 

@@ -147,7 +147,7 @@ def test_optimizer_config_of_yaml(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--resume", "here", "--resume-adapter-file", "a"], "give one of them, or --resume without a path"),
+        (["--resume", "here", "--resume-adapter-file", "a"], "give one of them. Or give --resume without a path"),
         (["--allow-change", "data"], "allow_change is about a checkpoint's settings, but there is no --resume"),
         (["--decay-matrices-only", "--weight-decay", "0"], "weight_decay is 0; leave one of them out"),
         (["--model", "a/b/c"], "model is 'a/b/c', which does not exist"),
@@ -273,10 +273,18 @@ def test_what_cannot_be_done_is_one_sentence(tiny_model: Path, data: Path, comma
             (*model, "--data", "lines", "--train"),
             "lines/train.jsonl line 2 is not JSON (Expecting value: line 1 column 1 (char 0)): 'not json'",
         ),
-        ((*train, "--resume-adapter-file", "none.safetensors"), "none.safetensors does not exist"),
+        (
+            (*train, "--resume-adapter-file", "none.safetensors"),
+            "resume_adapter_file (--resume-adapter-file) is 'none.safetensors', which does not exist",
+        ),
+        # Before the model is loaded, whose config would be named.
+        (
+            ("--model", "broken", "--data", str(data), "--train", "--resume", "none"),
+            "none is not a checkpoint: there is no such folder",
+        ),
         ((*train, "-c", "rank.yaml"), "lora_parameters has the key 'alpha'; the keys are rank, scale, dropout, keys"),
         ((*train, "--adapter-path", "file"), "file is a file; give a folder for the adapters"),
-        ((*train, "--bucket", "0"), "bucket (--bucket) is 0.0; the ratio of the lengths must be above 1"),
+        ((*train, "--bucket", "0"), "bucket (--bucket) is 0.0; the ratio of the lengths must be from 1.01 to 1000"),
         ((*train, "--save-every", "0"), "save_every (--save-every) is 0"),
         ((*train, "--batch-size", "20"), "the validation set has 8 examples, fewer than batch_size=20"),
         ((*train, "--test", "--batch-size", "20"), "the test set has 8 examples, fewer than batch_size=20"),

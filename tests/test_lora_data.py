@@ -99,7 +99,10 @@ GOOD = text("good").encode()
         (b'{"text": ["a"]}', r"line 3: 'text' is a list"),
         (b'{"text": {"a": 1}}', r"line 3: 'text' is an object"),
         (b'{"text": ""}', r"line 3: 'text' is empty; remove the row"),
-        (b'{"text": "a\\ud800"}', r"line 3 has half of a character \('\\ud800'\), which no tokenizer takes"),
+        (
+            b'{"text": "a\\ud800"}',
+            r"line 3 has half of a character \('\\ud800'\), which cannot be tokenized; remove it",
+        ),
         (b'{"text": "a", "tools": [{"name": "\\uDFFF"}]}', r"line 3 has half of a character \('\\udfff'\)"),
     ],
 )
@@ -173,10 +176,10 @@ def test_without_a_template_or_a_prompt(tokenizer, chat, tmp_path: Path) -> None
     ):
         lora_data.load(job(tmp_path), tokenizer)
     file.write_text(f"{TALK}\n{messages(('user', 'a'))}\n")
-    with pytest.raises(InputError, match=r"line 2: 'messages' has one message, so that mask_prompt \(--mask-prompt\)"):
+    with pytest.raises(InputError, match=r"line 2: 'messages' has only one message, but mask_prompt \(--mask-prompt\)"):
         lora_data.load(job(tmp_path, mask_prompt=True), chat(PLAIN))
     file.write_text(f"{text('a')}\n")
-    with pytest.raises(InputError, match=r"line 1 is a text, which has no prompt that mask_prompt \(--mask-prompt\)"):
+    with pytest.raises(InputError, match=r"line 1 has only a text; mask_prompt \(--mask-prompt\) needs a prompt"):
         lora_data.load(job(tmp_path, mask_prompt=True), tokenizer)
 
 
@@ -235,7 +238,7 @@ def test_sets_that_are_missing(tokenizer, tmp_path: Path) -> None:
         (tmp_path / "train.jsonl").write_text(content)
         with pytest.raises(InputError, match=r"train.jsonl has no examples; give it some, or remove it"):
             lora_data.load(job(tmp_path), tokenizer)
-    with pytest.raises(InputError, match=r"data is '.*train.jsonl', a file; give the folder"):
+    with pytest.raises(InputError, match=r"data is '.*train.jsonl', which is a file; give the folder"):
         lora_data.load(job(tmp_path / "train.jsonl"), tokenizer)
 
 

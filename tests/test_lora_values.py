@@ -35,9 +35,13 @@ RANGES = [
     ("max_seq_length", ["1", "0", "-1"], "a whole number of at least 2"),
     ("seed", ["-1", str(2**32)], f"a whole number from 0 to {2**32 - 1}"),
     ("max_grad_norm", ["0", "-1", "nan", "inf"], "a number above 0"),
-    ("weight_decay", ["-1", "nan", "inf"], "a number of at least 0"),
+    ("weight_decay", ["-1", "nan", "inf"], "a finite number of at least 0"),
     ("max_traces", ["0", "-1"], "a whole number of at least 1"),
-    ("bucket", ["1", "0", "-2", "nan", "inf", "1e9", "1.0000001"], "the ratio of the lengths must be above 1"),
+    (
+        "bucket",
+        ["1", "0", "-2", "nan", "inf", "1e9", "1.0000001"],
+        "the ratio of the lengths must be from 1.01 to 1000",
+    ),
     ("keep_checkpoints", ["-1"], "a whole number of at least 0"),
     ("early_stop_patience", ["0", "-1"], "a whole number of at least 1"),
     ("nonfinite_limit", ["0", "-1"], "a whole number of at least 1"),
@@ -111,8 +115,11 @@ def test_the_ends_of_the_ranges(tmp_path: Path) -> None:
         ("{optimizer: adamw, optimizer_config: {weight_decay: 5.0}}", r"\{adamw: \{weight_decay: 5.0\}\}"),
         ("optimizer_config: {lion: {}}", "has the key 'lion'; the keys are adam, adamw, muon, sgd, adafactor"),
         ("optimizer_config: {adam: 3}", "adam is 3; it must be a mapping"),
-        ("optimizer_config: {adam: {weight_decay: 0.1}}", "of adam: no key is 'weight_decay'; they are betas, eps"),
-        ("optimizer_config: {adamw: {learning_rate: 0.1}}", "no key is 'learning_rate'.*an option of its own"),
+        (
+            "optimizer_config: {adam: {weight_decay: 0.1}}",
+            "of adam has the key 'weight_decay'; the keys are betas, eps",
+        ),
+        ("optimizer_config: {adamw: {learning_rate: 0.1}}", "has the key 'learning_rate'.*an option of its own"),
         ("optimizer_config: {adamw: {betas: [0.9, .nan]}}", "optimizer_config of adamw: beta2 of betas is nan"),
         ("optimizer_config: {adamw: {betas: 0.9}}", "optimizer_config of adamw: betas is 0.9; it must be two numbers"),
         ("optimizer_config: {adamw: {weight_decay: '0.1'}}", "weight_decay is '0.1'.*write it without quotes"),
@@ -189,7 +196,7 @@ def test_a_learning_rate_beside_a_schedule(tmp_path: Path) -> None:
         notes(from_yaml(tmp_path, SCHEDULE, "--train", "--learning-rate", "1e-4"))
     assert notes(from_yaml(tmp_path, SCHEDULE, "--train")) == []  # the default is not given
     both = from_yaml(tmp_path, f"{SCHEDULE}\nlearning_rate: 1e-5", "--train")  # mlx-lm's example file has both
-    assert notes(both) == ["learning_rate is not used beside lr_schedule, which sets the learning rate"]
+    assert notes(both) == ["learning_rate is not used, because there is lr_schedule, which sets the learning rate"]
     # float32's rounding of the first value
     assert lora_command.make_optimizer(both).learning_rate.item() == pytest.approx(1e-3, rel=1e-6)
 

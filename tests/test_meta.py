@@ -126,10 +126,10 @@ def test_a_field_that_is_something_else(name: str, two: Two) -> None:
     for value in ({"bytes": -1}, {"bytes": 1e9}, {"bytes": True}, {"bytes": 2**70}, {"bytes": "1"}, {"sha256": "x"}):
         files = {file: its | value for file, its in content["files"].items()}
         error = loaded(two, meta.sealed(content | {"files": files}))
-        assert "what it records of" in error or "bytes instead of" in error
+        assert "the size or SHA-256 of" in error or "bytes instead of" in error
     for value in (None, 1, [], "x", {}, {"bytes": 1}):
         files = dict.fromkeys(content["files"], value)
-        assert "is no record" in loaded(two, meta.sealed(content | {"files": files}))
+        assert "the size or SHA-256 of " in loaded(two, meta.sealed(content | {"files": files}))
 
 
 def test_settings_of_any_kind_are_a_difference(two: Two) -> None:

@@ -243,7 +243,7 @@ def test_stochastic_rounding_is_reproducible_and_resumable(policy: str, tmp_path
         ({"learning_rate_multipliers": {"(": 1.0}}, r"learning_rate_multipliers has the pattern '\('"),
         ({"learning_rate_multipliers": {"a": -1.0}}, r"learning_rate_multipliers\['a'\] is -1.0"),
         ({"betas": (0.9,)}, r"betas is \(0.9,\); it must be two numbers"),
-        ({"weight_decay": -1.0}, "weight_decay is -1.0; it must be a number of at least 0"),
+        ({"weight_decay": -1.0}, "weight_decay is -1.0; it must be a finite number of at least 0"),
         ({"weight_decay": math.nan}, "weight_decay is nan"),
         ({"decay_filter": "norm"}, "decay_filter is 'norm'; it must be a function"),
     ],

@@ -125,6 +125,11 @@ def test_command(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(policy in out for policy in POLICIES)
 
 
+def test_numbers_of_parameters_are_never_zero() -> None:
+    shown = {12: "12", 12_288: "12,288", 999_999: "999,999", 1_234_567: "1.2 M", 7_610_000_000: "7.61 B"}
+    assert {number: plan._count(number) for number in shown} == shown
+
+
 def test_a_plan_without_options_is_for_all_layers_of_a_small_model(tiny_model: Path, capsys) -> None:
     """mlx-lm's default of 16 layers is more than it has."""
     config = model_config.read(str(tiny_model))

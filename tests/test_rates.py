@@ -58,7 +58,7 @@ def test_a_quoted_number_is_said_to_be_text_and_a_function_cannot_be_assigned() 
         ca.Adam("1e-5")
     with pytest.raises(InputError, match=r"'1e-8'.*without quotes"):
         ca.Adam(1e-3, eps="1e-8")
-    with pytest.raises(InputError, match="a schedule is an argument of the optimizer"):
+    with pytest.raises(InputError, match="a function; assign a number, or make a new optimizer"):
         ca.Adam(1e-3).learning_rate = ca.schedulers.constant(1.0)
 
 
@@ -88,7 +88,7 @@ def test_a_rate_that_is_traced_has_no_value_to_check() -> None:
         ({"betas": 0.9}, "betas is 0.9; it must be two numbers"),
         ({"betas": None}, "betas is None; it must be two numbers"),
         ({"betas": "ab"}, "betas is 'ab'; it must be two numbers"),
-        ({"eps": NAN}, r"eps \(epsilon\) is nan; it must be a number of at least 0, and finite"),
+        ({"eps": NAN}, r"eps \(epsilon\) is nan; it must be a finite number of at least 0"),
         ({"eps": INF}, r"eps \(epsilon\) is inf"),
         ({"eps": -1e-8}, r"eps \(epsilon\) is -1e-08"),
         ({"eps": None}, r"eps \(epsilon\) is None"),

@@ -45,7 +45,10 @@ def saved(out: Path) -> dict[str, mx.array]:
 
 def test_one_command_line_for_all_starts(lora: Lora, tmp_path: Path, capsys) -> None:
     out = lora("--resume")
-    assert f"there is no checkpoint in {out / 'checkpoints'} yet: the run begins anew" in capsys.readouterr().out
+    assert (
+        f"there is no checkpoint in {out / 'checkpoints'} yet: the run starts from the beginning"
+        in capsys.readouterr().out
+    )
     lora("--resume")  # it is through, and stays as it is
     again = capsys.readouterr().out
     assert "iter     4  resumed from" in again and "iter     4  all 4 iterations are done" in again
@@ -83,7 +86,7 @@ def test_old_weights_are_for_the_first_start(lora: Lora, tmp_path: Path, capsys)
     assert_identical(saved(out), mx.load(str(old)))  # no rate, no change
     old.unlink()
     lora(*options, "--iters", 6)
-    assert "resume_adapter_file is not used: there is a checkpoint" in capsys.readouterr().out
+    assert "resume_adapter_file is not used: the run goes on from a checkpoint" in capsys.readouterr().out
 
 
 # Other data.
@@ -150,7 +153,9 @@ def test_where_the_loss_begins_is_a_part_of_the_data() -> None:
 def test_a_smaller_number_of_batches_begins_a_new_epoch(lora: Lora, tmp_path: Path) -> None:
     lora("--iters", 10)  # batch 10 of 12
     options = ("--resume", "--iters", 14, "--batch-size", 4, "--allow-change", "batch_size")
-    with pytest.warns(UserWarning, match="at batch 10 of 12 of an epoch, which has 6 now: a new epoch begins"):
+    with pytest.warns(
+        UserWarning, match="at batch 10 of an epoch of 12 batches, and an epoch has 6 now: a new epoch begins"
+    ):
         out = lora(*options)
     assert len((out / "log.jsonl").read_text().splitlines()) == 14 + 3  # validations in iterations 1, 10 and 14
     with warnings.catch_warnings():
@@ -172,10 +177,10 @@ def test_the_same_from_python(tiny_model: Path, tmp_path: Path, capsys) -> None:
         with pytest.raises(InputError, match="it must be a checkpoint's folder, 'auto' or None"):
             train(examples, resume=wrong)
     train(examples, resume="auto")
-    assert "yet: the run begins anew" in capsys.readouterr().out
+    assert "yet: the run starts from the beginning" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"(?m)^  data +rows "):
         train([*examples[1:], examples[0]], resume="auto")
     with pytest.raises(InputError, match=r"(?m)^  examples +10 +12"):
         train(examples[:10], resume="auto", allow=["data"])
-    with pytest.warns(UserWarning, match="at batch 4 of 6 of an epoch, which has 5 now"):
+    with pytest.warns(UserWarning, match="at batch 4 of an epoch of 6 batches, and an epoch has 5 now"):
         train(examples[:10], resume="auto", allow=["data", "examples"])

@@ -114,7 +114,7 @@ def test_a_counter_whose_name_is_taken_counts_and_comes_back() -> None:
 
 @pytest.mark.parametrize("name", ["step", "learning_rate"])
 def test_a_name_that_mlx_itself_cannot_train_is_refused_before_the_first_step(name: str) -> None:
-    with pytest.raises(InputError, match=f"parameters at '{name}'.*rename"):
+    with pytest.raises(InputError, match=f"parameters named '{name}'.*rename"):
         ca.make_step(Named(name), loss_fn, ca.AdamW(1e-2))
 
 
