@@ -50,7 +50,10 @@ class OnMLX(ABC):
 
     def __init__(self, optimizer: optim.Optimizer, parameters: Tree, gradients: Tree) -> None:
         self.tree, self.optimizer, self.gradients = {"parameters": parameters}, optimizer, gradients
-        optimizer.init(parameters)
+        if isinstance(optimizer, ca.Adam):
+            optimizer.lay_out(parameters)  # whose graph alone is looked at may have parameters larger than the memory
+        else:
+            optimizer.init(parameters)  # MLX's leave it lazy
 
     @abstractmethod
     def build(self) -> None:
