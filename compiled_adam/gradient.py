@@ -110,7 +110,7 @@ class GradientGraphs:
             # Only now: a trace that ends early must not change what is known of one that another thread has made.
             assigned[_kinds(arrays)] = changed
             assigned.move_to_end(_kinds(arrays))
-            while len(assigned) > self._max_traces + 1:  # as many traces as `Compiled` may have; the oldest goes first
+            while len(assigned) > 2 * self._max_traces + 2:  # more than the traces that `Compiled` may have
                 assigned.popitem(last=False)
             aux, after, weight = rest
             return loss, aux, after, gradients, weight

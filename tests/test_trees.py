@@ -605,6 +605,27 @@ def test_a_trace_that_ends_early_in_one_thread_leaves_that_of_another() -> None:
     assert model.count.item() == 2
 
 
+def test_more_dtypes_than_traces_that_are_kept() -> None:
+    class Buffers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.count = nn.Linear(4, 1), mx.array(0.0)
+            self.freeze(recurse=False, keys=["count"])
+
+        def __call__(self, x: mx.array) -> mx.array:
+            self.count = self.count + 1
+            return self.layer(x)
+
+    model = Buffers()
+    step = ca.make_step(model, loss_fn, optim.SGD(0.0), max_traces=1)
+    shapes = ((), (1,), (1, 1), (1, 1, 1))
+    for shape in (*shapes, *shapes[:3], shapes[0], shapes[1]):
+        model.count = mx.zeros(shape)
+        step(mx.ones((2, 4)))
+        assert model.count.shape == shape
+        assert model.count.item() == 1
+
+
 def test_something_else_than_an_array_is_named() -> None:
     class Scales(nn.Module):
         def __init__(self) -> None:
