@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten, tree_map
 from nets import assert_same, values
 
 import compiled_adam as ca
+from compiled_adam.compiled import Compiled
 from compiled_adam.errors import InputError
 
 
@@ -746,3 +747,21 @@ def test_a_number_that_a_subclass_counts_is_followed(base: type, name: str) -> N
 
     model = partial(nn.Linear, 4, 4)
     assert_same(trained(model, make, True), trained(model, make, False), 1e-5)  # float32, fused differently
+
+
+def test_a_trace_that_ended_early_is_made_again() -> None:
+    """MLX itself takes it for a trace, whose outputs are missing."""
+
+    def function(x: mx.array) -> mx.array:
+        if failing:
+            raise KeyboardInterrupt
+        return x + 1
+
+    failing, compiled = False, Compiled(function, 4)
+    assert compiled(mx.array([1])).tolist() == [2]
+    failing = True
+    with pytest.raises(KeyboardInterrupt):
+        compiled(mx.array([1, 2]))  # another shape, so that it is traced
+    failing = False
+    assert compiled(mx.array([1, 2])).tolist() == [2, 3]
+    assert compiled(mx.array([1])).tolist() == [2]
