@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import mlx.core as mx
@@ -11,6 +12,7 @@ import mlx.core as mx
 from . import random_state
 
 _thread = threading.local()
+_serials = count()
 
 
 class _End:
@@ -40,11 +42,15 @@ class Compiled:
     def _begin(self) -> None:
         function, traces = self._function, [0]
 
-        def trace(*arguments: Any) -> Any:
+        def trace(serial: int, *arguments: Any) -> Any:
             # Without `self`: in a circle of references what is evicted would stay until Python looks for circles.
             traces[0] += 1
             return function(*arguments)
 
+        # A number of its own, which is a constant of each trace. MLX knows a trace by the address of its Python
+        # function, and by its constants. When a compiled function goes, MLX forgets only the traces of the thread that
+        # called it last: in another thread, a later function at the same address would run the old graph.
+        self._serial = next(_serials)
         self._traces, self._compiled = traces, self._compile(trace)
 
     def __call__(self, *arguments: Any) -> Any:
@@ -52,7 +58,7 @@ class Compiled:
             _thread.end = _End() if threading.current_thread() is not threading.main_thread() else None
         if self._traces[0] > self._most:  # not at ``most``: one trace that serves every call would be made at each
             self._begin()
-        return self._compiled(*arguments)
+        return self._compiled(self._serial, *arguments)
 
 
 def is_evaluated(array: mx.array) -> bool:

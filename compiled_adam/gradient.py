@@ -66,8 +66,7 @@ class GradientGraphs:
         loss, aux, changed, gradients, weight = graph.function(arrays, batch)
         self._compiled[key] = graph
         self._compiled.move_to_end(key)
-        assigned = dict(zip(graph.assigned(arrays), changed, strict=True)) if changed else {}
-        return Gradients(loss, aux, assigned, gradients, weight)
+        return Gradients(loss, aux, dict(zip(graph.assigned(arrays), changed, strict=True)), gradients, weight)
 
     def _compile(self, signature: Hashable) -> _Graph:
         # By tracing: only these leave the graph, most models have none.
