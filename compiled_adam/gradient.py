@@ -51,7 +51,7 @@ class GradientGraphs:
         self._model, self._loss_fn, self._weighted, self._max_traces = model, loss_fn, weighted, max_traces
         self._structure, self._arrays, self._trainable = structure, arrays, trainable
         self._traces, self._assigned = traces, assigned
-        self._compiled: OrderedDict[Hashable, _Graph] = OrderedDict()
+        self._compiled: OrderedDict[Hashable, Compiled] = OrderedDict()
 
     def __call__(self, signature: Hashable, batch: list[mx.array]) -> Gradients:
         # Layers read `training` while they are traced, so a trace holds for one setting of it only.
@@ -62,20 +62,15 @@ class GradientGraphs:
                 self._compiled.popitem(last=False)
                 self._traces["evicted"] += 1
             graph = self._compile(signature)
-        arrays = self._arrays.read()
-        loss, aux, changed, gradients, weight = graph.function(arrays, batch)
+        gradients = Gradients(*graph(self._arrays.read(), batch))
         self._compiled[key] = graph
         self._compiled.move_to_end(key)
-        return Gradients(loss, aux, dict(zip(graph.assigned(arrays), changed, strict=True)), gradients, weight)
+        return gradients
 
-    def _compile(self, signature: Hashable) -> _Graph:
-        # By tracing: only these leave the graph, most models have none.
-        assigned: OrderedDict[Hashable, list[int]] = OrderedDict()
-
+    def _compile(self, signature: Hashable) -> Compiled:
         def gradient(arrays: list[mx.array], batch: list[mx.array]) -> Any:
             self._traces["grad"] += 1
             args, kwargs = batches.rebuild(signature, iter(batch))
-            changed: list[int] = []
             # Everything but the loss leaves by a list: as a further output of value_and_grad it gets a
             # stop_gradient, over which mx.compile loses outputs (IndexError) if a cast occurs in the loss as well.
             rest: list[Any] = []
@@ -87,12 +82,13 @@ class GradientGraphs:
                 loss, aux, weight = checked(self._loss_fn(self._model, *args, **kwargs), self._weighted)
                 self._follow_structure()
                 after = self._arrays.read()
-                changed[:] = [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a is not b]
+                changed = [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a is not b]
                 if _operations(before) != operations:  # of all at once, for it is rare
                     # value_and_grad differentiates with respect to copies: one operation is none of the forward pass.
                     edited = (i for i, a in enumerate(before) if _operations([a]) > (i < self._trainable))
-                    changed[:] = sorted({*changed, *edited})
-                rest.extend((aux, [after[i] for i in changed], weight))
+                    changed = sorted({*changed, *edited})
+                # Only these leave the graph; most models have none. MLX keeps the indices with the trace.
+                rest.extend((aux, {i: after[i] for i in changed}, weight))
                 return loss
 
             originals, put_back = self._arrays.read(), self._structure.snapshot()
@@ -104,18 +100,13 @@ class GradientGraphs:
                 return found
 
             loss, gradients = undone_on_error(traced, put_back)
-            for i in changed:
+            aux, assigned, weight = rest
+            for i in assigned:
                 if i >= self._trainable:
                     self._assigned.setdefault(self._arrays.paths[i], originals[i])
-            # Only now: a trace that ends early must not change what is known of one that another thread has made.
-            assigned[_kinds(arrays)] = changed
-            assigned.move_to_end(_kinds(arrays))
-            while len(assigned) > 2 * self._max_traces + 2:  # more than the traces that `Compiled` may have
-                assigned.popitem(last=False)
-            aux, after, weight = rest
-            return loss, aux, after, gradients, weight
+            return loss, aux, assigned, gradients, weight
 
-        return _Graph(Compiled(gradient, self._max_traces, draws=True), assigned)
+        return Compiled(gradient, self._max_traces, draws=True)
 
     def _follow_structure(self) -> None:
         """Lets the forward pass keep what depends neither on the batch nor on the parameters, such as a mask."""
@@ -131,21 +122,6 @@ class GradientGraphs:
                 f"loss_fn changed the structure of the model ({names});"
                 " what the forward pass assigns must exist before make_step, so create it in __init__"
             )
-
-
-class _Graph(NamedTuple):
-    function: Callable[..., Any]
-    by_kinds: OrderedDict[Hashable, list[int]]  # indices of the arrays that the forward pass assigns
-
-    def assigned(self, arrays: list[mx.array]) -> list[int]:
-        """Those of the trace for arrays of these shapes and dtypes."""
-        if len(self.by_kinds) == 1:
-            return next(iter(self.by_kinds.values()))
-        return self.by_kinds[_kinds(arrays)]
-
-
-def _kinds(arrays: list[mx.array]) -> Hashable:
-    return tuple([(array.shape, array.dtype) for array in arrays])
 
 
 def _operations(arrays: list[mx.array]) -> int:

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import types
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,6 @@ def _from_hub(args: types.SimpleNamespace, tokenizer: Any, needed: list[str]) ->
     except (exceptions.DatasetsError, ValueError, OSError) as error:  # no such name, split, configuration or format
         raise InputError(f"{subject} cannot be used: {error}") from error
     return {
-        name: Located(data, lambda index, name=name: example(index, NAMES[name])) if len(data) else []  # type: ignore
-        for name, data in zip(NAMES, found, strict=True)
+        name: Located(data, partial(example, name=title)) if len(data) else []
+        for (name, title), data in zip(NAMES.items(), found, strict=True)
     }

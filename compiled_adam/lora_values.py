@@ -80,10 +80,12 @@ def check_whole(name: str, value: object) -> None:
     """Raises ValueError for a whole number that is out of its range."""
     least, others = _WHOLE[name]
     most = 2**32 - 1 if name == "seed" else sys.maxsize
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if whole and (value in others or least <= value <= most):  # type: ignore[operator]
-        return
-    bounded = name == "seed" or (whole and value > most)  # type: ignore[operator]
+    too_large = False
+    if isinstance(value, int) and not isinstance(value, bool):
+        if value in others or least <= value <= most:
+            return
+        too_large = value > most
+    bounded = name == "seed" or too_large
     allowed = f"a whole number from {least} to {most}" if bounded else f"a whole number of at least {least}"
     allowed += "".join(f", or {other} {meaning}" for other, meaning in others.items())
     raise InputError(f"{called(name)} is {value!r}; it must be {allowed}")

@@ -62,4 +62,5 @@ def test_a_minute_of_random_operations() -> None:
 @pytest.mark.long
 def test_random_operations_for_as_long_as_asked() -> None:
     derandomize = "FUZZ_SEED" not in os.environ
-    run(int(os.environ.get("FUZZ_EXAMPLES", "1000")), derandomize=derandomize)
+    sequences = int(os.environ.get("FUZZ_EXAMPLES", "1000"))
+    assert run(sequences, derandomize=derandomize) > sequences
