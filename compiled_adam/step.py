@@ -288,7 +288,9 @@ class TrainStep:
         votes = update.sums[2] if update is not None and update.sums else None
         rate = any_optimizer.learning_rate(self._optimizer)
         self._remember()  # before the evaluation, in which the update overwrites the old arrays
-        _evaluate(loss, aux, grad_norm, skipped, votes, rate, self._bound.trees.state(), self._window, *self._known)
+        model, _, key = self._known
+        state = None if update is None else update.state
+        _evaluate(loss, aux, grad_norm, skipped, votes, rate, model, state, self._window, key)
         # Other objects than those in the state, so that what is done to these in place does not change a result.
         grad_norm, rate = (None if array is None else array[...] for array in (grad_norm, rate))
         return StepResult(loss, tuple(aux), grad_norm, rate, update is not None, skipped, votes)
