@@ -262,6 +262,10 @@ def test_sharded_state_in_fine_tuning_and_resuming(fine: Fine) -> None:
         fine.assert_same(one, other)
 
 
+def text(file: Path) -> str:
+    return file.read_text() if file.exists() else ""
+
+
 def until(condition, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -378,7 +382,8 @@ def test_a_silent_worker_is_noticed(fine: Fine) -> None:
     # A second and a half would do, were both workers sure to get a core each.
     command = fine.arguments("lora", "silent", "--iters", "2000", "--worker-timeout", "6")
     with launch.workers(2, fine.folder, *fine.program(command)) as processes:
-        until((fine.folder / "silent" / "checkpoints" / f"{5:07d}").exists)
+        # Between two saves: during one, a worker is given ten times as long.
+        until(lambda: '"iteration": 7,' in text(fine.folder / "silent" / "log.jsonl"))
         processes[1].send_signal(signal.SIGSTOP)
         out, _ = processes[0].communicate(timeout=120)
     assert processes[0].returncode == 1 and "no answer from the other workers" in out, out
