@@ -16,7 +16,7 @@ from types import FrameType
 
 from . import __version__
 from .errors import InputError
-from .stopping import TrainingStopped
+from .stopping import TrainingStopped, while_handling
 from .streams import lenient_streams
 
 
@@ -48,6 +48,12 @@ def _run(argv: Sequence[str] | None, interrupts: _Interrupts) -> int:
     except KeyboardInterrupt as error:
         _tell(str(error) or "interrupted")
         return 130
+    except SystemExit as ended:
+        # SIGTERM, while an error was on its way here: a launcher sends it when another worker has ended.
+        if (stopped := while_handling(ended, lambda error: isinstance(error, TrainingStopped))) is None:
+            raise
+        _tell(str(stopped))
+        return 1
     except Exception as error:
         if isinstance(error, RuntimeError) and not isinstance(error, TrainingStopped) and interrupts.soon():
             # Ctrl-C ends every process of a terminal, as the compiler that MLX is waiting for: its failure came first.
@@ -60,23 +66,26 @@ def _run(argv: Sequence[str] | None, interrupts: _Interrupts) -> int:
 
 
 class _Interrupts:
-    """A context in which Ctrl-C raises KeyboardInterrupt as ever, and ``seen`` says whether there was one."""
+    """A context in which Ctrl-C raises KeyboardInterrupt as ever, and SIGTERM SystemExit(143), so that what is open is
+    closed; a second SIGTERM ends the process at once. ``seen`` says whether there was a Ctrl-C."""
 
     seen = False
 
     def __enter__(self) -> _Interrupts:
-        # Only in place of Python's own handler, not of one of a caller.
-        self._ours = (
-            threading.current_thread() is threading.main_thread()
-            and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        )
-        if self._ours:
-            signal.signal(signal.SIGINT, self._note)
+        # Only in place of Python's own handlers, not of those of a caller.
+        handlers = {
+            signal.SIGINT: (signal.default_int_handler, self._note),
+            signal.SIGTERM: (signal.SIG_DFL, self._end),
+        }
+        main = threading.current_thread() is threading.main_thread()
+        self._before = {n: old for n, (old, _) in handlers.items() if main and signal.getsignal(n) is old}
+        for number in self._before:
+            signal.signal(number, handlers[number][1])
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def soon(self) -> bool:
         """Whether there was one, or is in a moment: a signal to all processes does not reach them at the same time."""
@@ -87,6 +96,10 @@ class _Interrupts:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.seen = True
         signal.default_int_handler(number, frame)
+
+    def _end(self, number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise SystemExit(143)
 
 
 def _is_told(error: Exception) -> bool:

@@ -18,7 +18,7 @@ from . import fingerprint
 from .compare import differences, table
 from .errors import InputError
 from .reduce import packed, sum_arrays
-from .stopping import TrainingStopped
+from .stopping import TrainingStopped, while_handling
 from .watchdog import Watchdog
 
 Group = mx.distributed.Group
@@ -183,8 +183,9 @@ class Workers:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         self._open.close()
-        if self.many and error is not None and is_lost(error):
-            raise TrainingStopped(f"another worker has ended ({error}); {self._explain()}") from error
+        # A launcher sends SIGTERM when a worker has ended, maybe while the error that says so is on its way here.
+        if self.many and error is not None and (lost := while_handling(error, is_lost)) is not None:
+            raise TrainingStopped(f"another worker has ended ({lost}); {self._explain()}") from lost
 
     def together(self, function: Callable[[], Any]) -> Any:
         """What ``function`` returns, in which this worker may wait long for others."""

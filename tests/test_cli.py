@@ -6,7 +6,9 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +17,7 @@ from compiled_adam import cli
 from compiled_adam.cli import main
 from compiled_adam.errors import InputError
 from compiled_adam.stopping import TrainingStopped
+from compiled_adam.workers import Workers
 
 DEMO = ("-m", "compiled_adam.cli", "demo", "--iters", "4", "--pretraining", "2")
 
@@ -196,3 +199,46 @@ def test_a_further_ctrl_c_while_the_first_is_told(pythons_own_handler, monkeypat
     monkeypatch.setattr(cli, "_demo", demo)
     monkeypatch.setattr(cli, "_tell", tell)
     assert main(["demo"]) == 130
+
+
+@pytest.mark.parametrize("at", ["as it was raised", "on its way out"])
+def test_a_launcher_ends_a_worker_that_is_about_to_say_why_it_ends(at: str, monkeypatch, capsys) -> None:
+    """`mlx.launch` sends SIGTERM to the others when a worker has ended, at any moment."""
+    workers = Workers(SimpleNamespace(rank=lambda: 0, size=lambda: 1), 6.0)
+    workers.many = True
+    monkeypatch.setattr(workers, "_open", ExitStack())
+    workers.saved = lambda: "there is a checkpoint"
+
+    def command(_) -> None:
+        try:
+            with workers:
+                try:
+                    raise RuntimeError("[ring] Too many send/recv errors")
+                finally:
+                    if at == "as it was raised":
+                        signal.raise_signal(signal.SIGTERM)
+        finally:
+            if at == "on its way out":
+                signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(workers, "_watchdog", nullcontext())
+    monkeypatch.setattr(cli, "_doctor", command)
+    assert main(["doctor"]) == 1
+    said = capsys.readouterr().err
+    assert "another worker has ended ([ring] Too many" in said and "there is a checkpoint" in said
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_sigterm_closes_what_is_open(monkeypatch, capsys) -> None:
+    closed = []
+
+    def command(_) -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            closed.append(signal.getsignal(signal.SIGTERM))
+
+    monkeypatch.setattr(cli, "_doctor", command)
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor"])
+    assert ended.value.code == 143 and closed == [signal.SIG_DFL]  # a second one would end the process at once
