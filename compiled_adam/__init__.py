@@ -21,6 +21,7 @@ except ImportError as error:
 from . import losses, schedulers
 from .adamw import AdamW
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from .errors import InputError, TrainingStopped
 from .groups import decay_matrices
 from .optimizers import Adam
 from .step import StepResult, TrainStep, make_step
@@ -32,8 +33,10 @@ __version__ = "0.1.0"
 __all__ = [
     "Adam",
     "AdamW",
+    "InputError",
     "StepResult",
     "TrainStep",
+    "TrainingStopped",
     "decay_matrices",
     "latest_checkpoint",
     "load_checkpoint",

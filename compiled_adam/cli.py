@@ -15,8 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from . import __version__
-from .errors import InputError
-from .stopping import TrainingStopped, while_handling
+from .errors import InputError, TrainingStopped, while_handling
 from .streams import lenient_streams
 
 

@@ -20,10 +20,10 @@ import mlx.core as mx
 
 from . import ring
 from .errors import InputError
-from .lora_values import check_timeout
 from .watchdog import PATIENCE
 from .workers import Group, is_lost
 
+_LONGEST = 1e8  # seconds of a timeout, three years; beyond some centuries Python cannot wait
 # Set by mlx.launch for each of its backends, and by mpirun.
 LAUNCHERS = ("MLX_RANK", "MLX_HOSTFILE", "OMPI_COMM_WORLD_SIZE")
 CHECK = (
@@ -40,6 +40,13 @@ if not (ready and os.read(0, 1)) and time.monotonic() >= end:
 """
 LONGEST = 1e8  # seconds; no clock here takes much more
 _joined: Group | None = None
+
+
+def check_timeout(timeout: float) -> None:
+    """Raises ValueError unless ``timeout`` is a number of seconds that Python can wait."""
+    number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
+    if not number or not 0 < timeout <= _LONGEST:
+        raise InputError(f"worker_timeout (--worker-timeout) is {timeout!r}; it must be a number of seconds above 0")
 
 
 def join(timeout: float = 60.0) -> Group:

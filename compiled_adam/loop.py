@@ -29,14 +29,14 @@ from .checkpoint import (
     write_checkpoint,
 )
 from .durable import present, replace_arrays, replacing, save_arrays
-from .errors import InputError
+from .errors import InputError, TrainingStopped
 from .evaluation import mean_loss, no_targets
 from .loader import Batches
 from .progress import TrainingProgress
 from .run_log import LOG, RunLog, is_log
 from .run_report import Report, StepReader, failures
 from .step import TrainStep
-from .stopping import Asked, TrainingStopped, elected, is_lost_evaluation, is_out_of_memory, vote
+from .stopping import Asked, elected, is_lost_evaluation, is_out_of_memory, vote
 from .workers import Workers, is_lost
 
 CHECKPOINTS, BEST, PREVIOUS, CONFIG = "checkpoints", "best", "previous", "adapter_config.json"

@@ -25,10 +25,10 @@ from . import fingerprint, losses, random_state
 from .checkpoint import numbered
 from .durable import locked
 from .errors import InputError
-from .joining import join
+from .joining import check_timeout, join
 from .loader import Batches
 from .loop import CHECKPOINTS, CONFIG, Options, TrainingLoop, Validation
-from .lora_values import called, check_timeout, check_whole
+from .lora_values import called, check_whole
 from .progress import TrainingProgress
 from .rows import located
 from .run_log import LOG, RunLog

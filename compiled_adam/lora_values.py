@@ -15,6 +15,7 @@ from mlx_lm.tuner.callbacks import SUPPORT_CALLBACK
 from . import loader, options, schedulers
 from .adamw import AdamW
 from .errors import InputError
+from .joining import check_timeout
 from .optimizers import Adam
 
 OPTIMIZERS: dict[str, Callable[..., optim.Optimizer]] = {
@@ -49,7 +50,6 @@ _FLAGS = {
     "keep_adapters": "--keep-checkpoints",
     "steps_per_save": "--save-every",
 }  # where the name of the flag is not that of the argument
-_LONGEST = 1e8  # seconds of a timeout, three years; beyond some centuries Python cannot wait
 _LARGEST_RANK = 1 << 16
 _LORA = {
     "rank": f"a whole number from 1 to {_LARGEST_RANK}",
@@ -98,13 +98,6 @@ def as_float(value: Any) -> Any:
     (1e+20, 20, '20')
     """
     return float(value) if isinstance(value, int) and abs(value) > sys.maxsize else value
-
-
-def check_timeout(value: Any) -> None:
-    """Raises ValueError unless ``value`` is a number of seconds."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 < value <= _LONGEST:
-        raise InputError(f"{called('worker_timeout')} is {value!r}; it must be a number of seconds above 0")
 
 
 def check(args: types.SimpleNamespace) -> None:

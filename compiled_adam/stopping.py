@@ -5,16 +5,12 @@ from __future__ import annotations
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 from .streams import say
-
-
-class TrainingStopped(RuntimeError):
-    """A run that could not go on. Its message says why, and what was saved."""
 
 
 class Asked:
@@ -69,14 +65,6 @@ def elected(votes: float) -> int | None:
     (None, True)
     """
     return next((number for number in (int(signal.SIGTERM), int(signal.SIGINT)) if votes >= _VOTES[number]), None)
-
-
-def while_handling(error: BaseException, wanted: Callable[[BaseException], bool]) -> BaseException | None:
-    """``error``, or the one during whose handling it was raised, and so on: the first that is ``wanted``."""
-    found: BaseException | None = error
-    while found is not None and not wanted(found):
-        found = found.__context__
-    return found
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -16,9 +16,8 @@ from mlx.utils import tree_flatten
 
 from . import fingerprint
 from .compare import differences, table
-from .errors import InputError
+from .errors import InputError, TrainingStopped, while_handling
 from .reduce import packed, sum_arrays
-from .stopping import TrainingStopped, while_handling
 from .watchdog import Watchdog
 
 Group = mx.distributed.Group

@@ -15,8 +15,7 @@ import pytest
 import compiled_adam
 from compiled_adam import cli
 from compiled_adam.cli import main
-from compiled_adam.errors import InputError
-from compiled_adam.stopping import TrainingStopped
+from compiled_adam.errors import InputError, TrainingStopped
 from compiled_adam.workers import Workers
 
 DEMO = ("-m", "compiled_adam.cli", "demo", "--iters", "4", "--pretraining", "2")

@@ -24,10 +24,10 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import compiled_adam as ca
 from compiled_adam import checkpoint, durable, loop, losses
-from compiled_adam.errors import InputError
+from compiled_adam.errors import InputError, TrainingStopped
 from compiled_adam.loader import Batches
 from compiled_adam.run_log import read
-from compiled_adam.stopping import TrainingStopped, is_out_of_memory
+from compiled_adam.stopping import is_out_of_memory
 from tests.conftest import ROOT
 
 

@@ -14,8 +14,8 @@ from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.trainer import TrainingArgs
 
 import compiled_adam as ca
+from compiled_adam.errors import TrainingStopped
 from compiled_adam.run_report import Report, failures
-from compiled_adam.stopping import TrainingStopped
 
 NAN = math.nan
 
