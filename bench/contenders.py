@@ -16,9 +16,9 @@ import mlx.core as mx
 import mlx.optimizers as optim
 
 import compiled_adam as ca
-from compiled_adam.layout import Places
-from compiled_adam.moments import POLICIES
-from compiled_adam.packing import PackedTrees
+from compiled_adam.base.tree import Places
+from compiled_adam.step.apply_packed import PackedTrees
+from compiled_adam.update.moments import POLICIES
 
 from .workloads import hollow
 

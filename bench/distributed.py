@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 import compiled_adam as ca
-from compiled_adam import reduce
+from compiled_adam.distributed import reduce
 
 from .workloads import WORKLOADS, arrays
 

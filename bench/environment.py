@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from compiled_adam.blas import REFERENCE_BLAS, blas
+from compiled_adam.commands.blas import REFERENCE_BLAS, blas
 
 SCHEMA = 1  # of the records: goes up when a field changes its meaning or goes away
 ROOT = Path(__file__).parent.parent

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from compiled_adam.graph import FREE
+from compiled_adam.base.mlx_graph import FREE
 
 # fmt: off
 # What MLX fuses, beside casts and broadcasts (mlx/compile.cpp).

@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from compiled_adam.graph import kernels
+from compiled_adam.base.mlx_graph import kernels
 
 from .contenders import COMPILED, EAGER, NOT_MEASURED, Contender, Make, OnMLX, Tree, Unavailable
 from .graph import Kernel, traffic
@@ -128,7 +128,7 @@ def graph_of(make: Make, parameters: Tree, gradients: Tree) -> dict[str, Any]:
     """The kernels of one update of a contender on MLX, and the bytes they move.
 
     Nothing is computed and almost nothing allocated: `hollow` arrays have shapes and dtypes only. Figures: ``kernels``;
-    ``kernel_bytes`` read and written by all together; ``estimated_kernels`` as `graph.Kernel` has it; ``by_kernel``,
+    ``kernel_bytes`` read and written by all together; ``estimated_kernels`` as `mlx_graph.Kernel` has it; ``by_kernel``,
     a list of name, count, bytes read and bytes written, the greatest first.
     """
     contender = make(hollow(parameters), hollow(gradients))

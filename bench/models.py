@@ -16,8 +16,8 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from compiled_adam import random_state
-from compiled_adam.errors import InputError
+from compiled_adam.base import random_state
+from compiled_adam.base.errors import InputError
 
 Shapes = dict[str, tuple[int, ...]]
 

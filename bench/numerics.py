@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 
 import compiled_adam as ca
-from compiled_adam import residual
+from compiled_adam.update import residual
 
 RATES = (1e-3, 1e-4, 1e-5, 1e-6)
 DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16}

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from compiled_adam.errors import InputError
+from compiled_adam.base.errors import InputError
 
 from . import numerics, plots
 from .contenders import COMPILED, EAGER, OURS, STEP, TORCH

@@ -20,7 +20,7 @@ from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import compiled_adam as ca
-from compiled_adam import demo
+from compiled_adam.commands import demo
 
 from .spread import noisy, ratios
 

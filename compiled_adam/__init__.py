@@ -18,16 +18,17 @@ except ImportError as error:
         sys.exit(f"compiled-adam: {_what}")  # the command, `doctor` above all: a sentence and not a traceback
     raise ImportError(_what) from error
 
-from . import losses, schedulers
-from .adamw import AdamW
-from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from .errors import InputError, TrainingStopped
-from .groups import decay_matrices
-from .optimizers import Adam
-from .step import StepResult, TrainStep, make_step
+from . import schedulers
+from .base.errors import InputError, TrainingStopped
+from .checkpoint.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from .optimizers.adam import Adam
+from .optimizers.adamw import AdamW
+from .step import losses
+from .step.train_step import StepResult, TrainStep, make_step
+from .update.groups import decay_matrices
 
 if TYPE_CHECKING:
-    from .lora import train as train
+    from .finetune.trainer import train as train
 
 __version__ = "0.1.0"
 __all__ = [
@@ -50,5 +51,5 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # `train` needs mlx-lm, which is optional and takes seconds to import; so it is not in __all__ either.
     if name == "train":
-        return importlib.import_module(".lora", __name__).train
+        return importlib.import_module(".finetune.trainer", __name__).train
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,8 +15,8 @@ from pathlib import Path
 from types import FrameType
 
 from . import __version__
-from .errors import InputError, TrainingStopped, while_handling
-from .streams import lenient_streams
+from .base.errors import InputError, TrainingStopped, while_handling
+from .base.streams import lenient_streams
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -153,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from . import doctor
+    from .commands import doctor
 
     findings = doctor.examine()
     works = doctor.training_works(findings)
@@ -166,13 +166,13 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _schedule(arguments: argparse.Namespace) -> None:
-    from . import schedule_command
+    from .commands import schedule
 
-    schedule_command.main(arguments.rest)
+    schedule.main(arguments.rest)
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from . import report  # here, because it imports matplotlib, which is optional
+    from .commands import report  # here, because it imports matplotlib, which is optional
 
     out = arguments.out or arguments.folders[0] / "report.html"
     report.write(arguments.folders, out)
@@ -181,16 +181,16 @@ def _report(arguments: argparse.Namespace) -> None:
 
 def _lora(arguments: argparse.Namespace) -> None:
     try:
-        from . import lora_command  # here, because it imports mlx-lm
+        from .commands import lora  # here, because it imports mlx-lm
     except ImportError as error:
         raise ImportError(f"fine-tuning needs mlx-lm ({error}); pip install 'compiled-adam[lm]'") from error
     warnings.showwarning = _show_warning  # type: ignore[assignment]
-    lora_command.main(arguments.rest)
+    lora.main(arguments.rest)
 
 
 def _plan(arguments: argparse.Namespace) -> None:
     try:
-        from . import plan  # here, because it imports mlx-lm
+        from .commands import plan  # here, because it imports mlx-lm
     except ImportError as error:
         raise ImportError(f"plan needs mlx-lm ({error}); pip install 'compiled-adam[lm]'") from error
     plan.main(arguments.rest)
@@ -203,7 +203,7 @@ def _show_warning(message: Warning | str, *_: object) -> None:
 
 def _demo(arguments: argparse.Namespace) -> None:
     try:
-        from . import demo  # here, because it imports mlx-lm
+        from .commands import demo  # here, because it imports mlx-lm
     except ImportError as error:
         raise ImportError(f"the demo needs mlx-lm ({error}); pip install 'compiled-adam[lm]'") from error
     demo.run(arguments.out, arguments.pretraining, arguments.iters, arguments.seed)

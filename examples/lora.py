@@ -12,7 +12,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load
 
 import compiled_adam as ca
-from compiled_adam.demo import make_model, texts
+from compiled_adam.commands.demo import make_model, texts
 
 ITERATIONS = 40
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from compiled_adam import reduce
+from compiled_adam.distributed import reduce
 
 counts: list[int] = []  # all_sum nodes of each graph that was traced
 limit = reduce.LIMIT

@@ -66,7 +66,7 @@ def warm(name: str, folder: Path, *arguments: str, **environment: str) -> None:
     Not again, until something changes that decides which they are, because it takes as long as a run of a worker.
     """
     sources = hashlib.sha256(f"{mx.__version__} {environment}".encode())
-    for file in sorted([*(ROOT / "compiled_adam").glob("*.py"), *(ROOT / "tests").glob("*.py")]):
+    for file in sorted([*(ROOT / "compiled_adam").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]):
         sources.update(file.read_bytes())
     done = CACHES / f"{name}-{sources.hexdigest()[:16]}"
     if done.exists():

@@ -13,7 +13,8 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.tuner.trainer import default_loss
 
-from compiled_adam import cli, lora_command
+from compiled_adam import cli
+from compiled_adam.commands import lora as lora_command
 from tests import count_calls
 
 TILDE = 94  # of the tiny model's tokenizer

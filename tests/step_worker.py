@@ -18,7 +18,8 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 import compiled_adam as ca
-from compiled_adam import any_optimizer, reduce, shard
+from compiled_adam.distributed import reduce, shard
+from compiled_adam.optimizers import any_optimizer
 from tests import count_calls
 
 ROWS = 16

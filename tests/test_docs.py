@@ -8,10 +8,12 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from conftest import ROOT, python_blocks
-from test_moments import bytes_per_parameter
-from test_rule import per_leaf
 
-from compiled_adam import cli, lora_options, moments
+from compiled_adam import cli
+from compiled_adam.commands import lora_options
+from compiled_adam.update import moments
+from tests.update.test_moments import bytes_per_parameter
+from tests.update.test_rule import per_leaf
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 DOCUMENTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "README.md"]

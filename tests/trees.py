@@ -7,7 +7,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from compiled_adam import residual
+from compiled_adam.update import residual
 
 
 def flat(tree: dict) -> dict[str, np.ndarray]:

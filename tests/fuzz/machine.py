@@ -24,8 +24,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from mlx.utils import tree_flatten, tree_map
 
 import compiled_adam as ca
-from compiled_adam import any_optimizer, moments, residual
-from compiled_adam.errors import InputError
+from compiled_adam.base.errors import InputError
+from compiled_adam.optimizers import any_optimizer
+from compiled_adam.update import moments, residual
 from tests.fuzz import eager, models
 from tests.fuzz.shadow import ULP, Options, Shadow
 from tests.interrupts import bytecodes, interrupted

@@ -1,0 +1,367 @@
+"""Checkpoints: folders from which a run continues exactly, and which are never there by half.
+
+``weights.safetensors`` and ``optimizer.safetensors`` are plain MLX files with the paths of ``tree_flatten``, beside
+them ``window.safetensors`` if micro-batches were accumulated. ``meta.json`` has the rest and the SHA-256 of every file.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from io import SEEK_END, FileIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from ..base.compare import differences, table
+from ..base.errors import InputError
+from ..base.fingerprint import packages
+from ..distributed import workers
+from ..optimizers import any_optimizer
+from ..step.train_step import TrainStep
+from .claims import leftovers, remove_abandoned
+from .durable import discard, flush, opened, present, record, recorded, remove_old, replacing, save_arrays
+from .meta import FORMAT, LARGEST, META, as_json, parsed
+from .meta import sealed as _sealed
+
+FILES = {"model": "weights.safetensors", "optimizer": "optimizer.safetensors", "window": "window.safetensors"}
+# Options that decide what the optimizer's state consists of: to change one is to convert the state.
+_OF_THE_STATE = {"optimizer", "moments", "compensated", "max_grad_norm", "skip_nonfinite"}
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
+
+
+# Writing.
+
+
+def save_checkpoint(
+    folder: str | Path,
+    step: TrainStep,
+    extra: Mapping[str, Any] | None = None,
+    *,
+    settings: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes everything that an exact continuation of ``step`` needs to ``folder``, which appears whole or not at all.
+
+    If the step has a ``group``, all workers call this, and the first one writes; what it raises, all raise.
+
+    Args:
+        folder: the checkpoint; an older one of this name is replaced, other folders are refused.
+        step: what `make_step` made. Its model's trainable parameters and whatever else the forward pass assigns, its
+            optimizer's state, a partly filled window and MLX's random state are stored.
+        extra: what the caller needs to continue (data position, best loss, ...). It is stored as JSON: keys become
+            text, and tuples become lists. Numbers may be infinite or NaN. Default None.
+        settings: options of the caller that results depend on, by name; `load_checkpoint` compares them. Default None.
+
+    Several processes or threads may save to the same folder: each checkpoint is whole, and the last one stays.
+
+    Raises:
+        OSError: it could not be written (disk full, no permission); an older checkpoint is still there then.
+        ValueError: the folder has something other than a checkpoint; weights are infinite or not a number; ``extra``
+            or ``settings`` refer to themselves, are nested too deep or too large, or have two keys that become the same
+            text; a setting has the name of an option of the step.
+        TypeError: ``extra`` or ``settings`` cannot be stored as JSON.
+    """
+    state = step.state_dict(everywhere=False)  # something that all workers take part in
+    write = partial(write_checkpoint, folder, step, state, extra, settings=settings)
+    if step.group is None:
+        write()
+    else:
+        workers.first_does(step.group, write)
+
+
+def write_checkpoint(
+    folder: str | Path,
+    step: TrainStep,
+    state: Mapping[str, dict[str, mx.array]],
+    extra: Mapping[str, Any] | None = None,
+    *,
+    settings: Mapping[str, Any] | None = None,
+) -> None:
+    """`save_checkpoint` of the ``state_dict`` of ``step``, by this process alone."""
+    folder = Path(folder)
+    if _is_something_else(folder):
+        raise InputError(f"{folder} exists and is not a checkpoint; name another folder")
+    mx.eval(state)
+    meta = {
+        "format": FORMAT,
+        "packages": _packages(),
+        "updates": _updates(step),
+        "accumulated": state["window"]["batches"].item() if state["window"] else 0,
+        "random": state["random"]["key"].tolist(),
+        "settings": _settings(settings, step),
+        "extra": as_json("extra", extra or {}),
+    }
+    records = {}
+    # In this order: what ends early removes its files, by which those who read them see that there is no more to come.
+    with ThreadPoolExecutor() as pool, replacing(folder) as temporary:
+        # The largest first: its record is still being made while the others are written.
+        for part in ("optimizer", "window", "model"):
+            if state[part]:
+                file = temporary / FILES[part]
+                with recorded(file, pool) as records[file.name]:
+                    save_arrays(file, state[part])
+        check_finite(state["model"])
+        meta["files"] = {name: future.result() for name, future in records.items()}
+        (temporary / META).write_text(_sealed(meta), encoding="utf-8")
+        flush(temporary / META)
+
+
+def _settings(settings: Mapping[str, Any] | None, step: TrainStep) -> dict[str, Any]:
+    """The caller's settings and the step's options, as they are read again."""
+    theirs, own = as_json("settings", settings or {}), step.description()
+    if both := theirs.keys() & own.keys():
+        raise InputError(
+            f"settings has {min(both)!r}, which is the name of an option of the step; give it another name"
+        )
+    return theirs | as_json("the description of the step", own)
+
+
+def _is_something_else(folder: Path) -> bool:
+    """Whether there is something that no checkpoint may replace: a file, or a folder that is neither one nor empty."""
+    with suppress(FileNotFoundError, NotADirectoryError), opened(folder, [META]) as (found, files):
+        return META not in files and any(found.iterdir())
+    return folder.exists()
+
+
+def check_finite(arrays: Mapping[str, mx.array]) -> None:
+    """Raises ValueError, naming it, for an array that has an infinite value or one that is not a number."""
+    floats = {path: a for path, a in arrays.items() if a.size and mx.issubdtype(a.dtype, mx.floating)}
+    # A reduction passes over the array at once; isfinite(a) would write as many booleans first.
+    finite = {path: mx.isfinite(a.max()) & mx.isfinite(a.min()) for path, a in floats.items()}
+    mx.eval(finite)
+    if bad := [path for path, is_finite in finite.items() if not is_finite.item()]:
+        raise InputError(f"{bad[0]} has values that are infinite or not a number ({len(bad)} of {len(finite)} arrays)")
+
+
+# Reading.
+
+
+def load_checkpoint(
+    folder: str | Path,
+    step: TrainStep,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    allow: Collection[str] = (),
+    warn: Callable[[str], None] = _warn,
+) -> dict[str, Any]:
+    """Continues ``step`` from a checkpoint; returns the ``extra`` it was saved with.
+
+    Another process may replace the folder at the same time: the old checkpoint or the new one is read, never a mixture.
+
+    If the step has a ``group``, all workers call this, and all read; if one cannot, none continues.
+
+    Args:
+        folder: the checkpoint.
+        step: a fresh step of the same model, loss and optimizer.
+        settings: as for `save_checkpoint`.
+        allow: names of settings that may differ; the value that ``step`` has is used then. The learning rate is one of
+            them: unless it is allowed, checkpoint and step must have the same. Default: none.
+        warn: gets a sentence about other package versions, or another device. Default ``warnings.warn``.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or does not fit, with a table of what differs; nothing is changed then.
+    """
+    read = partial(read_checkpoint, folder, step, settings=settings, allow=allow, warn=warn)
+    contents = read() if step.group is None else workers.all_do(step.group, read)
+    contents.into(step)
+    return contents.extra
+
+
+class Contents(NamedTuple):
+    """A checkpoint that was read, and fits."""
+
+    state: dict[str, dict[str, mx.array]]
+    extra: dict[str, Any]
+    convert: bool  # whether the optimizer's state is of other options
+    own_rate: bool  # whether the learning rate stays that of the step
+
+    def into(self, step: TrainStep) -> None:
+        """Continues ``step`` from it."""
+        optimizers = any_optimizer.parts(step.optimizer)
+        rates = [optimizer.state.get("learning_rate") for optimizer in optimizers]
+        step.load_state_dict(self.state, convert=self.convert)
+        for optimizer, rate in zip(optimizers, rates, strict=True):
+            if rate is not None and self.own_rate:
+                optimizer.state["learning_rate"] = rate
+
+
+def read_checkpoint(
+    folder: str | Path,
+    step: TrainStep,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    allow: Collection[str] = (),
+    warn: Callable[[str], None] = _warn,
+) -> Contents:
+    """What `load_checkpoint` continues ``step`` from; it is not changed."""
+    with _opened(Path(folder)) as (found, files):
+        meta = _checked(found, files)
+        state = {
+            part: _load(found / name, files[name]) if name in meta["files"] else {} for part, name in FILES.items()
+        }
+        state["random"] = {"key": mx.array(meta["random"], mx.uint32)}
+        here = _settings(settings, step)
+        if unknown := set(allow) - here.keys() - meta["settings"].keys():
+            raise InputError(f"there is no setting {min(unknown)!r} to allow; there are {', '.join(sorted(here))}")
+        rows = differences(here, meta["settings"])
+        changed = {name for name, *_ in rows} & set(allow)
+        convert = bool({name.split(".")[-1] for name in changed} & _OF_THE_STATE)
+        rows = [row for row in rows if row[0] not in changed] + step.mismatches(state, convert=convert)
+        if rows:
+            raise InputError(
+                f"{folder} was saved by another run:\n{table(('what', 'here', 'checkpoint'), rows)}\n"
+                "make it the same, or allow what may change by its name (allow=..., --allow-change)"
+            )
+        mx.eval(state)  # before the files are closed
+    if state["window"] and state["window"]["batches"].item() != meta["accumulated"]:
+        raise InputError(f"{found / META} is damaged: it has another number of accumulated batches than the window")
+    check_finite(state["model"])
+    if others := differences(_packages(), meta["packages"]):
+        names = ", ".join(f"{name} {there}" for name, _, there in others)
+        warn(f"{folder} was written with {names}: results may differ in the last bits")
+    own_rate = any(name.endswith("learning_rate") for name in changed)
+    return Contents(state, meta["extra"], convert, own_rate)
+
+
+def check_checkpoint(folder: Path) -> dict[str, Any]:
+    """The content of ``meta.json``, after every file was compared with it. Raises ValueError that names the damage."""
+    with _opened(folder) as (found, files):
+        return _checked(found, files)
+
+
+def check_exists(folder: Path) -> None:
+    """Raises ValueError, as `check_checkpoint` does, if there is no checkpoint at all; reads nothing."""
+    with _opened(folder):
+        pass
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether `check_checkpoint` finds nothing wrong."""
+    try:
+        check_checkpoint(folder)
+    except (InputError, OSError):
+        return False
+    return True
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[tuple[Path, dict[str, FileIO]]]:
+    """`durable.opened` for the files of a checkpoint."""
+    with ExitStack() as stack:
+        try:
+            found = stack.enter_context(opened(folder, [META, *FILES.values()]))
+        except FileNotFoundError:
+            raise InputError(f"{folder} is not a checkpoint: there is no such folder") from None
+        except NotADirectoryError:
+            raise InputError(f"{folder} is not a checkpoint: it has no {META}") from None
+        if META not in found[1]:
+            raise InputError(f"{found[0]} is not a checkpoint: it has no {META}")
+        yield found
+
+
+def _checked(folder: Path, files: Mapping[str, FileIO]) -> dict[str, Any]:
+    """What `check_checkpoint` returns, of files that are open; ``folder`` is where they were found."""
+    needed = (FILES["model"], FILES["optimizer"])
+    with _named(folder / META):
+        content = files[META].read(LARGEST + 1)
+    meta = parsed(folder / META, content, tuple(FILES.values()), needed)
+    if bool(meta["accumulated"]) != (FILES["window"] in meta["files"]):
+        raise InputError(f"{folder / META} is damaged: it has a window without batches, or batches without a window")
+    for name, expected in meta["files"].items():
+        path = folder / name
+        if name not in files:
+            raise InputError(f"{path} is missing")
+        with _named(path):
+            if (size := files[name].seek(0, SEEK_END)) != expected["bytes"]:
+                raise InputError(f"{path} is damaged: it has {size} bytes instead of {expected['bytes']}")
+            if record(files[name]) != expected:
+                raise InputError(f"{path} is damaged: its SHA-256 is not the one in {META}")
+    return meta
+
+
+@contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """An error of the operating system gets the name of the file that is being read."""
+    try:
+        yield
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(file)) from None
+
+
+def latest_checkpoint(folder: str | Path, *, warn: Callable[[str], None] = _warn) -> Path:
+    """The newest checkpoint in ``folder`` that is not damaged. Names of checkpoints are numbers.
+
+    ``warn`` gets a sentence about each damaged checkpoint. If a process was killed while it replaced a checkpoint, that
+    checkpoint may be under another name in the folder. It is found as well, here and by `load_checkpoint`.
+
+    Raises:
+        ValueError: the folder has no checkpoint that is not damaged.
+    """
+    folder = Path(folder)
+    found = numbered(folder)
+    while True:
+        for path in reversed(found):
+            try:
+                check_checkpoint(path)
+                return path
+            except (ValueError, OSError) as error:
+                if path in numbered(folder):  # else: another process has pruned it, because there is a newer one
+                    warn(f"{error}; trying the checkpoint before it")
+        if found == (found := numbered(folder)):
+            raise InputError(f"there is no {'whole ' if found else ''}checkpoint in {folder}")
+
+
+def numbered(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, the oldest first; where each is found, `durable.present` says."""
+    if not folder.is_dir():
+        return []
+    names = (re.fullmatch(r"(\d+)|\.(\d+)\.old", path.name) for path in folder.iterdir())
+    paths = {folder / (name[1] or name[2]) for name in names if name}
+    return sorted((path for path in paths if present(path).is_dir()), key=lambda path: (int(path.name), path.name))
+
+
+def prune(folder: Path, keep: int) -> list[Path]:
+    """Removes all but the newest ``keep`` checkpoints, once the newest is known to be whole; returns what went.
+
+    Also what killed processes have left of checkpoints that they wrote or removed. Others may prune at the same time.
+    """
+    for leftover in leftovers(folder):
+        remove_abandoned(leftover)
+    while found := numbered(folder):
+        try:
+            check_checkpoint(found[-1])
+            break
+        except InputError:
+            if found[-1:] == numbered(folder)[-1:]:  # else: another process has pruned it, because there is a newer one
+                raise
+    for path in found:
+        remove_old(path)
+    return [path for path in found[: max(0, len(found) - max(keep, 1))] if discard(path)]
+
+
+def _load(file: Path, stream: FileIO) -> dict[str, mx.array]:
+    """The arrays of an open file, which must stay open until they are evaluated."""
+    stream.seek(0)
+    try:
+        arrays = mx.load(stream, format="safetensors")
+    except RuntimeError as error:
+        raise InputError(f"{file} cannot be read: {error}") from None
+    assert isinstance(arrays, dict)
+    return arrays
+
+
+def _packages() -> dict[str, str]:
+    return packages() | {"device": str(mx.default_device())}
+
+
+def _updates(step: TrainStep) -> int:
+    state = any_optimizer.states(step.optimizer)[0]
+    return int(state["step"].item())

@@ -1,0 +1,281 @@
+"""``compiled-adam lora``: the jobs of ``mlx_lm.lora``, with its flags, YAML keys and files, on a compiled step."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import types
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.callbacks import TrainingCallback, get_reporting_callbacks
+from mlx_lm.tuner.datasets import CacheDataset
+from mlx_lm.tuner.trainer import TrainingArgs
+from mlx_lm.tuner.utils import print_trainable_parameters
+
+from .. import schedulers
+from ..base import fingerprint
+from ..base.errors import InputError
+from ..checkpoint.checkpoint import check_exists
+from ..distributed.joining import join
+from ..distributed.workers import Workers
+from ..finetune import batches, data, model_files
+from ..finetune.adapters import WEIGHTS, check_folder, load_adapters, load_weights, other_scale, read_arrays
+from ..finetune.console import TrainingProgress
+from ..finetune.log import LOG
+from ..finetune.lora_values import OPTIMIZERS, called
+from ..finetune.trainable import add_adapters, check_layers, unfreeze_last
+from ..finetune.trainer import has_checkpoints, train
+from ..finetune.validation import mean_loss, no_targets
+from ..step import losses
+from ..update.groups import decay_matrices
+from .lora_options import KEPT, YAML_ONLY, check_together, settings
+
+# Options that decide which numbers a run computes, beside the optimizer's and those that `train` knows.
+_OF_THE_RESULT = (
+    *("fine_tune_type", "num_layers", "lora_parameters", "lr_schedule", "mask_prompt", "bucket", "seed"),
+    *sorted(YAML_ONLY),
+)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the command line ``argv``; raises ValueError or OSError for what cannot be done.
+
+    Of several workers, as ``mlx.launch`` starts them, the first one prints and reports.
+    """
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    args = settings(argv)
+    if join(args.worker_timeout).rank() == 0:
+        run(args)
+    else:
+        args.report, args.report_to = False, None
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            run(args)
+
+
+def run(args: types.SimpleNamespace) -> None:
+    """One job: training, testing, or both."""
+    for note in check_together(args):
+        print(f"note: {note}")
+    if args.report:
+        from . import report  # noqa: F401, says now rather than after the training that matplotlib is missing
+    # Before the model is loaded, which takes longer.
+    optimizer = make_optimizer(args)
+    _check_files(args)
+    np.random.seed(args.seed)
+    everything: Any = vars(args)
+    callback = get_reporting_callbacks(
+        args.report_to, project_name=args.project_name, log_dir=args.adapter_path, config=everything
+    )
+    model, tokenizer = model_files.load(args.model, getattr(args, "trust_remote_code", None))
+    train_set, valid_set, test_set = data.load(args, tokenizer)
+    if args.test:
+        test_set = _test_set(args, test_set)
+    if args.train:
+        _train(args, model, optimizer, train_set, valid_set, callback)
+    elif args.adapter_path:
+        print(load_adapters(model, args.adapter_path))
+    if args.test:
+        _test(args, model, test_set)
+
+
+def _check_files(args: types.SimpleNamespace) -> None:
+    """Raises ValueError for files that are not there or cannot be read; leaves out weights that a checkpoint has."""
+    if not args.train and args.adapter_path:
+        check_folder(args.adapter_path)
+    alone = join(args.worker_timeout).size() == 1  # other workers may not have the checkpoints, and all begin alike
+    if alone and args.resume and args.resume_adapter_file and has_checkpoints(Path(args.adapter_path)):
+        # A loop that starts a run again and again has one command line for the first time and for the others.
+        print(f"note: resume_adapter_file is not used: the run goes on from a checkpoint in {args.adapter_path}")
+        args.resume_adapter_file = None
+    if alone and args.train and args.resume not in (None, "auto"):
+        check_exists(Path(args.resume))
+    if args.train and args.resume_adapter_file is not None:
+        file = Path(args.resume_adapter_file)
+        if not file.exists():
+            raise InputError(
+                f"{called('resume_adapter_file')} is {str(file)!r}, which does not exist; give a file of weights, such"
+                f" as {WEIGHTS} in the folder of an earlier run"
+            )
+        read_arrays(file)
+
+
+def _test_set(args: types.SimpleNamespace, dataset: Any) -> CacheDataset:
+    """Tokenized before a training: what is wrong with it must not show at the end of a long one."""
+    if len(dataset) < args.batch_size:
+        raise InputError(
+            f"the test set has {len(dataset)} examples, fewer than batch_size={args.batch_size};"
+            " give it more, or use a smaller batch_size (--batch-size)"
+        )
+    cached = CacheDataset(dataset)
+    for index in range(len(cached)) if args.train else ():
+        cached[index]
+    return cached
+
+
+def _train(
+    args: types.SimpleNamespace,
+    model: nn.Module,
+    optimizer: optim.Optimizer,
+    train_set: Any,
+    valid_set: Any,
+    callback: TrainingCallback | None,
+) -> None:
+    base = fingerprint.of_arrays(dict(tree_flatten(model.parameters()))) if _checkpoints(args) or args.resume else None
+    mx.random.seed(args.seed)
+    make_trainable(args, model)
+    if args.resume_adapter_file is not None:
+        _begin_with(args, model)
+    print_trainable_parameters(model)
+    folder = Path(args.adapter_path)
+    padding = batches.multiple_of_32 if args.bucket is None else batches.geometric(args.bucket)
+    cached = CacheDataset(train_set)
+    if args.bucket is not None:
+        _print_forecast(args, cached)
+    try:
+        train(
+            model,
+            optimizer,
+            cached,
+            CacheDataset(valid_set),
+            TrainingArgs(
+                batch_size=args.batch_size,
+                iters=args.iters,
+                val_batches=args.val_batches,
+                steps_per_report=args.steps_per_report,
+                steps_per_eval=args.steps_per_eval,
+                steps_per_save=args.save_every,
+                max_seq_length=args.max_seq_length,
+                adapter_file=str(folder / "adapters.safetensors"),
+                grad_checkpoint=args.grad_checkpoint,
+                grad_accumulation_steps=args.grad_accumulation_steps,
+                clear_cache_threshold=args.clear_cache_threshold,
+            ),
+            iterate_batches=partial(batches.Batches, padding=padding),
+            training_callback=callback,
+            max_traces=args.max_traces,
+            log=True,
+            keep_checkpoints=_checkpoints(args),
+            keep_adapters=args.keep_checkpoints or None,
+            save_best=bool(args.save_best),
+            early_stop_patience=args.early_stop_patience,
+            nonfinite_limit=args.nonfinite_limit,
+            resume=args.resume,
+            settings={
+                "model": base,
+                **{name: getattr(args, name, None) for name in _OF_THE_RESULT},
+            },
+            allow=args.allow_change or (),
+            adapter_config={name: value for name, value in vars(args).items() if name not in ("given", "in_file")},
+            reduce_dtype=args.reduce_dtype,
+            shard_state=bool(args.shard_state),
+            worker_timeout=args.worker_timeout,
+        )
+    except BaseException:
+        # What ended the run is to be told, and not that it had no step yet.
+        with contextlib.suppress(InputError, OSError):
+            _report(args, folder)
+        raise
+    _report(args, folder)
+
+
+def _report(args: types.SimpleNamespace, folder: Path) -> None:
+    if args.report and (folder / LOG).exists():
+        from .report import write
+
+        write([folder], folder / "report.html")
+
+
+def _test(args: types.SimpleNamespace, model: nn.Module, test_set: Any) -> None:
+    """Prints what mlx-lm prints, and ends if the other workers are gone, as training does."""
+    count = len(test_set) // args.batch_size
+    count = count if args.test_batches == -1 else min(count, args.test_batches)
+    with Workers(join(args.worker_timeout), args.worker_timeout) as workers:
+        workers.saved = lambda: "there is no test loss"
+        with TrainingProgress(count, quiet=not workers.first, what="test") as progress:
+
+            def before_batch() -> None:
+                workers.beat()
+                progress.advance()
+
+            loss = mean_loss(
+                model,
+                test_set,
+                losses.next_token,
+                before_batch,
+                args.clear_cache_threshold,
+                batch_size=args.batch_size,
+                num_batches=args.test_batches,
+                max_seq_length=args.max_seq_length,
+                iterate_batches=batches.Batches,
+            )
+        if loss is None:
+            raise InputError(f"there is no test loss: {no_targets(args.max_seq_length)}")
+        print(f"Test loss {loss:.3f}, Test ppl {math.inf if loss >= 700 else math.exp(loss):.3f}.")
+
+
+def make_trainable(args: types.SimpleNamespace, model: nn.Module) -> None:
+    """Freezes a model, but for what the job trains: adapters that are added, or its last layers."""
+    model.freeze()
+    check_layers(model, args.num_layers)
+    if args.fine_tune_type == "full":
+        unfreeze_last(model, args.num_layers)
+        args.lora_parameters = None
+    else:
+        add_adapters(model, args.num_layers, args.lora_parameters, dora=args.fine_tune_type == "dora")
+
+
+def _begin_with(args: types.SimpleNamespace, model: nn.Module) -> None:
+    """Puts the weights of ``resume_adapter_file`` into the model, and says how many."""
+    every, trained = (list(dict(tree_flatten(tree))) for tree in (model.parameters(), model.trainable_parameters()))
+    print(load_weights(model, args.resume_adapter_file, wanted=trained, allowed=every))
+    if note := other_scale(args.resume_adapter_file, args.lora_parameters):
+        print(f"note: {note}")
+
+
+def _checkpoints(args: types.SimpleNamespace) -> int:
+    return KEPT if args.keep_checkpoints is None else args.keep_checkpoints
+
+
+def _print_forecast(args: types.SimpleNamespace, dataset: Any) -> None:
+    def forecast(padding: batches.Padding) -> batches.Forecast:
+        return batches.Batches(dataset, args.batch_size, args.max_seq_length, padding=padding).forecast()
+
+    ours, stock = forecast(batches.geometric(args.bucket)), forecast(batches.multiple_of_32)
+    print(
+        f"bucket {args.bucket:g}: at most {ours.traces} traces, {100 * ours.overhead:.1f} % padding"
+        f" (multiples of 32: {stock.traces} traces, {100 * stock.overhead:.1f} %)"
+    )
+
+
+def make_optimizer(args: types.SimpleNamespace) -> optim.Optimizer:
+    """The optimizer of a job: ours for adam and adamw, mlx-lm's for the others, for which our options are errors."""
+    name = args.optimizer
+    config = args.optimizer_config.get(name, {})
+    rate = args.learning_rate if args.lr_schedule is None else schedulers.from_config(args.lr_schedule)
+    options = {
+        key: getattr(args, key)
+        for key in ("max_grad_norm", "skip_nonfinite", "moments", "weight_decay", "bias_correction")
+        if getattr(args, key) is not None
+    }
+    if name != "adamw":
+        for key in ("weight_decay", "decay_matrices_only"):
+            if getattr(args, key) is not None:
+                raise InputError(f"{called(key)} is an option of adamw, but the optimizer is {name}")
+    if name in ("adam", "adamw"):
+        options = {"bias_correction": True, "skip_nonfinite": True, **config, **options}
+        if args.decay_matrices_only:
+            options["decay_filter"] = decay_matrices
+    elif options:
+        raise InputError(f"{called(next(iter(options)))} is an option of adam and adamw, but the optimizer is {name}")
+    else:
+        options = config
+    return OPTIMIZERS[name](learning_rate=rate, **options)

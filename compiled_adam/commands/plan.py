@@ -1,0 +1,230 @@
+"""``compiled-adam plan``: what a job of ``compiled-adam lora`` needs, computed from the model's config.json alone.
+
+The model is built of mlx-lm's classes, whose arrays are lazy: their shapes are all that is read, so that a model of any
+size is planned in a second and in no memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from rich.console import Console
+from rich.table import Table
+
+from ..base.errors import InputError
+from ..distributed import reduce, shard
+from ..finetune import model_config
+from ..optimizers.adam import Adam
+from ..update.moments import POLICIES
+from .lora import make_optimizer, make_trainable
+from .lora_options import parser, settings
+
+GB = 1e9
+MOST_WORKERS = 1 << 16
+
+
+class State(NamedTuple):
+    """What an optimizer keeps, in bytes."""
+
+    moments: int
+    residuals: int
+
+
+class Plan(NamedTuple):
+    """What a job needs, in bytes where nothing else is said. Activations are not in it: they depend on the batch."""
+
+    parameters: int  # how many the model has without adapters; of a quantized one, those it stands for
+    trainable: int  # how many are trained
+    layers: int  # in how many of the last layers
+    dtype: str  # of weights that are not quantized; bfloat16 if the config does not say
+    weights: int
+    gradients: int
+    window: int  # float32 sums of accumulated gradients
+    exchange: int  # a float32 copy of the gradients, packed; 0 with one worker
+    states: dict[str, State]  # by moments policy, or the optimizer's name; sharded, of the worker that has the most
+    calls: list[int]  # what each all_sum of an update communicates; none with one worker
+    gathers: list[int]  # what all workers have after each all_gather of new weights; none unless state is sharded
+    workers: int
+
+    def total(self, policy: str) -> int:
+        """Everything at once, which is when an update happens."""
+        return self.weights + self.gradients + self.window + self.exchange + sum(self.states[policy])
+
+    def traffic(self) -> float:
+        """Bytes that each worker sends per update, and receives, in a ring: all but one part of the weights that are
+        gathered, and twice that of the gradients that are summed."""
+        return (self.workers - 1) / self.workers * (2 * sum(self.calls) + sum(self.gathers))
+
+    def seconds(self, link: float) -> float:
+        """Communication per update, at ``link`` bytes per second in each direction at once, without latency."""
+        return self.traffic() / link
+
+
+def plan(config: Mapping[str, Any], args: types.SimpleNamespace, workers: int = 1) -> Plan:
+    """The plan of a job with the settings ``args``, as `lora_options.settings` gives them, for a model's ``config``.
+
+    Without a ``num_layers`` of its own it is for mlx-lm's default of 16 layers, or all if the model has fewer.
+
+    Raises:
+        ValueError: a config that mlx-lm has no model for, or options that contradict each other.
+    """
+    args = types.SimpleNamespace(**vars(args))
+    model, parameters, dtype = model_config.build(config)
+    if "num_layers" not in (*args.given, *args.in_file):
+        args.num_layers = min(args.num_layers, len(model.layers))
+    make_trainable(args, model)
+    trainable = _arrays(model.trainable_parameters())
+    count = sum(p.size for p in trainable.values())
+    many = workers > 1
+    dtypes = [reduce.DTYPES[args.reduce_dtype] or p.dtype for p in trainable.values()]
+    sizes = [p.size for p in trainable.values()]
+    buffers = reduce.buffers(sizes, dtypes) if many else []
+    sharded = many and args.shard_state
+    rounds = shard.rounds(sizes, [p.dtype for p in trainable.values()], workers) if sharded else []
+    return Plan(
+        parameters,
+        count,
+        len(model.layers) if args.num_layers == -1 else args.num_layers,
+        dtype,
+        weights=_bytes(model.parameters()),
+        gradients=_bytes(trainable),
+        window=4 * count if args.grad_accumulation_steps > 1 else 0,
+        exchange=4 * count if many else 0,
+        states=_states(args, model.trainable_parameters(), workers if sharded else 1),
+        calls=[buffer.nbytes for buffer in buffers],
+        gathers=[call.nbytes for call in rounds],
+        workers=workers,
+    )
+
+
+def _states(args: types.SimpleNamespace, trainable: dict, workers: int) -> dict[str, State]:
+    name = args.optimizer.lower()
+    leaves = _arrays(trainable)
+    owners = dict(zip(leaves, shard.owners([p.size for p in leaves.values()], workers), strict=True))
+    found = {}
+    for policy in POLICIES if name in ("adam", "adamw") else (name,):
+        own = types.SimpleNamespace(**vars(args))
+        if policy in POLICIES:
+            own.moments = policy
+        optimizer = make_optimizer(own)
+        if isinstance(optimizer, Adam):
+            optimizer.lay_out(trainable)
+        else:
+            optimizer.init(trainable)  # MLX's leave it lazy
+        shared, parts = 0, [[0, 0] for _ in range(workers)]  # of each worker, bytes of moments and of residuals
+        for path, array in _arrays(optimizer.state).items():
+            leaf, _, kind = path.rpartition(".")
+            if leaf in owners:
+                parts[owners[leaf]][kind == "residual"] += array.nbytes
+            else:
+                shared += array.nbytes  # the step and the like
+        moments, residuals = max(parts, key=sum)
+        found[policy] = State(moments + shared, residuals)
+    return found
+
+
+def _arrays(tree: Any) -> dict[str, mx.array]:
+    found: Any = tree_flatten(tree)
+    return dict(found)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(array.nbytes for array in _arrays(tree).values())
+
+
+# The command.
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the command line ``argv``; raises ValueError or OSError for what cannot be planned."""
+    args = settings(argv, _parser())
+    for name in ("workers", "link", "memory"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise InputError(f"{name} is {value!r}; it must be above 0")
+    if args.workers > MOST_WORKERS:
+        raise InputError(f"workers is {args.workers}; it must be at most {MOST_WORKERS}")
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120
+    made = plan(model_config.read(args.planned), args, args.workers)
+    memory, where = (args.memory * GB, "") if args.memory else (_memory_here(), " of this machine")
+    for line in describe(made, args.link):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(table(made, memory, f"{memory / GB:.0f} GB{where}"))
+
+
+def describe(made: Plan, link: float) -> list[str]:
+    """Lines about everything that is the same for all policies; ``link`` in GB/s."""
+    lines = [
+        f"{_count(made.parameters)} parameters, {made.dtype} where not quantized; {_count(made.trainable)} trained,"
+        f" in {_layers(made.layers)}",
+        f"weights {_gb(made.weights)}, gradients {_gb(made.gradients)}"
+        + (f", accumulated {_gb(made.window)}" if made.window else "")
+        + (f", exchanged {_gb(made.exchange)}" if made.exchange else ""),
+    ]
+    if made.calls:
+        weights = f", and {_calls(made.gathers)} of new weights" if made.gathers else ""
+        lines.append(
+            f"{made.workers} workers: {_calls(made.calls)}{weights} per update, of which each sends"
+            f" {_gb(made.traffic())}: {made.seconds(link * GB):.3g} s at {link:g} GB/s"
+        )
+    return [*lines, "activations come on top, and depend on --batch-size, --max-seq-length and --grad-checkpoint"]
+
+
+def table(made: Plan, memory: float, name: str) -> Table:
+    """A row for each policy, with what is left of the ``memory``."""
+    rows = Table()
+    for column in ("moments", "bytes of moments", "of residuals", "total", f"left of {name}"):
+        rows.add_column(column, justify="right" if column != "moments" else "left")
+    for policy, state in made.states.items():
+        left = memory - made.total(policy)
+        fits = _gb(left) if left >= 0 else f"does not fit, {_gb(-left)} too much"
+        rows.add_row(policy, _gb(state.moments), _gb(state.residuals), _gb(made.total(policy)), fits)
+    return rows
+
+
+def _layers(count: int) -> str:
+    return "the last layer" if count == 1 else f"the last {count} layers"
+
+
+def _calls(nbytes: Sequence[int]) -> str:
+    return f"{len(nbytes)} call{'s' if len(nbytes) > 1 else ''} of together {_gb(sum(nbytes))}"
+
+
+def _gb(nbytes: float) -> str:
+    return f"{nbytes / GB:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
+
+
+def _count(number: int) -> str:
+    if number < 1e6:
+        return f"{number:,}"
+    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.1f} M"
+
+
+def _memory_here() -> float:
+    known = mx.device_info().get("memory_size")
+    return float(known) if known else float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def _parser() -> argparse.ArgumentParser:
+    made = parser()
+    made.prog = "compiled-adam plan"
+    made.description = "What a job needs, from the model's config.json alone; takes the options of compiled-adam lora."
+    made.epilog = None
+    ours = made.add_argument_group("planning")
+    ours.add_argument(
+        "planned", metavar="MODEL", help="A folder with a config.json, that file, or a cached model's name."
+    )
+    ours.add_argument("--workers", type=int, default=1, metavar="N", help="Processes that share a batch. Default: 1.")
+    ours.add_argument(
+        "--link", type=float, default=5.0, metavar="GB/S", help="Between workers, each way. Default: 5, Thunderbolt 4."
+    )
+    ours.add_argument("--memory", type=float, metavar="GB", help="Of each worker. Default: this machine's.")
+    return made

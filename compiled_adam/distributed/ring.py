@@ -1,0 +1,158 @@
+"""What MLX's ring backend does not say: what is wrong with the host file, and whether a connection was closed.
+
+The thread that serves a connection ends at the first failure. Whoever waits then gets an error, but what is sent or
+awaited later waits for ever. The connections are found by the ports of the host file, and only looked at.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import socket
+import stat
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from ..base.errors import InputError
+
+
+class Place(NamedTuple):
+    """A worker's place in the ring: its rank, and the addresses of all by rank."""
+
+    rank: int
+    addresses: list[list[str]]
+
+    @property
+    def size(self) -> int:
+        return len(self.addresses)
+
+    @property
+    def own(self) -> list[str]:
+        return self.addresses[self.rank]
+
+
+def place() -> Place | None:
+    """What ``MLX_HOSTFILE`` and ``MLX_RANK`` say; None for another backend, which has no host file.
+
+    Raises InputError for what MLX would take for something else, crash at, or wait for ever with.
+    """
+    name, rank = os.environ.get("MLX_HOSTFILE"), os.environ.get("MLX_RANK")
+    if name is None:
+        return None
+    if rank is None:
+        raise InputError("MLX_HOSTFILE is set, but MLX_RANK is not; start the workers with mlx.launch, or set both")
+    addresses = _read(Path(name))
+    if not re.fullmatch("[0-9]{1,9}", rank) or int(rank) >= len(addresses):
+        last = len(addresses) - 1
+        raise InputError(f"MLX_RANK is {rank!r}; with the {last + 1} hosts of {name} it must be from 0 to {last}")
+    return Place(int(rank), addresses)
+
+
+def _read(file: Path) -> list[list[str]]:
+    form = 'a list with the addresses of each rank, such as [["10.0.0.1:5000"], ["10.0.0.2:5000"]]'
+    alone = "start a single worker without mlx.launch and without MLX_HOSTFILE"
+    try:
+        content = file.read_bytes() if file.is_file() else None
+        hosts = json.loads(content) if content and content.strip() else None
+    except OSError as error:
+        raise InputError(f"MLX_HOSTFILE is {str(file)!r}, which cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"MLX_HOSTFILE is {str(file)!r}, which is not JSON ({error}); it must be {form}") from None
+    if content is None:
+        raise InputError(f"MLX_HOSTFILE is {str(file)!r}, which is no file; it must name one that has {form}")
+    if hosts is None:  # of mlx.launch -n 1
+        raise InputError(f"MLX_HOSTFILE is {str(file)!r}, which is empty; {alone}")
+    hosts = [[host] if isinstance(host, str) else host for host in hosts] if isinstance(hosts, list) else []
+    if not hosts or not all(isinstance(host, list) and host and all(map(_is_address, host)) for host in hosts):
+        raise InputError(f"MLX_HOSTFILE is {str(file)!r}, which is not {form} (mlx.launch makes it of --hostfile)")
+    if len(hosts) == 1:
+        raise InputError(f"MLX_HOSTFILE is {str(file)!r}, with one host; {alone}")
+    if len({len(host) for host in hosts}) > 1:
+        raise InputError(f"MLX_HOSTFILE is {str(file)!r}; every rank in it must have equally many addresses")
+    owners: dict[str, int] = {}
+    for rank, host in enumerate(hosts):
+        for address in host:
+            if address in owners:
+                raise InputError(
+                    f"MLX_HOSTFILE is {str(file)!r}, where {address} is of rank {owners[address]} and of rank {rank};"
+                    " give each a port of its own"
+                )
+            owners[address] = rank
+    return hosts
+
+
+def _is_address(value: object) -> bool:
+    host, _, port = value.partition(":") if isinstance(value, str) else ("", "", "")
+    return bool(host) and port.isdecimal() and 0 < int(port) < 1 << 16
+
+
+def in_use(address: str) -> bool:
+    """Whether another process listens at an address of this machine."""
+    host, _, port = address.partition(":")
+    with socket.socket() as test:
+        test.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of a run that has ended don't count
+        try:
+            test.bind((host, int(port)))
+        except OSError as error:
+            return error.errno == errno.EADDRINUSE  # what else is wrong MLX will say
+        except UnicodeError:  # of a name that cannot be one
+            return False
+    return False
+
+
+class Connections:
+    """The connections to the neighbours; none with other backends."""
+
+    def __init__(self) -> None:
+        # Found now, since one that was reset no longer has an address. Copies of the descriptors: MLX has its own.
+        self._open = list(_connections(_ports()))
+
+    def is_cut(self) -> bool:
+        """Whether a neighbour has closed one."""
+        return any(_is_closed(each) for each in self._open)
+
+    def close(self) -> None:
+        for each in self._open:
+            each.close()
+
+
+def _ports() -> set[int]:
+    try:
+        hosts = json.loads(Path(os.environ["MLX_HOSTFILE"]).read_text())
+        return {int(address.rsplit(":", 1)[1]) for host in hosts for address in host}
+    except (KeyError, OSError, ValueError, AttributeError, IndexError, TypeError):
+        return set()
+
+
+def _connections(ports: set[int]) -> Iterator[socket.socket]:
+    for name in os.listdir("/dev/fd") if ports else []:
+        with suppress(OSError, ValueError):  # one that was closed since
+            if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                continue
+            connection = socket.socket(fileno=os.dup(int(name)))
+            is_tcp = connection.type == socket.SOCK_STREAM and connection.family in (socket.AF_INET, socket.AF_INET6)
+            # To the right neighbour the port is its own, from the left one it is ours.
+            if is_tcp and _addresses(connection) & ports:
+                yield connection
+            else:
+                connection.close()
+
+
+def _addresses(connection: socket.socket) -> set[int]:
+    try:
+        return {connection.getpeername()[1], connection.getsockname()[1]}
+    except OSError:  # it listens
+        return set()
+
+
+def _is_closed(connection: socket.socket) -> bool:
+    try:
+        return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True

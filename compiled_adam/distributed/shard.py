@@ -1,0 +1,213 @@
+"""Optimizer state spread over the workers of a group: each has that of some parameters, and updates only those.
+
+Every worker knows the mean gradient of all parameters (see `reduce`), and so the global norm, by which it clips and
+skips like the others. It updates the parameters whose state it has; then all exchange the new weights. Parameters are
+dealt out whole, so that any update that treats each one by itself gives the same bits as it does without sharding.
+
+Source: Rajbhandari et al., "ZeRO: memory optimizations toward training trillion parameter models", SC 2020, stage 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.optimizers as optim
+from mlx.utils import tree_map
+
+from ..base.errors import InputError
+from ..base.tree import along, indexed
+from ..optimizers import any_optimizer
+from ..optimizers.adam import Adam
+from ..update.leaves import Part
+from . import workers
+from .reduce import AT_ONCE, LIMIT
+
+
+def owners(sizes: Sequence[int], count: int) -> list[int]:
+    """Which of ``count`` workers has each of the leaves of so many elements, which decide the bytes of their state.
+
+    The largest first, each goes to the worker that has the least so far: nobody has more than its even share and one
+    leaf beyond.
+
+    >>> owners([4, 1, 3, 2], 2)
+    [0, 0, 1, 1]
+    """
+    loads, found = [0] * count, [0] * len(sizes)
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        found[i] = loads.index(min(loads))
+        loads[found[i]] += sizes[i]
+    return found
+
+
+class Round(NamedTuple):
+    """One call of all_gather."""
+
+    leaves: tuple[tuple[int, ...], ...]  # of each worker, indices
+    length: int  # elements of each worker, the last ones of which may be padding
+    dtype: mx.Dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Of all together."""
+        return len(self.leaves) * self.length * self.dtype.size
+
+
+def rounds(sizes: Sequence[int], dtypes: Sequence[mx.Dtype], count: int, limit: int = LIMIT) -> list[Round]:
+    """The calls in which ``count`` workers exchange leaves of so many elements, each those that it owns.
+
+    A call is for leaves of one dtype. All of them go in one if they are at most sixteen times ``limit`` bytes together,
+    otherwise in calls of at most ``limit``, or of one leaf of each worker if those are larger.
+
+    >>> [(each.leaves, each.nbytes) for each in rounds([4, 1, 3, 2], [mx.float32] * 4, 2)]
+    [(((0, 1), (2, 3)), 40)]
+    >>> [(each.leaves, each.nbytes) for each in rounds([4, 1, 3, 2], [mx.float32] * 4, 2, limit=1)]
+    [(((0,), (2,)), 32), (((1,), (3,)), 16)]
+    """
+    if sum(size * dtype.size for size, dtype in zip(sizes, dtypes, strict=True)) <= AT_ONCE * limit:
+        limit = sum(sizes) * count * max((dtype.size for dtype in dtypes), default=1)
+    owned = owners(sizes, count)
+    found = []
+    for dtype in dict.fromkeys(dtypes):
+        # The largest first, so that what the workers have in a call is of about one size.
+        order = sorted((i for i, its in enumerate(dtypes) if its == dtype and sizes[i]), key=lambda i: -sizes[i])
+        waiting = [[i for i in order if owned[i] == worker] for worker in range(count)]
+        while any(waiting):
+            capacity = max(limit // (count * dtype.size), *(sizes[mine[0]] if mine else 0 for mine in waiting))
+            taken = tuple(_fitting(mine, sizes, capacity) for mine in waiting)
+            length = max(sum(sizes[i] for i in mine) for mine in taken)
+            found.append(Round(taken, length, dtype))
+            waiting = [[i for i in mine if i not in its] for mine, its in zip(waiting, map(set, taken), strict=True)]
+    return found
+
+
+def _fitting(leaves: Sequence[int], sizes: Sequence[int], capacity: int) -> tuple[int, ...]:
+    taken = []
+    for i in leaves:
+        if sizes[i] <= capacity:
+            taken.append(i)
+            capacity -= sizes[i]
+    return tuple(taken)
+
+
+def gathered(
+    mine: Mapping[int, mx.array],
+    weights: Sequence[mx.array],
+    calls: Sequence[Round],
+    group: mx.distributed.Group,
+    after: mx.array,
+) -> list[mx.array]:
+    """All ``weights``, each as its owner has it in ``mine``; ``after`` is the last communication before these."""
+    found = list(weights)
+    for call in calls:
+        pieces = [mine[i].reshape(-1) for i in call.leaves[group.rank()]]
+        if padding := call.length - sum(piece.size for piece in pieces):
+            pieces.append(mx.zeros(padding, call.dtype))
+        flat = pieces[0] if len(pieces) == 1 else mx.concatenate(pieces)
+        # Chained like the calls of `reduce`: workers must meet in the same one.
+        after = mx.distributed.all_gather(mx.depends(flat, after), group=group)
+        places: list[int] = []  # the leaf that begins at each of the cuts
+        cuts: list[int] = []
+        for worker, leaves in enumerate(call.leaves):
+            at = worker * call.length
+            for i in leaves:
+                places.append(i)
+                cuts.append(at)
+                at += weights[i].size
+            if at < (worker + 1) * call.length:
+                places.append(-1)  # padding
+                cuts.append(at)
+        for i, piece in zip(places, mx.split(after, cuts[1:]), strict=True):
+            if i >= 0:
+                found[i] = piece.reshape(weights[i].shape)
+    return found
+
+
+class Shard:
+    """What one worker has of the optimizer's state.
+
+    Args:
+        trainable: the tree of parameters.
+        paths: of its leaves, in the order in which they are updated.
+        sizes: their numbers of elements.
+        dtypes: theirs.
+        group: the workers, who all make this alike.
+    """
+
+    def __init__(
+        self,
+        trainable: Any,
+        paths: Sequence[str],
+        sizes: Sequence[int],
+        dtypes: Sequence[mx.Dtype],
+        group: mx.distributed.Group,
+    ) -> None:
+        self._group = group
+        owned = owners(sizes, group.size())
+        self._own = tuple(i for i, owner in enumerate(owned) if owner == group.rank())
+        self._template = indexed(trainable, {paths[i]: i for i in self._own})
+        self._others = {path for path, owner in zip(paths, owned, strict=True) if owner != group.rank()}
+        self._rounds = rounds(sizes, dtypes, group.size())
+
+    def has(self, path: str) -> bool:
+        """Whether this worker has what is at a path of the state: that of its parameters, and what belongs to none."""
+        return path.rpartition(".")[0] not in self._others
+
+    def own(self, state: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        """Of a flat state what this worker has."""
+        return {path: array for path, array in state.items() if self.has(path)}
+
+    def init(self, optimizer: optim.Optimizer, parameters: Any) -> None:
+        """Creates what is missing of the state of this worker's ``parameters``; drops that of the others'."""
+        state = any_optimizer.flat_state(optimizer)
+        if len(own := self.own(state)) < len(state):
+            optimizer.state = any_optimizer.arranged(optimizer.state, own)[0]
+        mine = tree_map(lambda _, parameter: parameter, self._template, parameters)
+        if isinstance(optimizer, Adam):
+            optimizer.init_part(mine, parameters)
+        else:
+            optimizer.init(mine)
+
+    def update(
+        self,
+        optimizer: optim.Optimizer,
+        gradients: Sequence[mx.array],
+        weights: Sequence[mx.array],
+        norm: mx.array,
+        after: mx.array,
+    ) -> list[mx.array]:
+        """All the new weights, from the gradients of all and their global ``norm``; ``after`` is as in `gathered`."""
+        mine = tree_map(lambda i: gradients[i], self._template)
+        parameters = tree_map(lambda i: weights[i], self._template)
+        if isinstance(optimizer, Adam):
+            updated = optimizer.apply_gradients(mine, parameters, Part(norm, self._own, len(weights)))
+        else:
+            updated = optimizer.apply_gradients(mine, parameters)
+        leaves = [container[key] for _, container, key in along(self._template, updated)]
+        return gathered(dict(zip(self._own, leaves, strict=True)), weights, self._rounds, self._group, after)
+
+
+def check(optimizer: optim.Optimizer) -> None:
+    """Raises ValueError for an optimizer that may need more than one parameter's gradient at a time."""
+    if type(optimizer).apply_gradients not in (Adam.apply_gradients, optim.Optimizer.apply_gradients):
+        raise InputError(
+            f"shard_state=True needs an optimizer that updates each parameter by itself, but"
+            f" {type(optimizer).__name__} has an apply_gradients of its own; use compiled_adam's Adam or AdamW, whose"
+            " learning_rate_multipliers and decay_filter make parameter groups, or shard_state=False"
+        )
+
+
+def complete(optimizer: optim.Optimizer, group: mx.distributed.Group, parameters: Any) -> None:
+    """Gives an optimizer whose state an earlier step had spread over the workers all of it. All must call this.
+
+    State of others than the tree of ``parameters`` goes.
+    """
+    state = any_optimizer.flat_state(optimizer)
+    paths = hashlib.sha256(repr(sorted(state)).encode()).hexdigest()
+    if len(set(workers.gather(group, paths))) > 1:
+        shared = workers.share(group, {"optimizer": state})["optimizer"]
+        scalars = {name: value for name, value in optimizer.state.items() if isinstance(value, mx.array)}
+        places = tree_map(lambda _: {}, parameters)
+        optimizer.state, _ = any_optimizer.arranged({**places, **scalars}, shared)

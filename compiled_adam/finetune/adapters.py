@@ -1,0 +1,183 @@
+"""Files of trained weights, and whether they fit a model: what mlx-lm loads without a word is counted or refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..base.compare import Row, table
+from ..base.errors import InputError
+from ..checkpoint.checkpoint import check_finite
+from .lora_values import lora_parameters
+from .model_files import check_safetensors
+from .trainable import add_adapters
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
+_PEFT = "; the file has the names of Hugging Face's PEFT, and mlx-lm cannot read PEFT adapters"
+_ADAPTERS = ("lora_a", "lora_b", "m")  # the last parts of the names of what is trained in LoRA and DoRA
+
+
+def load_weights(model: nn.Module, file: str | Path, *, wanted: Collection[str], allowed: Collection[str]) -> str:
+    """Puts the arrays of a file into a model, in the dtype they have; returns a line that says how many.
+
+    Args:
+        model: where they go, by the paths of its parameters.
+        file: a .safetensors or .npz file.
+        wanted: the paths that the file should have, such as all that are trained; some may be missing.
+        allowed: the paths that it may have. Others are left out, as mlx-lm does, if at least one is wanted.
+
+    Raises:
+        ValueError: the file cannot be read, nothing of it fits, or an array has another shape or kind of dtype, or
+            values that are not finite. The model is as it was then.
+    """
+    arrays = read_arrays(Path(file))
+    parameters = dict(tree_flatten(model.parameters()))
+    used = {name: array for name, array in arrays.items() if name in allowed}
+    if not used or (wanted and not used.keys() & set(wanted)):
+        raise InputError(
+            f"nothing that is trained is in {file}: it has {_some(arrays)}; the model has {_some(wanted or allowed)}"
+            f"{_peft(arrays)}"
+        )
+    rows: list[Row] = []
+    for name, array in sorted(used.items()):
+        here = parameters[name]
+        both_floats = mx.issubdtype(array.dtype, mx.floating) and mx.issubdtype(here.dtype, mx.floating)
+        if array.shape != here.shape or not (both_floats or array.dtype == here.dtype):
+            rows.append((name, _described(here), _described(array)))
+    if rows:
+        raise InputError(
+            f"{file} does not fit the model; was it made with another rank (lora_parameters), or for another model?\n"
+            + table(("array", "here", "file"), rows, most=8)
+        )
+    try:
+        check_finite(used)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
+    model.load_weights(list(used.items()), strict=False)
+    return f"{file}: {_counted(arrays, used, wanted)}"
+
+
+def load_adapters(model: nn.Module, folder: str | Path) -> str:
+    """Adds the adapters of a folder that mlx-lm or `compiled_adam.train` wrote; returns a line that says how many.
+
+    Raises:
+        ValueError: the folder, its configuration or its weights cannot be used, as for `load_weights`.
+    """
+    check_folder(folder)
+    folder = Path(folder)
+    kind, num_layers, parameters = _read_config(folder / CONFIG)
+    if kind != "full":
+        add_adapters(model, num_layers, parameters, dora=kind == "dora")
+    every = list(dict(tree_flatten(model.parameters())))
+    adapters = [name for name in every if name.rsplit(".", 1)[-1] in _ADAPTERS]
+    file = folder / WEIGHTS
+    if kind == "full":
+        return load_weights(model, file, wanted=(), allowed=every)
+    if left := sorted(set(read_arrays(file)) - set(adapters)):
+        # mlx-lm refuses them, too: with other layers than the configuration says a test would be of something else.
+        raise InputError(
+            f"{file} has {len(left)} arrays that the model does not have: {_some(left)}; the model has"
+            f" {_some(adapters)}{_peft(left)}"
+        )
+    return load_weights(model, file, wanted=adapters, allowed=adapters)
+
+
+def other_scale(file: str | Path, parameters: Mapping[str, Any] | None) -> str | None:
+    """A sentence if the configuration beside a file says that its adapters were trained with another scale."""
+    try:
+        kind, _, its = _read_config(Path(file).parent / CONFIG)
+    except InputError:
+        return None  # weights need no configuration
+    if kind == "full" or not parameters or its["scale"] == parameters["scale"]:
+        return None
+    return (
+        f"{file} was trained with scale {its['scale']:g}, and this run has scale {parameters['scale']:g}"
+        " (lora_parameters)"
+    )
+
+
+def check_folder(folder: str | Path) -> None:
+    """Raises ValueError for what can be seen to be wrong with a folder of adapters without a model."""
+    if not Path(folder).is_dir():
+        raise InputError(
+            f"adapter_path (--adapter-path) is {str(folder)!r}, which is not a folder; give the folder of a run,"
+            " or '' to test the model without adapters"
+        )
+    _read_config(Path(folder) / CONFIG)
+    read_arrays(Path(folder) / WEIGHTS)
+
+
+def read_arrays(file: Path) -> dict[str, mx.array]:
+    """The arrays in a file of weights. Raises ValueError that names what is wrong with the file."""
+    if file.is_dir():
+        raise InputError(f"{file} is a folder; give the file in it, such as {file / WEIGHTS}")
+    if not file.exists():
+        raise InputError(f"{file} does not exist; it should have the trained weights")
+    if file.suffix not in (".safetensors", ".npz"):
+        raise InputError(f"{file} is not a .safetensors file; give weights in this format")
+    if file.suffix == ".safetensors":
+        check_safetensors(file)
+    try:
+        arrays = mx.load(str(file))
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"{file} cannot be read: {error}") from None
+    if not isinstance(arrays, dict) or not arrays:
+        raise InputError(f"{file} has no arrays; give a file of weights")
+    return arrays
+
+
+def _read_config(file: Path) -> tuple[str, int, dict[str, Any]]:
+    """The fine-tuning type, the number of layers and the LoRA parameters of an adapter_config.json."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{file} does not exist; it has the rank and layers of the adapters beside it") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file} is damaged: {error}") from None
+    if not isinstance(config, Mapping):
+        raise InputError(f"{file} is damaged: it is not a mapping")
+    kind = config.get("fine_tune_type", "lora")
+    if "peft_type" in config:
+        raise InputError(f"{file} is of Hugging Face's PEFT; mlx-lm cannot read PEFT adapters")
+    if kind not in ("lora", "dora", "full"):
+        raise InputError(f"{file}: fine_tune_type is {kind!r}; it must be one of lora, dora, full")
+    if kind == "full":
+        return kind, -1, {}
+    num_layers, parameters = config.get("num_layers"), config.get("lora_parameters")
+    if isinstance(num_layers, bool) or not isinstance(num_layers, int):
+        raise InputError(f"{file}: num_layers is {num_layers!r}; it must be a whole number")
+    if not isinstance(parameters, Mapping):
+        raise InputError(f"{file}: lora_parameters is {parameters!r}; it must be a mapping")
+    known = {key: value for key, value in parameters.items() if key in ("rank", "scale", "dropout", "keys")}
+    try:
+        return kind, num_layers, lora_parameters(known)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
+
+
+def _counted(arrays: Collection[str], used: Collection[str], wanted: Collection[str]) -> str:
+    found = f"used {len(used)} of {len(arrays)} arrays" if len(used) < len(arrays) else f"used all {len(used)} arrays"
+    left = [name for name in arrays if name not in used]
+    missing = [name for name in wanted if name not in used]
+    notes = [f"not in the model: {_some(left)}"] if left else []
+    notes += [f"not in the file: {_some(missing)} ({len(missing)} of {len(wanted)})"] if missing else []
+    return "; ".join([found, *notes])
+
+
+def _some(names: Collection[str]) -> str:
+    shown = sorted(names)[:3]
+    return ", ".join(shown) + (", ..." if len(names) > len(shown) else "") if shown else "nothing"
+
+
+def _peft(names: Collection[str]) -> str:
+    return _PEFT if any("lora_A" in name or name.startswith("base_model.") for name in names) else ""
+
+
+def _described(array: mx.array) -> str:
+    return f"{str(array.dtype).removeprefix('mlx.core.')} {array.shape}"

@@ -1,0 +1,259 @@
+"""What the values of a fine-tuning job may be: the ranges of its numbers, and the keys inside its mappings."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import mlx.optimizers as optim
+from mlx_lm.tuner.callbacks import SUPPORT_CALLBACK
+
+from .. import schedulers
+from ..base.errors import InputError
+from ..distributed.joining import check_timeout
+from ..optimizers import options
+from ..optimizers.adam import Adam
+from ..optimizers.adamw import AdamW
+from . import batches
+
+OPTIMIZERS: dict[str, Callable[..., optim.Optimizer]] = {
+    "adam": Adam,
+    "adamw": AdamW,
+    "muon": optim.Muon,
+    "sgd": optim.SGD,
+    "adafactor": optim.Adafactor,
+}
+# The least value of each whole number, and what else it may be.
+_WHOLE: dict[str, tuple[int, dict[int, str]]] = {
+    "num_layers": (1, {-1: "for all layers"}),
+    "batch_size": (1, {}),
+    "iters": (1, {}),
+    "val_batches": (1, {-1: "for the whole validation set"}),
+    "test_batches": (1, {-1: "for the whole test set"}),
+    "steps_per_report": (1, {}),
+    "steps_per_eval": (1, {}),
+    "save_every": (1, {}),
+    "steps_per_save": (1, {}),
+    "grad_accumulation_steps": (1, {}),
+    "max_seq_length": (2, {}),
+    "seed": (0, {}),
+    "clear_cache_threshold": (0, {}),
+    "max_traces": (1, {}),
+    "keep_checkpoints": (0, {}),
+    "keep_adapters": (1, {}),
+    "early_stop_patience": (1, {}),
+    "nonfinite_limit": (1, {}),
+}
+_FLAGS = {
+    "keep_adapters": "--keep-checkpoints",
+    "steps_per_save": "--save-every",
+}  # where the name of the flag is not that of the argument
+_LARGEST_RANK = 1 << 16
+_LORA = {
+    "rank": f"a whole number from 1 to {_LARGEST_RANK}",
+    "scale": "a finite number other than 0",
+    "dropout": "in [0, 1)",
+}
+_HF_DATASET = (
+    *("path", "config", "train_split", "valid_split", "test_split"),
+    *("prompt_feature", "completion_feature", "text_feature", "chat_feature"),
+)
+FEATURES = _HF_DATASET[5:]
+# Arguments of MLX's optimizers that may be below 0.
+_SIGNED = ("decay_rate",)
+# Arguments of optimizers that are not for optimizer_config.
+_ELSEWHERE = ("self", "learning_rate", "decay_filter")
+
+
+def called(name: str) -> str:
+    """An option in the words of both interfaces.
+
+    >>> called("batch_size")
+    'batch_size (--batch-size)'
+    """
+    return f"{name} ({_FLAGS.get(name) or '--' + name.replace('_', '-')})"
+
+
+def check_whole(name: str, value: object) -> None:
+    """Raises ValueError for a whole number that is out of its range."""
+    least, others = _WHOLE[name]
+    most = 2**32 - 1 if name == "seed" else sys.maxsize
+    too_large = False
+    if isinstance(value, int) and not isinstance(value, bool):
+        if value in others or least <= value <= most:
+            return
+        too_large = value > most
+    bounded = name == "seed" or too_large
+    allowed = f"a whole number from {least} to {most}" if bounded else f"a whole number of at least {least}"
+    allowed += "".join(f", or {other} {meaning}" for other, meaning in others.items())
+    raise InputError(f"{called(name)} is {value!r}; it must be {allowed}")
+
+
+def as_float(value: Any) -> Any:
+    """A whole number that MLX's 64 bits cannot hold, as a float; anything else as it is.
+
+    >>> as_float(10**20), as_float(20), as_float("20")
+    (1e+20, 20, '20')
+    """
+    return float(value) if isinstance(value, int) and abs(value) > sys.maxsize else value
+
+
+def check(args: types.SimpleNamespace) -> None:
+    """Raises ValueError, naming it, for a value that no job can have; see `lora_options.settings`."""
+    for name in _WHOLE.keys() & vars(args).keys():
+        value = getattr(args, name)
+        if value is not None:
+            check_whole(name, value)
+    for name in ("learning_rate", "max_grad_norm", "weight_decay"):
+        setattr(args, name, as_float(getattr(args, name)))
+    options.learning_rate(args.learning_rate, called("learning_rate"))
+    if args.max_grad_norm is not None and not 0 < args.max_grad_norm < math.inf:
+        raise InputError(f"{called('max_grad_norm')} is {args.max_grad_norm!r}; it must be a number above 0")
+    if args.weight_decay is not None:
+        options.check_number(called("weight_decay"), args.weight_decay)
+    check_timeout(args.worker_timeout)
+    if not SUPPORT_CALLBACK.keys() >= set(_names(args.report_to)):
+        raise InputError(
+            f"{called('report_to')} is {args.report_to!r}; it must be one of {', '.join(SUPPORT_CALLBACK)}, or several"
+            " with commas between them"
+        )
+    if args.bucket is not None:
+        batches.geometric(args.bucket)
+    if args.lr_schedule is not None:
+        schedule = schedulers.from_config(args.lr_schedule)
+        schedulers.check_values(schedule, -(-args.iters // args.grad_accumulation_steps))
+    if args.lora_parameters is not None:
+        args.lora_parameters = lora_parameters(args.lora_parameters, needed=args.fine_tune_type != "full")
+    args.optimizer_config = optimizer_config(args.optimizer_config, args.optimizer)
+    if hasattr(args, "hf_dataset"):
+        _check_hf_dataset(args.hf_dataset, test=args.test)
+
+
+def _names(report_to: str | None) -> list[str]:
+    """The services in a list with commas, as mlx-lm reads it."""
+    return [name.strip().lower() for name in (report_to or "").split(",") if name.strip()]
+
+
+def lora_parameters(given: Mapping[str, Any], *, needed: bool = True) -> dict[str, Any]:
+    """The checked ``lora_parameters`` of a job; ``needed``: whether rank, scale and dropout must all be there.
+
+    Raises:
+        ValueError: an unknown key, a key that is missing, or a value out of its range, naming it.
+    """
+    known = (*_LORA, "keys")
+    if unknown := [key for key in given if key not in known]:
+        hint = "; mlx-lm has no alpha: give scale, which is alpha / rank" if "alpha" in map(str, unknown) else ""
+        raise InputError(f"lora_parameters has the key {unknown[0]!r}; the keys are {', '.join(known)}{hint}")
+    if missing := [key for key in _LORA if needed and given.get(key) is None]:
+        raise InputError(
+            f"lora_parameters has no {missing[0]}; it needs {', '.join(_LORA)}, such as"
+            " {rank: 8, scale: 20.0, dropout: 0.0}"
+        )
+    found = dict(given)
+    for key, allowed in _LORA.items():
+        value = given.get(key)
+        if value is None:
+            continue
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        fits = {
+            "rank": number and 1 <= value <= _LARGEST_RANK and value == int(value),
+            "scale": number and value != 0,
+            "dropout": number and 0 <= value < 1,
+        }
+        if not fits[key]:
+            raise InputError(f"lora_parameters: {key} is {value!r}; it must be {allowed}")
+        found[key] = int(value) if key == "rank" else as_float(value)
+    keys = given.get("keys")
+    if keys is not None and (not isinstance(keys, list) or not keys or not all(isinstance(key, str) for key in keys)):
+        raise InputError(
+            f"lora_parameters: keys is {keys!r}; it must be a list of layers such as [self_attn.q_proj], or left out"
+            " for all"
+        )
+    return found
+
+
+def optimizer_config(given: Mapping[str, Any], optimizer: str) -> dict[str, dict[str, Any]]:
+    """The checked ``optimizer_config`` of a job: keyword arguments by the name of the optimizer.
+
+    Raises:
+        ValueError: an unknown name or keyword, or a value that the optimizer does not take.
+    """
+    if unknown := [key for key in given if key not in OPTIMIZERS]:
+        key = unknown[0]
+        hint = ""
+        if str(key).lower() in OPTIMIZERS:
+            hint = f": write {str(key).lower()}"
+        elif key in _keywords(optimizer):
+            hint = f"; {key} belongs under one of them: {{{optimizer}: {{{key}: {given[key]}}}}}"
+        raise InputError(f"optimizer_config has the key {key!r}; the keys are {', '.join(OPTIMIZERS)}{hint}")
+    checked: dict[str, dict[str, Any]] = {}
+    for name, config in given.items():
+        if config is not None and not isinstance(config, Mapping):
+            raise InputError(f"optimizer_config: {name} is {config!r}; it must be a mapping of arguments to values")
+        checked[name] = {key: as_float(value) for key, value in (config or {}).items()}
+        keywords = _keywords(name)
+        for key, value in checked[name].items():
+            if key not in keywords:
+                hint = "; the learning rate is an option of its own" if key == "learning_rate" else ""
+                raise InputError(
+                    f"optimizer_config of {name} has the key {key!r}; the keys are {', '.join(keywords)}{hint}"
+                )
+            if name not in ("adam", "adamw"):  # ours check their own
+                _check_like(f"optimizer_config of {name}: {key}", value, keywords[key])
+        try:
+            OPTIMIZERS[name](learning_rate=0.0, **checked[name])
+        except (TypeError, ValueError) as error:
+            raise InputError(f"optimizer_config of {name}: {error}") from None
+    return checked
+
+
+def _keywords(optimizer: str) -> dict[str, Any]:
+    """The arguments of an optimizer that optimizer_config may have, and their defaults."""
+    parameters = inspect.signature(OPTIMIZERS[optimizer]).parameters.values()
+    return {each.name: each.default for each in parameters if each.name not in _ELSEWHERE}
+
+
+def _check_like(what: str, value: Any, default: Any) -> None:
+    """Raises ValueError unless a value is of the kind of an argument's default."""
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise InputError(f"{what} is {value!r}; it must be true or false")
+    elif isinstance(default, (tuple, list)):
+        if not isinstance(value, list) or len(value) != len(default):
+            raise InputError(f"{what} is {value!r}; it must be a list of {len(default)} numbers")
+        for each in value:
+            options.check_number(what, each)
+    elif isinstance(default, int) and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise InputError(f"{what} is {value!r}; it must be a whole number of at least 1")
+    elif not (value is None and default is None):
+        signed = what.endswith(_SIGNED) and isinstance(value, (int, float)) and not isinstance(value, bool)
+        options.check_number(what, abs(value) if signed else value)
+
+
+def _check_hf_dataset(given: Any, test: bool) -> None:
+    sets = given if isinstance(given, list) else [given]
+    if not sets:
+        raise InputError("hf_dataset is an empty list; give a mapping with a path, or several")
+    for i, each in enumerate(sets):
+        what = f"hf_dataset[{i}]" if isinstance(given, list) else "hf_dataset"
+        if not isinstance(each, Mapping):
+            raise InputError(f"{what} is {each!r}; it must be a mapping with a path")
+        if unknown := [key for key in each if key not in _HF_DATASET]:
+            hints = {
+                "name": "; the name of a configuration is {config: {name: ...}}, that of a data set is path",
+                "mask_prompt": "; mask_prompt is an option of its own",
+            }
+            hint = hints.get(str(unknown[0]), "")
+            raise InputError(f"{what} has the key {unknown[0]!r}; the keys are {', '.join(_HF_DATASET)}{hint}")
+        for key, value in each.items():
+            kind: tuple[type, str] = (Mapping, "a mapping") if key == "config" else (str, "text")
+            if not isinstance(value, kind[0]):
+                raise InputError(f"{what}: {key} is {value!r}; it must be {kind[1]}")
+        for key in ("path", *(["test_split"] if test else [])):
+            if not each.get(key):
+                why = ", which --test needs" if key == "test_split" else ""
+                raise InputError(f"{what} has no {key}{why}")

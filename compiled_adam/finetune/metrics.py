@@ -1,0 +1,127 @@
+"""From steps to numbers: results are read one step late, logged, and summed up between two training reports."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import mlx.core as mx
+
+from ..step.train_step import StepResult, TrainStep
+
+
+class StepReader:
+    """Turns a `StepResult` into numbers when the next step is on its way, so that the device never waits for Python."""
+
+    def __init__(self, step: TrainStep) -> None:
+        self._step = step
+        self._waiting: tuple[int, StepResult, int, float] | None = None
+        self._clock = time.perf_counter()
+
+    def put(self, iteration: int, result: StepResult) -> list[dict[str, Any]]:
+        """The numbers of the step before this one, if there is one."""
+        ready = self._read()
+        # The time since the step before was put is this one's, whether the device has begun with it (CUDA, Metal) or
+        # is nearly done, as on the CPU, whose queue is short.
+        self._waiting = iteration, result, self._step.traces["grad"], self._lap()
+        return ready
+
+    def drain(self) -> list[dict[str, Any]]:
+        """The numbers of the step that was put last, unless they were given already. Waits for it."""
+        ready = self._read()
+        for entry in ready:
+            entry["seconds"] += self._lap()
+        return ready
+
+    def _read(self) -> list[dict[str, Any]]:
+        if self._waiting is None:
+            return []
+        (iteration, result, traces, seconds), self._waiting = self._waiting, None
+        votes = {} if result.votes is None else {"votes": result.votes.item()}
+        tokens = _number(result.aux[0])  # a loss of one's own may count in Python
+        return [
+            {
+                "iteration": iteration,
+                "loss": result.loss.item() if tokens > 0 else math.nan,  # the mean of nothing
+                "tokens": tokens,
+                "grad_norm": None if result.grad_norm is None else result.grad_norm.item(),
+                "learning_rate": None if result.learning_rate is None else result.learning_rate.item(),
+                "skipped": result.skipped.item(),
+                "traces": traces,
+                "seconds": seconds,
+                "memory": mx.get_peak_memory(),
+                **votes,
+            }
+        ]
+
+    def _lap(self) -> float:
+        before, self._clock = self._clock, time.perf_counter()
+        return self._clock - before
+
+    def restart_clock(self) -> None:
+        """After a validation or a save, whose time is not a step's."""
+        self._lap()
+
+
+class Report:
+    """What is summed between two training reports."""
+
+    def __init__(self) -> None:
+        # Only what JSON can hold: checkpoints have it, so that a resumed run reports what it would have reported.
+        self.sums: dict[str, Any] = {"trained_tokens": 0, "grad_norm": None}
+        self._open()
+
+    def _open(self) -> None:
+        self.sums |= {"loss": 0.0, "losses": 0, "tokens": 0, "iterations": 0, "seconds": 0.0}
+
+    def add(self, entry: dict[str, Any]) -> None:
+        if entry["tokens"] > 0:  # otherwise there is no loss
+            self.sums["loss"] += entry["loss"]
+            self.sums["losses"] += 1
+        for name in ("tokens", "seconds"):
+            self.sums[name] += entry[name]
+        self.sums["iterations"] += 1
+        self.sums["trained_tokens"] += entry["tokens"]
+        if entry["grad_norm"] is not None:
+            self.sums["grad_norm"] = entry["grad_norm"]
+        self._last = entry
+
+    def close(self) -> dict[str, Any]:
+        """The dictionary for callbacks: mlx-lm's, and three more keys; starts the next report.
+
+        The training loss is the mean over those iterations that had a token to train, nan if none had.
+        """
+        sums, last = dict(self.sums), self._last
+        self._open()
+        return {
+            "iteration": last["iteration"],
+            "train_loss": sums["loss"] / sums["losses"] if sums["losses"] else math.nan,
+            "learning_rate": last["learning_rate"],
+            "iterations_per_second": sums["iterations"] / sums["seconds"],
+            "tokens_per_second": sums["tokens"] / sums["seconds"],
+            "trained_tokens": sums["trained_tokens"],
+            "peak_memory": last["memory"] / 1e9,
+            "grad_norm": sums["grad_norm"],
+            "skipped_steps": last["skipped"],
+            "traces": last["traces"],
+        }
+
+
+def failures(before: int, entry: dict[str, Any]) -> int:
+    """How many steps in a row were not finite, after one more; ``before`` counts those before it.
+
+    A micro-batch without an update has no gradient norm, so that a finite loss does not say that all is well. Nor does
+    one without tokens, which has no loss and the gradient 0, unless it ends a window in which others have some. With a
+    learning rate that is none an update is skipped, or makes the weights not finite.
+    """
+    norm, tokens, rate = entry["grad_norm"], entry["tokens"], entry.get("learning_rate")
+    if (tokens > 0 and not math.isfinite(entry["loss"])) or (norm is not None and not math.isfinite(norm)):
+        return before + 1
+    if norm is not None and rate is not None and not 0 <= rate < math.inf:
+        return before + 1
+    return before if norm is None or (tokens <= 0 and norm == 0) else 0
+
+
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, mx.array) else value

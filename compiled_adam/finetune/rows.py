@@ -1,0 +1,174 @@
+"""The rows of a data set: what mlx-lm's formats need them to be, and where each is from.
+
+mlx-lm looks at the first row only, to choose the format. What is wrong with another one is an IndexError, a KeyError or
+worse when the row is tokenized. `Located` says which row it is, and what is wrong with it.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jinja2 import TemplateError
+from mlx_lm.tuner.datasets import (
+    CacheDataset,
+    ChatDataset,
+    CompletionsDataset,
+    ConcatenatedDataset,
+    TextDataset,
+)
+
+from ..base.errors import InputError
+
+_FORMATS = (ChatDataset, CompletionsDataset, ConcatenatedDataset, TextDataset)
+
+
+class Row(dict[str, Any]):
+    """A row that knows its ``place``, in words."""
+
+    place: str
+
+
+class Located:
+    """One of mlx-lm's data sets, ``data``, whose errors begin with ``place(index)``."""
+
+    def __init__(self, data: Any, place: Callable[[int], str]) -> None:
+        self.data, self._place = data, place
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Row:
+        item = self.data[index]
+        if not isinstance(item, Mapping):
+            raise InputError(f"{self._place(index)} is {_kind(item)}; it must be an object such as {{'text': '...'}}")
+        row = Row(item)
+        row.place = self._place(index)
+        return row
+
+    def check(self) -> None:
+        """Raises ValueError for the first row that cannot be used, as far as that shows without a tokenizer."""
+        for index in range(len(self)):
+            row = self[index]
+            _check(self.data, row, row.place)
+
+    def process(self, row: Row) -> tuple[list[int], int]:
+        """The tokens of a row, and where its prompt ends."""
+        _check(self.data, row, row.place)
+        try:
+            return self.data.process(row)
+        except Exception as error:
+            if isinstance(error, TemplateError) or _in_a_template(error):
+                raise InputError(f"{row.place}: the model's chat template refuses it: {error}") from error
+            is_text = isinstance(error, IndexError) and isinstance(self.data, TextDataset)
+            if is_text and not self.data.tokenizer.encode(row[self.data.text_key]):
+                raise InputError(f"{row.place}: the tokenizer makes no token of it; remove the row") from error
+            raise
+
+
+def located(dataset: Any, name: str) -> Any:
+    """mlx-lm's data set of rows, as a `CacheDataset` whose errors say "example 3 of the <name>"; others as they are."""
+    if not isinstance(dataset, CacheDataset) or not isinstance(dataset._data, _FORMATS):
+        return dataset
+    found = CacheDataset(Located(dataset._data, lambda index: example(index, name)))
+    found._proc_data = dataset._proc_data  # what was tokenized already, for both
+    return found
+
+
+def example(index: int, name: str) -> str:
+    """
+    >>> example(0, "train set")
+    'example 0 (counted from 0) of the train set'
+    """
+    return f"example {index} (counted from 0) of the {name}"
+
+
+def _in_a_template(error: BaseException) -> bool:
+    """Whether an error comes from what a template does, as adding text to a null; jinja2 compiles it as a file."""
+    frames = (frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__))
+    return "<template>" in frames
+
+
+def _check(data: Any, row: Mapping[str, Any], place: str) -> None:
+    if isinstance(data, ConcatenatedDataset):
+        _check(data._data[row["_dataset"]], row, place)
+    elif isinstance(data, TextDataset):
+        _check_text(_value(row, data.text_key, place), repr(data.text_key), place)
+    elif isinstance(data, CompletionsDataset):
+        for key in (data.prompt_key, data.completion_key):
+            _check_text(_value(row, key, place), repr(key), place, empty=True)
+    elif isinstance(data, ChatDataset):
+        _check_conversation(_value(row, data.chat_key, place), repr(data.chat_key), data.mask_prompt, place)
+    if isinstance(data, (ChatDataset, CompletionsDataset)):
+        if not getattr(data.tokenizer, "has_chat_template", True):
+            raise InputError(
+                f"{place} is a conversation, but the tokenizer of the model has no chat template; use a model that has"
+                " one (an -Instruct or -it model), or data with 'text'"
+            )
+        if (tools := row.get("tools")) is not None:
+            if not isinstance(tools, list):
+                raise InputError(f"{place}: 'tools' is {_kind(tools)}; it must be a list of objects")
+            for tool in tools:
+                if not isinstance(tool, Mapping):
+                    raise InputError(f"{place}: 'tools' has {_kind(tool)} in it; it must be a list of objects")
+
+
+def _value(row: Mapping[str, Any], key: str, place: str) -> Any:
+    if key not in row:
+        keys = ", ".join(repr(name) for name in row if name != "_dataset")
+        raise InputError(f"{place} has no {key!r}, which the first row of its data set has; it has {keys or 'nothing'}")
+    return row[key]
+
+
+def _check_text(value: Any, what: str, place: str, empty: bool = False) -> None:
+    if not isinstance(value, str):
+        raise InputError(f"{place}: {what} is {_kind(value)}; it must be text")
+    if not value and not empty:
+        raise InputError(f"{place}: {what} is empty; remove the row, or give it a text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{place}: {what} has half of a character ({error.object[error.start]!a}), which cannot be tokenized;"
+            " remove it"
+        ) from None
+
+
+def _check_conversation(messages: Any, what: str, mask_prompt: bool, place: str) -> None:
+    if not isinstance(messages, list):
+        raise InputError(f"{place}: {what} is {_kind(messages)}; it must be a list of messages")
+    if not messages:
+        raise InputError(f"{place}: {what} is empty; remove the row, or give it messages")
+    if mask_prompt and len(messages) < 2:
+        raise InputError(
+            f"{place}: {what} has only one message, but mask_prompt (--mask-prompt) needs a prompt before it"
+        )
+    for number, message in enumerate(messages, 1):
+        its = f"message {number}"
+        if not isinstance(message, Mapping):
+            raise InputError(f"{place}: {its} is {_kind(message)}; it must be an object with 'role' and 'content'")
+        if not isinstance(message.get("role"), str):
+            wrong = f"its 'role' is {_kind(message['role'])}" if "role" in message else "it has no 'role'"
+            raise InputError(f"{place}: {its}: {wrong}; it must be text such as 'user' or 'assistant'")
+        content = message.get("content")
+        if isinstance(content, str):
+            _check_text(content, f"{its}: 'content'", place, empty=True)
+        elif content is None:
+            # A call of a tool, or what else a template knows, may stand in its place.
+            if not any(value for key, value in message.items() if key not in ("role", "content", "name")):
+                wrong = "'content' is null" if "content" in message else "there is no 'content'"
+                raise InputError(f"{place}: {its}: {wrong}; it must be text")
+        elif not isinstance(content, list):  # of parts, for templates that know them
+            raise InputError(f"{place}: {its}: 'content' is {_kind(content)}; it must be text")
+
+
+def _kind(value: Any) -> str:
+    kinds = (
+        (bool, "true or false"),
+        ((int, float), "a number"),
+        (str, "text"),
+        (list, "a list"),
+        (Mapping, "an object"),
+    )
+    return "null" if value is None else next((word for kind, word in kinds if isinstance(value, kind)), repr(value))

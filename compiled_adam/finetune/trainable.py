@@ -1,0 +1,89 @@
+"""What of a model is trained: adapters that are added to its layers, or the last layers themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.nn as nn
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from ..base.errors import InputError
+from .lora_values import called
+
+_QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
+_DORA = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
+_LORA = (*_DORA, SwitchLinear, QuantizedSwitchLinear)  # beside modules that have a `to_lora` of their own
+
+
+def check_layers(model: nn.Module, num_layers: int) -> None:
+    """Raises ValueError for more layers than the model has."""
+    if num_layers > len(model.layers):
+        raise InputError(
+            f"{called('num_layers')} is {num_layers}, but the model has {len(model.layers)} layers; -1 is for all"
+        )
+
+
+def unfreeze_last(model: nn.Module, num_layers: int) -> None:
+    """Unfreezes the last ``num_layers`` layers, or all for -1. ValueError if they are quantized."""
+    layers = _last(model, num_layers)
+    quantized = [module for layer in layers for _, module in layer.named_modules() if isinstance(module, _QUANTIZED)]
+    if quantized:
+        raise InputError(
+            f"the model is quantized ({quantized[0].bits} bits), and full fine-tuning trains the weights themselves;"
+            " use fine_tune_type (--fine-tune-type) lora or dora, or a model that is not quantized, such as"
+            " mlx_lm.convert --dequantize makes of this one"
+        )
+    for layer in layers:
+        layer.unfreeze()
+
+
+def add_adapters(model: nn.Module, num_layers: int, parameters: Mapping[str, Any], dora: bool) -> None:
+    """Adds LoRA or DoRA adapters to the last ``num_layers`` layers, or to all for -1, as mlx-lm does.
+
+    Raises:
+        ValueError: one of ``parameters["keys"]`` fits no layer, or one that has no adapters; with what is possible.
+    """
+    inside = {path: module for layer in _last(model, num_layers) for path, module in layer.named_modules()}
+    whole = dict(model.named_modules())
+    keys = parameters.get("keys")
+    if keys is None:
+        chosen = {path: module for path, module in inside.items() if _adaptable(module, dora=False)}
+    else:
+        possible = _possible(model, inside, dora)
+        for key in keys:
+            if key not in inside and key not in whole:
+                raise InputError(f"lora_parameters: {key!r} of keys fits no layer{_among(key, possible)}")
+        chosen = {key: inside.get(key, whole.get(key)) for key in keys}
+    for path, module in chosen.items():
+        if not _adaptable(module, dora):
+            kind = "DoRA" if dora else "LoRA"
+            among = "" if keys is None else _among(path, possible)
+            raise InputError(f"{path!r} is a {type(module).__name__}, which has no {kind} adapters{among}")
+    if not chosen:
+        raise InputError("the model has no layer that adapters can be added to")
+    linear_to_lora_layers(model, num_layers, dict(parameters), use_dora=dora)
+
+
+def _last(model: nn.Module, num_layers: int) -> list[nn.Module]:
+    return list(model.layers[-max(num_layers, 0) :])
+
+
+def _adaptable(module: Any, dora: bool) -> bool:
+    return isinstance(module, _DORA) if dora else hasattr(module, "to_lora") or isinstance(module, _LORA)
+
+
+def _possible(model: nn.Module, inside: Mapping[str, nn.Module], dora: bool) -> list[str]:
+    """What keys can be: paths inside the layers that are trained, and paths of what is outside of all layers."""
+    layers = {id(module) for layer in model.layers for _, module in layer.named_modules()}
+    outside = {path: module for path, module in model.named_modules() if id(module) not in layers}
+    return sorted(path for path, module in {**inside, **outside}.items() if _adaptable(module, dora))
+
+
+def _among(key: str, possible: list[str]) -> str:
+    """What to write instead: those that end like a key first."""
+    last = key.rsplit(".", 1)[-1]
+    ordered = sorted(possible, key=lambda path: not path.endswith(last))
+    shown = ordered[:20]
+    return f"; possible are {', '.join(shown)}{' and others' if len(ordered) > len(shown) else ''}"

@@ -1,0 +1,63 @@
+"""AdamW: what a user constructs in place of ``mlx.optimizers.AdamW``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..base.errors import InputError
+from ..update.groups import DecayFilter
+from .adam import Adam, LearningRate
+from .options import check_number
+
+
+class AdamW(Adam):
+    """Adam with decoupled weight decay: the update of `Adam`, and ``- lr weight_decay p`` beside it.
+
+    A drop-in for ``mlx.optimizers.AdamW``. Arguments as `Adam`, and:
+
+    Args:
+        weight_decay: the decay per unit of learning rate, >= 0. Default 0.01.
+        decay_filter: ``decay_filter(path, parameter)`` says whether a parameter decays; it is asked once for each.
+            Default None: all do. `compiled_adam.decay_matrices` leaves out biases, norms and embeddings.
+
+    Source: Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR 2019.
+
+    >>> import mlx.core as mx
+    >>> optimizer = AdamW(learning_rate=0.1, weight_decay=0.5)
+    >>> optimizer.apply_gradients({"weight": mx.array([0.0])}, {"weight": mx.array([1.0])})
+    {'weight': array([0.95], dtype=float32)}
+    """
+
+    def __init__(
+        self,
+        learning_rate: LearningRate,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        bias_correction: bool = False,
+        *,
+        decay_filter: DecayFilter | None = None,
+        moments: str = "float32",
+        compensated: bool = True,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        learning_rate_multipliers: Mapping[str, float] | None = None,
+        lowering: str = "auto",
+    ) -> None:
+        super().__init__(
+            learning_rate,
+            betas,
+            eps,
+            bias_correction,
+            moments=moments,
+            compensated=compensated,
+            max_grad_norm=max_grad_norm,
+            skip_nonfinite=skip_nonfinite,
+            learning_rate_multipliers=learning_rate_multipliers,
+            lowering=lowering,
+        )
+        if decay_filter is not None and not callable(decay_filter):
+            raise InputError(f"decay_filter is {decay_filter!r}; it must be a function of (path, parameter), or None")
+        check_number("weight_decay", weight_decay)
+        self.weight_decay = weight_decay
+        self._decay_filter = decay_filter

@@ -1,0 +1,223 @@
+"""What a train step reads of any MLX optimizer, ours or not."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten
+
+from ..base.compare import Row, differences
+from ..base.errors import InputError
+from ..base.tree import Structure, below
+from .options import as_scalar
+
+# A schedule is a function, which cannot be compared; its values at these steps can.
+_SAMPLED = (0, 1, 2, 5, *(factor * 10**power for power in range(1, 6) for factor in (1, 2, 5)))
+
+# What the form of storage decides, and what else a state may or may not have.
+_OF_A_FORM = {"residual", "m_scale", "v_scale"}
+_NO_OPTIONS = {"_traces", "_initialized"}  # numbers that an update does not depend on
+_MADE = {
+    "learning_rate",
+    *(f"{under}{name}" for under in ("", "_") for name in ("rounding_key", "grad_norm", "skipped")),
+}
+
+
+def states(optimizer: optim.Optimizer) -> list[Any]:
+    """The state dictionaries of an optimizer, or of those that a MultiOptimizer delegates to."""
+    return [part.state for part in parts(optimizer)]
+
+
+def parts(optimizer: optim.Optimizer) -> list[optim.Optimizer]:
+    """The optimizer itself, or those that a MultiOptimizer delegates to."""
+    if isinstance(optimizer, optim.MultiOptimizer):
+        return [part for child in optimizer.optimizers for part in parts(child)]
+    return [optimizer]
+
+
+def flat_state(optimizer: optim.Optimizer) -> dict[str, mx.array]:
+    """The arrays of the state by their paths."""
+    take_numbers(optimizer)
+    return {path: container[key] for path, container, key in Structure(optimizer.state).leaves}
+
+
+def other_values(optimizer: optim.Optimizer) -> dict[str, Any]:
+    """What the state has beside arrays, such as Python numbers, by path."""
+    leaves: list[tuple[str, Any]] = tree_flatten(states(optimizer))  # type: ignore[assignment]
+    return {path: value for path, value in leaves if not isinstance(value, mx.array)}
+
+
+def learning_rate(optimizer: optim.Optimizer) -> mx.array | None:
+    """The 0-d learning rate of the (first) optimizer; None if it has none."""
+    rate = parts(optimizer)[0]._state.get("learning_rate")  # `state` of ours would show the moments for it
+    return rate if isinstance(rate, mx.array) else None
+
+
+def skipped(optimizer: optim.Optimizer) -> list[mx.array]:
+    """How many updates each of ours has skipped."""
+    counts = [getattr(part, "skipped", None) for part in parts(optimizer)]
+    return [count for count in counts if isinstance(count, mx.array)]
+
+
+def take_numbers(optimizer: optim.Optimizer) -> None:
+    """Makes arrays of a step and of a learning rate that somebody has assigned to the state as Python numbers.
+
+    Raises TypeError for what is none.
+    """
+    for part in parts(optimizer):
+        state = part._state  # `state` of ours would show the moments for it
+        for name, dtype in (("step", mx.uint64), ("learning_rate", mx.float32)):
+            if name in state and not isinstance(state[name], (mx.array, dict)):
+                state[name] = as_scalar(name, state[name], dtype)
+
+
+def begin_anew(optimizer: optim.Optimizer, parameters: Any) -> list[str]:
+    """Makes new state for parameters of another shape than their state was made for; returns their paths."""
+    found = []
+    for part in parts(optimizer):
+        for path, parameter, container, key in list(_with_state(parameters, part.state, "")):
+            fresh: dict[str, Any] = {}
+            part.init_single(parameter, fresh)
+            old = container[key]
+            if any(name in old and old[name].shape != array.shape for name, array in _arrays(fresh)):
+                container[key] = fresh
+                found.append(path)
+    return found
+
+
+def _with_state(parameters: Any, state: Any, prefix: str) -> Iterator[tuple[str, mx.array, Any, Any]]:
+    """Parameters that have a state (path, parameter, container, key)."""
+    for key, value in parameters.items() if isinstance(parameters, dict) else enumerate(parameters):
+        its = below(state, key)
+        if isinstance(value, (dict, list, tuple)):
+            if its is not None:
+                yield from _with_state(value, its, f"{prefix}{key}.")
+        elif isinstance(its, dict) and its:
+            yield f"{prefix}{key}", value, state, key
+
+
+def _arrays(state: dict[str, Any]) -> list[tuple[str, mx.array]]:
+    return [(name, value) for name, value in state.items() if isinstance(value, mx.array)]
+
+
+def constants(optimizer: optim.Optimizer) -> list[float]:
+    """The numbers among the attributes, which a trace of the update contains; also those that a subclass counts."""
+    return [x for part in parts(optimizer) for value in _numbers(part).values() for x in value]
+
+
+def description(optimizer: optim.Optimizer) -> dict[str, Any]:
+    """Everything that the optimizer's updates depend on beside its state, by name, as JSON can hold it.
+
+    Of a schedule these are its values at some steps, and of a learning rate that is set by hand its value now.
+    """
+    take_numbers(optimizer)
+    found: dict[str, Any] = {}
+    every = parts(optimizer)
+    for i, part in enumerate(every):
+        own: dict[str, Any] = {"optimizer": type(part).__name__}
+        own |= {name: value[0] if len(value) == 1 else value for name, value in _public(part).items()}
+        own |= getattr(part, "options", {})
+        schedules: dict[str, Callable[[mx.array], Any]] = part._schedulers
+        for name, schedule in schedules.items():
+            own[name] = [float(schedule(mx.array(step))) for step in _SAMPLED]
+        if "learning_rate" in part.state and "learning_rate" not in schedules:
+            own["learning_rate"] = part.state["learning_rate"].item()
+        found |= {name if len(every) == 1 else f"optimizers.{i}.{name}": value for name, value in own.items()}
+    return found
+
+
+def inconvertible(own: Mapping[str, mx.array], other: Mapping[str, mx.array]) -> list[Row]:
+    """What keeps the flat state ``other`` from becoming one of the form of ``own``: rows, as of `differences`.
+
+    Shapes of moments must be the same, and kinds of numbers. What `convert_state` makes anew may be missing.
+    """
+    made = {path for path in own.keys() ^ other.keys() if path.rpartition(".")[2] in _MADE} | {
+        path for path in own.keys() | other.keys() if path.rpartition(".")[2] in _OF_A_FORM
+    }
+    forms = [{path: _kind(array) for path, array in state.items() if path not in made} for state in (own, other)]
+    return differences(*forms)
+
+
+def _kind(array: mx.array) -> Any:
+    return array.shape if array.ndim else ("integer", mx.issubdtype(array.dtype, mx.integer))
+
+
+def convert_state(optimizer: optim.Optimizer, state: Mapping[str, mx.array], init: Callable[[], None]) -> None:
+    """Gives the optimizer a flat ``state`` that may be of other options, in its own form; what that lacks begins anew.
+
+    `inconvertible` must have no objection; ``init`` converts what is there and creates what is not. If anything raises,
+    the optimizer keeps its own.
+    """
+    before = optimizer.state
+    new, strange = arranged(before, state)
+    if strange:
+        raise InputError(f"the state has {min(strange)!r}, but the optimizer has no such parameter")
+    try:
+        optimizer.state = new
+        init()
+    except BaseException:
+        optimizer.state = before
+        init()
+        raise
+
+
+def arranged(template: Any, state: Mapping[str, mx.array]) -> tuple[Any, set[str]]:
+    """The flat ``state`` as a tree like ``template``, a state's tree; and the paths that belong nowhere in it.
+
+    The containers and keys of ``template`` decide where an array belongs, because the text of a path does not tell: a
+    name may have dots, or be a number. A parameter may have other arrays there, or none in an empty dictionary.
+
+    >>> arranged({"a.b": {0: {"m": mx.array(1)}}}, {"a.b.0.m": mx.array(2), "a.b.0.v": mx.array(3), "c.m": mx.array(4)})
+    ({'a.b': {0: {'m': array(2, dtype=int32), 'v': array(3, dtype=int32)}}}, {'c.m'})
+    """
+    groups: dict[str, dict[str, mx.array]] = {}
+    for path, array in state.items():
+        prefix, _, name = path.rpartition(".")
+        groups.setdefault(prefix, {})[name] = array
+    used: set[str] = set()
+    return _arranged(template, "", state, groups, used), state.keys() - used
+
+
+def _arranged(
+    node: Any, path: str, state: Mapping[str, mx.array], groups: Mapping[str, Mapping[str, mx.array]], used: set[str]
+) -> Any:
+    found: dict[Any, Any] = {}
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+        below = f"{path}.{key}" if path else str(key)
+        if isinstance(value, (dict, list, tuple)):
+            child = _arranged(value, below, state, groups, used)
+            if child or not value or not isinstance(node, dict):  # a parameter whose state is elsewhere has no entry
+                found[key] = child
+        elif not isinstance(value, mx.array):
+            found[key] = value
+        elif below in state:
+            found[key] = state[below]
+            used.add(below)
+        elif not isinstance(node, dict):
+            raise InputError(f"the state has no {below!r}; assign a complete one")
+    if not isinstance(node, dict):
+        return type(node)(found.values())
+    if not node or any(isinstance(value, mx.array) for value in node.values()):  # else there are only parameters in it
+        for name, array in groups.get(path, {}).items():
+            below = f"{path}.{name}" if path else name
+            if below not in used:
+                found[name] = array
+                used.add(below)
+    return found
+
+
+def _public(optimizer: optim.Optimizer) -> dict[str, list[float]]:
+    return {name: values for name, values in _numbers(optimizer).items() if not name.startswith("_")}
+
+
+def _numbers(optimizer: optim.Optimizer) -> dict[str, list[float]]:
+    found = {}
+    for name, value in vars(optimizer).items():
+        if name not in _NO_OPTIONS:
+            values = value if isinstance(value, (list, tuple)) else [value]
+            found[name] = [float(x) for x in values if isinstance(x, numbers.Real)]
+    return {name: values for name, values in found.items() if values}

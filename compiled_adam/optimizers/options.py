@@ -1,0 +1,192 @@
+"""What the arguments of `Adam` and `AdamW` may be."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import mlx.core as mx
+
+from ..base.errors import InputError
+from ..update.kernels import LOWERINGS
+from ..update.moments import POLICIES, STOCHASTIC
+
+
+def check_options(
+    moments: str,
+    compensated: bool,
+    max_grad_norm: float | None,
+    skip_nonfinite: bool,
+    multipliers: Mapping[str, float] | None,
+    lowering: str,
+) -> None:
+    """Raises ValueError for an option that is out of its range, naming it."""
+    if lowering not in LOWERINGS:
+        raise InputError(f"lowering is {lowering!r}; it must be one of {', '.join(map(repr, LOWERINGS))}")
+    if lowering == "inplace" and moments in STOCHASTIC:
+        raise InputError(
+            f"lowering='inplace' needs moments that are stored as computed; with moments={moments!r} use 'auto'"
+        )
+    if moments not in POLICIES:
+        raise InputError(f"moments is {moments!r}; it must be one of {', '.join(map(repr, POLICIES))}")
+    for name, flag in (("compensated", compensated), ("skip_nonfinite", skip_nonfinite)):
+        if not isinstance(flag, bool):
+            raise InputError(f"{name} is {flag!r}; it must be True or False")
+    if max_grad_norm is not None and not _is_number(max_grad_norm, 0.0, exclusive=True):
+        raise InputError(f"max_grad_norm is {max_grad_norm!r}; it must be a number greater than 0, or None")
+    if multipliers is not None and not isinstance(multipliers, Mapping):
+        raise InputError(f"learning_rate_multipliers is {multipliers!r}; it must be a mapping of patterns to factors")
+    for pattern, factor in (multipliers or {}).items():
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise InputError(f"learning_rate_multipliers has the pattern {pattern!r}: {error}") from None
+        if not _is_number(factor, 0.0):
+            raise InputError(f"learning_rate_multipliers[{pattern!r}] is {factor!r}; it must be a number of at least 0")
+
+
+def as_scalar(name: str, value: Any, dtype: mx.Dtype) -> mx.array:
+    """A 0-d array of a number that is assigned to ``state[name]``. Raises TypeError if it is none."""
+    if hasattr(value, "item") and getattr(value, "shape", None) == ():
+        value = value.item()  # of NumPy
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if mx.issubdtype(dtype, mx.integer):
+        if number and value >= 0 and value == int(value):
+            return mx.array(int(value), dtype)
+    elif number:
+        return mx.array(float(value), dtype)
+    raise TypeError(f"state[{name!r}] is {value!r}; assign a number, or an mx.array of shape ()")
+
+
+def check_numbers(betas: Any, eps: Any, bias_correction: Any) -> None:
+    """Raises ValueError for an argument of MLX's own Adam that is out of its range, naming it."""
+    if not hasattr(betas, "__len__") or isinstance(betas, (str, Mapping)) or len(betas) != 2:
+        raise InputError(f"betas is {betas!r}; it must be two numbers")
+    for i, beta in enumerate(betas):
+        if not _is_number(beta, 0.0) or beta >= 1:
+            raise InputError(
+                f"beta{i + 1} of betas is {beta!r}; it must be a number of at least 0 and less than 1{_hint(beta)}"
+            )
+    check_number("eps (epsilon)", eps)
+    if not isinstance(_plain(bias_correction), bool):
+        raise InputError(f"bias_correction is {bias_correction!r}; it must be True or False")
+
+
+def check_number(name: str, value: object) -> None:
+    """Raises ValueError unless ``value`` is a finite number of at least 0."""
+    if not _is_number(value, 0.0):
+        raise InputError(f"{name} is {value!r}; it must be a finite number of at least 0{_hint(value)}")
+
+
+def learning_rate(value: Any, name: str = "learning_rate") -> float | mx.array | Callable[[mx.array], Any]:
+    """A learning rate as MLX takes it: a number of at least 0 that float32 can hold, or a function of the step.
+
+    A 0-d array, of MLX or NumPy, is a number. One that is traced has no value yet, and is taken as it is.
+
+    Raises:
+        ValueError: it is none of these, with the name and the value.
+
+    >>> import numpy as np
+    >>> learning_rate(np.float32(0.5)), learning_rate(0)
+    (0.5, 0.0)
+    """
+    if callable(value):
+        return value
+    number: Any = value
+    if hasattr(value, "shape") and hasattr(value, "item"):
+        if value.shape != ():
+            raise InputError(f"{name} is an array of shape {value.shape}; it must be one number, or a 0-d array")
+        try:
+            number = value.item()
+        except ValueError as error:
+            if not is_tracing(error):
+                raise
+            return value
+    if isinstance(number, bool) or not isinstance(number, numbers.Real) or not 0 <= float(number) <= _LARGEST:
+        raise InputError(
+            f"{name} is {number!r}; it must be a finite number of at least 0, or a schedule{_hint(number)}"
+        )
+    return value if isinstance(value, mx.array) else float(number)
+
+
+def assigned_rate(value: Any) -> mx.array:
+    """A learning rate that replaces another: a 0-d float32 array. ValueError as for `learning_rate`."""
+    if callable(value):
+        raise InputError(
+            f"learning_rate is {_described(value)}, a function; assign a number, or make a new optimizer with the"
+            " schedule as its learning_rate"
+        )
+    # Always float32: an int or a float64 would change the dtype of an input, and so trace anew.
+    rate: Any = learning_rate(value)
+    return mx.array(rate, mx.float32)
+
+
+def scheduled(name: str, schedule: Callable[[mx.array], Any], step: mx.array) -> mx.array:
+    """The value of a schedule at a step, as a 0-d float32 array.
+
+    Raises:
+        ValueError: inside a trace, where the step has no value yet, the schedule asks for it (``if``, ``min``,
+            ``math.cos``); or it returns something else than one number. The message names the schedule.
+    """
+    try:
+        value = mx.array(schedule(step), mx.float32)
+    except ValueError as error:
+        if not is_tracing(error):
+            raise
+        raise InputError(
+            f"the {name} schedule {_described(schedule)} needs the value of the step in Python, as if, min, max, math,"
+            " numpy, int and float do; in a compiled step it has no value. Write the schedule with mx.where,"
+            " mx.minimum, mx.maximum and mx.cos, or use one of compiled_adam.schedulers"
+        ) from error
+    if value.ndim:
+        raise InputError(
+            f"the {name} schedule {_described(schedule)} returns an array of shape {value.shape}, not one number"
+        )
+    return value
+
+
+def check_schedules(schedules: Mapping[str, Callable[[mx.array], Any]]) -> None:
+    """Raises ValueError, naming it, for a schedule of an optimizer that cannot be a part of a compiled step."""
+    for name, schedule in schedules.items():
+        mx.compile(lambda step, name=name, schedule=schedule: scheduled(name, schedule, step))(mx.array(0, mx.uint64))
+
+
+def is_tracing(error: ValueError) -> bool:
+    """Whether this is MLX's error for reading an array that has no value yet, because it is being traced."""
+    return str(error).startswith("[eval] Attempting to eval an array during function transformations")
+
+
+_LARGEST = 3.4028234663852886e38  # of float32
+
+
+def _described(schedule: Callable[..., Any]) -> str:
+    """A function's name and where it is written."""
+    name = getattr(schedule, "__qualname__", type(schedule).__name__)
+    code = getattr(schedule, "__code__", None)
+    return f"{name} ({code.co_filename}:{code.co_firstlineno})" if code is not None else name
+
+
+def _hint(value: object) -> str:
+    """For what a YAML file has in quotes."""
+    if not isinstance(value, str):
+        return ""
+    try:
+        float(value)
+    except ValueError:
+        return ""
+    return ", and this is text: write it without quotes"
+
+
+def _is_number(value: object, least: float, exclusive: bool = False) -> bool:
+    number = _plain(value)
+    if isinstance(number, bool) or not isinstance(number, numbers.Real):
+        return False
+    return least <= float(number) < math.inf and not (exclusive and number == least)
+
+
+def _plain(value: Any) -> Any:
+    """The Python number that a 0-d array of MLX or NumPy holds; anything else as it is."""
+    return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value

@@ -1,0 +1,37 @@
+"""Learning rates as functions of the number of updates."""
+
+from .schedules import (
+    Schedule,
+    Step,
+    check_values,
+    constant,
+    cosine,
+    exponential,
+    from_config,
+    inverse_sqrt,
+    join,
+    linear,
+    one_cycle,
+    plot,
+    polynomial,
+    step_decay,
+    warmup_stable_decay,
+)
+
+__all__ = [
+    "Schedule",
+    "Step",
+    "check_values",
+    "constant",
+    "cosine",
+    "exponential",
+    "from_config",
+    "inverse_sqrt",
+    "join",
+    "linear",
+    "one_cycle",
+    "plot",
+    "polynomial",
+    "step_decay",
+    "warmup_stable_decay",
+]

@@ -1,0 +1,385 @@
+"""Learning rates as functions of the step, for any MLX optimizer: ``AdamW(schedulers.cosine(1e-3, 1000, warmup=50))``.
+
+A schedule maps the number of updates made so far (a 0-d array of any dtype, or a number; 0 at the first update) to the
+learning rate, a 0-d float32 array. It is a pure function of arrays, so it can be traced. In all of them
+
+- ``steps`` is the whole horizon in optimizer updates, warmup included; from ``steps`` on the value is ``end``;
+- ``warmup`` updates lead linearly from ``warmup_init`` (at step 0) to exactly ``peak`` (at step ``warmup``), where the
+  decay starts: no step is repeated, none is left out.
+
+Bad arguments raise ValueError with the argument's name and value.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.optimizers as optim
+
+from ..base.errors import InputError
+from ..optimizers.options import check_number
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Step = int | float | mx.array
+Schedule = Callable[[Step], mx.array]
+
+
+def constant(value: float, *, warmup: int = 0, warmup_init: float = 0.0) -> Schedule:
+    """``value`` at every step from ``warmup`` on.
+
+    >>> round(constant(0.5)(7).item(), 6)
+    0.5
+    """
+    check_number("value", value)
+    return _with_warmup(lambda step: mx.array(value, mx.float32), value, warmup, warmup_init)
+
+
+def linear(peak: float, steps: int, end: float = 0.0, *, warmup: int = 0, warmup_init: float = 0.0) -> Schedule:
+    """A straight line from ``peak`` at step ``warmup`` to ``end`` at ``steps``.
+
+    >>> [round(linear(1.0, 10, warmup=2)(step).item(), 6) for step in (0, 1, 2, 6, 10, 99)]
+    [0.0, 0.5, 1.0, 0.5, 0.0, 0.0]
+    """
+    return polynomial(peak, steps, end, 1.0, warmup=warmup, warmup_init=warmup_init)
+
+
+def cosine(peak: float, steps: int, end: float = 0.0, *, warmup: int = 0, warmup_init: float = 0.0) -> Schedule:
+    """Half a cosine from ``peak`` to the floor ``end``: ``end + (peak - end) (1 + cos(pi t)) / 2``, t from 0 to 1.
+
+    Source: Loshchilov and Hutter, "SGDR", ICLR 2017, without restarts.
+
+    >>> [round(cosine(1.0, 10, 0.1, warmup=2)(step).item(), 6) for step in (0, 2, 6, 10, 99)]
+    [0.0, 1.0, 0.55, 0.1, 0.1]
+    """
+    length = _decay_length(peak, steps, end, warmup)
+    return _with_warmup(lambda step: _mix(peak, end, _half_cosine(step / length)), peak, warmup, warmup_init)
+
+
+def polynomial(
+    peak: float,
+    steps: int,
+    end: float = 0.0,
+    power: float = 2.0,
+    *,
+    warmup: int = 0,
+    warmup_init: float = 0.0,
+) -> Schedule:
+    """``end + (peak - end) (1 - t)^power`` with t from 0 at step ``warmup`` to 1 at ``steps``.
+
+    >>> [round(polynomial(1.0, 10, power=2.0)(step).item(), 6) for step in (0, 5, 10)]
+    [1.0, 0.25, 0.0]
+    """
+    length = _decay_length(peak, steps, end, warmup)
+    _positive("power", power)
+
+    def decay(step: mx.array) -> mx.array:
+        remaining = 1 - mx.minimum(step / length, 1)
+        return _mix(end, peak, remaining if power == 1 else remaining**power)
+
+    return _with_warmup(decay, peak, warmup, warmup_init)
+
+
+def warmup_stable_decay(
+    peak: float,
+    steps: int,
+    end: float = 0.0,
+    decay: int | None = None,
+    *,
+    warmup: int = 0,
+    warmup_init: float = 0.0,
+) -> Schedule:
+    """``peak`` until ``decay`` updates before ``steps`` (default: a fifth of them), then a straight line to ``end``.
+
+    Source: Hu et al., "MiniCPM", 2024 (arXiv 2404.06395).
+
+    >>> schedule = warmup_stable_decay(1.0, 100, decay=20, warmup=10)
+    >>> [round(schedule(step).item(), 6) for step in (0, 5, 10, 80, 90, 100)]
+    [0.0, 0.5, 1.0, 1.0, 0.5, 0.0]
+    """
+    length = _decay_length(peak, steps, end, warmup)
+    decay = max(1, steps // 5) if decay is None else decay
+    _count("decay", decay, 1)
+    if decay > length:
+        raise InputError(f"decay is {decay}; it must be at most steps - warmup = {length}")
+
+    def stable_decay(step: mx.array) -> mx.array:
+        return _mix(peak, end, mx.clip((step - (length - decay)) / decay, 0, 1))
+
+    return _with_warmup(stable_decay, peak, warmup, warmup_init)
+
+
+def inverse_sqrt(peak: float, timescale: int | None = None, *, warmup: int = 0, warmup_init: float = 0.0) -> Schedule:
+    """``peak / sqrt(1 + (step - warmup) / timescale)``; ``timescale`` is ``warmup`` unless given, which is ``peak
+    sqrt(warmup / step)``.
+
+    Source: Vaswani et al., "Attention is all you need", 2017, section 5.3.
+
+    >>> [round(inverse_sqrt(1.0, warmup=100)(step).item(), 6) for step in (50, 100, 400)]
+    [0.5, 1.0, 0.5]
+    """
+    check_number("peak", peak)
+    _count("warmup", warmup, 0)
+    if timescale is None:
+        if warmup == 0:
+            raise InputError("timescale is None and warmup is 0; give one of them to set how fast the value falls")
+        timescale = warmup
+    _count("timescale", timescale, 1)
+    return _with_warmup(lambda step: peak / mx.sqrt(1 + step / timescale), peak, warmup, warmup_init)
+
+
+def exponential(
+    peak: float, decay_rate: float, end: float = 0.0, *, warmup: int = 0, warmup_init: float = 0.0
+) -> Schedule:
+    """``max(peak decay_rate^(step - warmup), end)``, with ``decay_rate`` in (0, 1].
+
+    >>> [round(exponential(1.0, 0.5, 0.2)(step).item(), 6) for step in (0, 1, 2, 3)]
+    [1.0, 0.5, 0.25, 0.2]
+    """
+    _falling(peak, decay_rate, end)
+    log_rate = math.log(decay_rate)
+    return _with_warmup(lambda step: mx.maximum(peak * mx.exp(log_rate * step), end), peak, warmup, warmup_init)
+
+
+def step_decay(
+    peak: float,
+    decay_rate: float,
+    step_size: int,
+    end: float = 0.0,
+    *,
+    warmup: int = 0,
+    warmup_init: float = 0.0,
+) -> Schedule:
+    """``max(peak decay_rate^floor((step - warmup) / step_size), end)``, with ``decay_rate`` in (0, 1].
+
+    >>> [round(step_decay(1.0, 0.1, 10)(step).item(), 6) for step in (0, 9, 10, 20)]
+    [1.0, 1.0, 0.1, 0.01]
+    """
+    _falling(peak, decay_rate, end)
+    _count("step_size", step_size, 1)
+    log_rate = math.log(decay_rate)
+
+    def decay(step: mx.array) -> mx.array:
+        # Half a step further than asked for, so that no rounding of the quotient (GPUs do) can miss a boundary.
+        return mx.maximum(peak * mx.exp(log_rate * mx.floor((step + 0.5) / step_size)), end)
+
+    return _with_warmup(decay, peak, warmup, warmup_init)
+
+
+def one_cycle(
+    peak: float,
+    steps: int,
+    end: float | None = None,
+    *,
+    warmup: int | None = None,
+    warmup_init: float | None = None,
+) -> Schedule:
+    """Half a cosine up from ``warmup_init`` to ``peak`` at ``warmup``, and half a cosine down to ``end`` at ``steps``.
+
+    Defaults: ``warmup`` 30 % of ``steps``, ``warmup_init`` ``peak / 25``, ``end`` ``warmup_init / 10_000``.
+    Source: Smith and Topin, "Super-convergence", 2017 (arXiv 1708.07120), in PyTorch's form of two phases.
+
+    >>> [round(one_cycle(1.0, 100)(step).item(), 6) for step in (0, 15, 30, 65, 100)]
+    [0.04, 0.52, 1.0, 0.500002, 4e-06]
+    """
+    check_number("peak", peak)
+    _count("steps", steps, 1)
+    warmup = round(0.3 * steps) if warmup is None else warmup
+    warmup_init = peak / 25 if warmup_init is None else warmup_init
+    end = warmup_init / 10_000 if end is None else end
+    length = _decay_length(peak, steps, end, warmup)
+    return _with_warmup(
+        lambda step: _mix(peak, end, _half_cosine(step / length)),
+        peak,
+        warmup,
+        warmup_init,
+        ramp=_half_cosine,
+    )
+
+
+def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
+    """``schedules[i]`` from step ``boundaries[i - 1]`` on, where it starts at its own step 0.
+
+    >>> schedule = join([constant(1.0), linear(0.5, 10)], [100])
+    >>> [round(schedule(step).item(), 6) for step in (99, 100, 105)]
+    [1.0, 0.5, 0.25]
+    """
+    if not schedules or not all(callable(schedule) for schedule in schedules):
+        raise InputError(f"schedules is {schedules!r}; it must be a list of at least one schedule")
+    if len(boundaries) != len(schedules) - 1:
+        raise InputError(f"boundaries is {boundaries!r}; {len(schedules)} schedules need {len(schedules) - 1}")
+    for i, boundary in enumerate(boundaries):
+        _count(f"boundaries[{i}]", boundary, 1 if i == 0 else boundaries[i - 1] + 1)
+
+    def schedule(step: Step) -> mx.array:
+        step = _float(step)
+        value = schedules[0](step)
+        for boundary, following in zip(boundaries, schedules[1:], strict=True):
+            value = mx.where(step < boundary, value, following(mx.maximum(step - boundary, 0)))
+        return value
+
+    return schedule
+
+
+def plot(schedule: Schedule | Mapping[str, Schedule], steps: int, *, at: Sequence[int] = ()) -> Figure:
+    """A matplotlib figure of the learning rate from update 0 to ``steps``: ``plot(...).savefig("rate.svg")``.
+
+    Args:
+        schedule: one, or several by their labels, which are compared.
+        steps: the last update to draw, at least 1.
+        at: updates to mark with a point. Default: none.
+
+    Raises:
+        ImportError: matplotlib is missing; it says how to install it.
+        ValueError: an argument out of its range, naming it.
+    """
+    from .picture import figure
+
+    _count("steps", steps, 1)
+    for i, mark in enumerate(at):
+        _count(f"at[{i}]", mark, 0)
+    schedules = schedule if isinstance(schedule, Mapping) else {"": schedule}
+    if not schedules or not all(callable(each) for each in schedules.values()):
+        raise InputError(f"schedule is {schedule!r}; it must be a schedule, or a mapping of labels to schedules")
+    return figure(schedules, steps, at)
+
+
+_CONFIG_KEYS = ("name", "arguments", "warmup", "warmup_init")
+_MLX: dict[str, Callable[..., Any]] = {
+    f.__name__: f for f in (optim.cosine_decay, optim.linear_schedule, optim.exponential_decay, optim.step_decay)
+}
+_OURS: dict[str, Callable[..., Any]] = {
+    f.__name__: f
+    for f in (
+        constant,
+        linear,
+        cosine,
+        polynomial,
+        warmup_stable_decay,
+        inverse_sqrt,
+        exponential,
+        one_cycle,
+    )
+}
+
+
+def from_config(config: Mapping[str, Any]) -> Schedule:
+    """The schedule of an mlx-lm ``lr_schedule`` mapping: ``name``, ``arguments``, ``warmup``, ``warmup_init``.
+
+    ``name`` is that of an ``mlx.optimizers`` schedule, which then starts where the warmup ends, as in mlx-lm (but at
+    step ``warmup``; mlx-lm starts it one later and has the peak twice); or it is one of this module, whose
+    horizon includes the warmup. ``arguments`` is a list in the order of that function's parameters.
+
+    >>> config = {"name": "cosine_decay", "arguments": [1.0, 100], "warmup": 10}
+    >>> [round(from_config(config)(step).item(), 6) for step in (0, 5, 10, 60, 110)]
+    [0.0, 0.5, 1.0, 0.5, 0.0]
+    """
+    if not isinstance(config, Mapping):
+        raise InputError(f"lr_schedule is {config!r}; it must be a mapping with a name and arguments")
+    if unknown := [key for key in config if key not in _CONFIG_KEYS]:
+        raise InputError(f"lr_schedule has the key {unknown[0]!r}; the keys are {', '.join(_CONFIG_KEYS)}")
+    name, arguments = config.get("name"), config.get("arguments")
+    if name not in (*_MLX, *_OURS):
+        raise InputError(f"lr_schedule: name is {name!r}; it must be one of {', '.join((*_MLX, *_OURS))}")
+    if not isinstance(arguments, Sequence) or isinstance(arguments, str) or not arguments:
+        raise InputError(f"lr_schedule: arguments is {arguments!r}; it must be a list that begins with a learning rate")
+    warmup = {key: config[key] for key in ("warmup", "warmup_init") if config.get(key) is not None}
+    function, keywords = (_MLX[name], {}) if name in _MLX else (_OURS[name], warmup)
+    try:
+        inspect.signature(function).bind(*arguments, **keywords)
+    except TypeError as error:
+        raise InputError(f"lr_schedule: arguments is {arguments!r}, which does not fit {name}: {error}") from None
+    try:
+        if name in _OURS:
+            return function(*arguments, **keywords)
+        for i, value in enumerate(arguments):
+            check_number(f"arguments[{i}]", value)
+        return _with_warmup(function(*arguments), arguments[0], **warmup)
+    except ValueError as error:  # MLX's own functions check some of their arguments, too
+        raise InputError(f"lr_schedule: {error}") from None
+
+
+def check_values(schedule: Schedule, updates: int) -> None:
+    """Raises ValueError, naming the update, if one of the first ``updates`` values is no learning rate.
+
+    At most some thousand of them are looked at, evenly spread, and the last one.
+    """
+    steps = sorted({*range(0, updates, max(1, updates // 4096)), updates - 1})
+    values = mx.broadcast_to(schedule(mx.array(steps, mx.float32)), (len(steps),))
+    bad = mx.logical_not((values >= 0) & mx.isfinite(values))
+    if mx.any(bad).item():
+        first = bad.tolist().index(True)  # type: ignore[union-attr]
+        raise InputError(
+            f"lr_schedule gives the learning rate {values[first].item():g} at update {steps[first]} of {updates};"
+            " change its arguments so that every rate is finite and at least 0"
+        )
+
+
+def _with_warmup(
+    decay: Callable[[mx.array], mx.array],
+    peak: float,
+    warmup: int = 0,
+    warmup_init: float = 0.0,
+    ramp: Callable[[mx.array], mx.array] = lambda t: t,
+) -> Schedule:
+    """``warmup_init`` to ``peak`` along ``ramp`` over ``warmup`` steps, then ``decay`` of the steps since."""
+    _count("warmup", warmup, 0)
+    check_number("warmup_init", warmup_init)
+
+    def schedule(step: Step) -> mx.array:
+        step = _float(step)
+        value = decay(mx.maximum(step - warmup, 0))
+        if warmup == 0:
+            return value
+        return mx.where(step < warmup, _mix(warmup_init, peak, ramp(mx.minimum(step / warmup, 1))), value)
+
+    return schedule
+
+
+def _float(step: Step) -> mx.array:
+    return step.astype(mx.float32) if isinstance(step, mx.array) else mx.array(step, mx.float32)
+
+
+def _mix(first: float, last: float, t: mx.array) -> mx.array:
+    """From ``first`` at t = 0 to ``last`` at t = 1, and exactly these values there."""
+    return first * (1 - t) + last * t
+
+
+def _half_cosine(t: mx.array) -> mx.array:
+    """From 0 at t = 0 to 1 at t = 1 and beyond; exactly so, also where a GPU's cosine of pi is not quite -1."""
+    return mx.where(t < 1, (1 - mx.cos(math.pi * t)) / 2, 1.0)
+
+
+def _decay_length(peak: float, steps: int, end: float, warmup: int) -> int:
+    check_number("peak", peak)
+    check_number("end", end)
+    _count("steps", steps, 1)
+    _count("warmup", warmup, 0)
+    if warmup >= steps:
+        raise InputError(f"warmup is {warmup}; it must be less than steps = {steps}, which includes it")
+    return steps - warmup
+
+
+def _falling(peak: float, decay_rate: float, end: float) -> None:
+    check_number("peak", peak)
+    check_number("end", end)
+    _positive("decay_rate", decay_rate)
+    if decay_rate > 1:
+        raise InputError(f"decay_rate is {decay_rate!r}; it must be at most 1")
+
+
+def _positive(name: str, value: float) -> None:
+    check_number(name, value)
+    if value == 0:
+        raise InputError(f"{name} is {value!r}; it must be greater than 0")
+
+
+def _count(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+        raise InputError(f"{name} is {value!r}; it must be a whole number of at least {least}")

@@ -1,0 +1,189 @@
+"""Where the parameters and the state of any MLX optimizer live, and its update as a function of their arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_map
+
+from ..base.at_once import Assignments, undone_on_error
+from ..base.errors import InputError
+from ..base.tree import Places, Structure, along
+from ..base.written import Written
+from ..distributed.shard import Shard
+from ..optimizers import any_optimizer
+from ..optimizers.adam import Adam
+from ..update import residual, rule
+from ..update.window import counted
+
+
+class Trees:
+    """The places of the ``parameters`` of ``model`` and of an optimizer's state.
+
+    ``template`` is the tree of the parameters' indices. With a ``shard`` the state, and the update, is that of this
+    worker's part of them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: optim.Optimizer,
+        parameters: Places,
+        template: Any,
+        shard: Shard | None = None,
+    ) -> None:
+        self._model, self._optimizer, self._parameters, self._template = model, optimizer, parameters, template
+        self._shard = shard
+        self._indices = [container[key] for _, container, key in along(template, template)]
+        any_optimizer.take_numbers(optimizer)
+        self._roots = any_optimizer.states(optimizer)
+        self._structure = Structure(self._roots)
+        self._state = Places(self._structure.leaves)
+        places = {path: j for j, path in enumerate(self._state.paths)}
+        # Of each compensated parameter where its residual is in the state of one of the optimizers.
+        self._residuals = {
+            i: places[name]
+            for i, path in enumerate(parameters.paths)
+            for root in range(len(self._roots))
+            if (name := f"{root}.{path}.residual") in places
+        }
+        self._shapes = [parameter.shape for parameter in parameters.read()]
+        self._written: dict[int, tuple[Written, Written]] = {}  # a parameter and its residual
+
+    def intact(self) -> bool:
+        """Whether the state is still in the containers that it was in."""
+        roots = any_optimizer.states(self._optimizer)
+        same = len(roots) == len(self._roots) and all(a is b for a, b in zip(roots, self._roots, strict=True))
+        return same and self._structure.intact()
+
+    def read(self, assigned: Mapping[int, mx.array] = MappingProxyType({})) -> tuple[list[mx.array], list[mx.array]]:
+        """The parameters, some of which the forward pass has ``assigned``, and all arrays of the state."""
+        any_optimizer.take_numbers(self._optimizer)
+        parameters, state = self._parameters.read(), self._state.read()
+        parameters = [assigned.get(i, parameter) for i, parameter in enumerate(parameters)]
+        for i, (weight, rest) in self._written.items():
+            j = self._residuals[i]
+            if not weight.are([parameters[i]]) and rest.are([state[j]]):
+                state[j] = residual.of_replaced(state[j], weight.own[0], parameters[i])
+        return parameters, state
+
+    def settle(self) -> None:
+        """Puts the residuals of weights that somebody has replaced into the state: the next update would take them."""
+        parameters = self._parameters.read()
+        if not all(weight.are([parameters[i]]) for i, (weight, _) in self._written.items()):
+            self.write(*self.read())
+            mx.async_eval(self.state())
+
+    def state(self) -> list[mx.array]:
+        """All arrays of the state."""
+        return self._state.read()
+
+    def places(self) -> list[tuple[Any, Any, mx.array]]:
+        """Where arrays of the state are in trees that others see, as (container, key, array)."""
+        return [(container, key, container[key]) for container, key in self._state.places]
+
+    def forget(self) -> None:
+        """Weights that are there now belong to the residuals that are there now."""
+        self._written = {}
+
+    def write(self, parameters: list[mx.array], state: list[mx.array]) -> None:
+        """Assigns what `update` has returned."""
+        assignments = Assignments()
+        self.assign(parameters, state, assignments)
+        assignments.make()
+
+    def assign(self, parameters: list[mx.array], state: list[mx.array], assignments: Assignments) -> None:
+        """What `update` has returned, as a part of ``assignments``."""
+        self._parameters.assign(parameters, assignments)
+        self._state.assign(state, assignments)
+        written = {i: (Written([parameters[i]]), Written([state[j]])) for i, j in self._residuals.items()}
+        assignments.attribute(self, "_written", written)
+
+    def named(self, parameters: list[mx.array], state: list[mx.array]) -> list[tuple[str, mx.array]]:
+        """The arrays of an update; what has the same last name is the same kind of thing."""
+        return [("parameter", p) for p in parameters] + list(zip(self._state.paths, state, strict=True))
+
+    def update(
+        self,
+        gradients: list[mx.array],
+        parameters: list[mx.array],
+        state: list[mx.array],
+        after: mx.array | None = None,
+        weight: mx.array | None = None,
+    ) -> tuple[list[mx.array], list[mx.array], mx.array]:
+        """What `read` returned after one update, and the gradients' norm; for a trace.
+
+        ``after`` is the last communication before it, if there are other workers. With a ``weight`` of 0 the gradients
+        count as 0.
+        """
+        if weight is not None:
+            gradients = [counted(g, weight) for g in gradients]
+        numbers = any_optimizer.other_values(self._optimizer)
+        put_back = self._structure.snapshot()
+        weights = self._parameters.read()
+
+        def all_back() -> None:
+            put_back()
+            self._parameters.write(weights)
+
+        def traced() -> tuple[list[mx.array], list[mx.array], mx.array]:
+            self._state.write(state)
+            if self._shard is not None and after is not None:
+                norm = rule.global_norm(gradients)
+                new = self._shard.update(self._optimizer, gradients, parameters, norm, after)
+            else:
+                try:
+                    new = self._updated(gradients, parameters)
+                except ValueError as error:
+                    self._refuse_other_shapes(parameters, error)
+                    raise
+                known = getattr(self._optimizer, "grad_norm", None)  # ours computes it itself if it clips or skips
+                norm = known if isinstance(known, mx.array) else rule.global_norm(gradients)
+            if not self._structure.intact():
+                raise InputError("the optimizer changed the structure of its state; create all of it in init_single")
+            self._refuse_other_numbers(numbers)
+            new_state = self._state.read()
+            all_back()
+            return new, new_state, norm
+
+        return undone_on_error(traced, all_back)
+
+    def _refuse_other_shapes(self, parameters: list[mx.array], error: ValueError) -> None:
+        for path, array, shape in zip(self._parameters.paths, parameters, self._shapes, strict=True):
+            if array.shape != shape:
+                raise InputError(
+                    f"{path!r} has become an array of shape {array.shape}; it was of shape {shape}: call make_step"
+                    " again, with the same optimizer to keep the moments of parameters whose shape is the same"
+                ) from error
+
+    def _refuse_other_numbers(self, before: dict[str, Any]) -> None:
+        """A trace would contain them for ever."""
+        now = any_optimizer.other_values(self._optimizer)
+        for path, value in before.items():
+            if now.get(path) is not value and now.get(path) != value:
+                raise InputError(
+                    f"the optimizer's update changes {path!r} of its state, which is {type(value).__name__} and no"
+                    " array: make it an mx.array in init_single"
+                )
+
+    def _updated(self, gradients: list[mx.array], parameters: list[mx.array]) -> list[mx.array]:
+        optimizer = self._optimizer
+        if type(optimizer).update not in (optim.Optimizer.update, Adam.update):
+            # A subclass that does more than MLX's `update`, which calls apply_gradients, works on the model itself.
+            self._parameters.write(parameters)
+            optimizer.update(self._model, self._tree(gradients))
+            return self._parameters.read()
+        updated = optimizer.apply_gradients(self._tree(gradients), self._tree(parameters))
+        new = list(parameters)
+        for i, (_, container, key) in zip(self._indices, along(self._template, updated), strict=True):
+            new[i] = container[key]
+        return new
+
+    def _tree(self, arrays: list[mx.array]) -> Any:
+        """The flat ``arrays`` as a tree of parameters."""
+        return tree_map(lambda index: arrays[index], self._template)

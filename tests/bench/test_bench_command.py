@@ -1,0 +1,317 @@
+"""`python -m bench` as a command: its tables and records, what it says, and what it refuses."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from bench import __main__ as command
+from bench import environment, memory, models, plots, readme, tables, traces, update
+from bench.contenders import CONTENDERS, DEFAULT
+from compiled_adam.commands import blas
+
+ENVIRONMENT = {"mlx": "0", "device": "Device(cpu, 0)", "cores": 2, "blas": "?"}
+# The fields of a record: a reader of one may rely on these. If a field goes or changes its meaning, SCHEMA goes up.
+FIELDS = {
+    "workload": str, "dtype": str, "contender": str, "tensors": int, "parameters": int,
+    "median_ms": float, "p10_ms": float, "p90_ms": float, "rounds": int,
+    "ratio": float, "ratio_p10": float, "ratio_p90": float, "ratio_noisy": bool,
+    "compiled_ratio": float, "compiled_ratio_p10": float, "compiled_ratio_p90": float, "compiled_ratio_noisy": bool,
+    "ns_per_parameter": float, "us_per_tensor": float, "required_bytes": int, "bandwidth_percent": float,
+    "peak_extra_bytes": int, "state_bytes": int, "state_bytes_per_parameter": float,
+    "traces": int, "trace_ms": float, "first_call_ms": float,
+    "kernels": int, "kernel_bytes": int, "estimated_kernels": int, "by_kernel": list,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_command_writes_a_table_and_a_record(run, tmp_path: Path) -> None:
+    done = run(
+        "-m", "bench", "--workload", "224 x (8x1024)", "--dtype", "float32", "--seconds", "0", "--json", "record.json"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "compiled_adam" in done.stdout and "ns/param" in done.stdout
+    for said in ("with bias correction", "same gradients", "when parameters and state are computed", "noisy: the p10"):
+        assert said in " ".join(done.stdout.split())
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert [row["contender"] for row in record["update"]] == list(DEFAULT)
+    assert all(row["median_ms"] > 0 and row["rounds"] >= 5 for row in record["update"])
+    assert 1e8 < record["bandwidth"]["best"] < 1e14
+    kernels = {row["contender"]: row["kernels"] / row["tensors"] for row in record["update"]}
+    assert kernels["mlx compiled"] == pytest.approx(1, abs=0.05) and kernels["mlx eager"] > 20
+
+
+def test_schema_of_a_record(bench, small, tmp_path: Path) -> None:
+    code, _, _ = bench("--seconds", "0", "--json", str(tmp_path / "record.json"))
+    assert code == 0
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["schema"] == environment.SCHEMA == 1
+    assert record.keys() == {"schema", "command", "environment", "complete", "bandwidth", "update"}
+    assert record["complete"] is True
+    assert record["environment"].keys() >= {
+        "date", "device", "device_info", "system", "cores", "memory_bytes", "load_average", "python", "mlx",
+        "compiled_adam", "versions", "blas", "commit",
+    }  # fmt: skip
+    for row in record["update"]:
+        assert {name: type(value) for name, value in row.items() if value is not None} == {
+            name: kind for name, kind in FIELDS.items() if row[name] is not None
+        }
+        none = {name for name, value in row.items() if value is None}
+        assert none == ({"traces"} if row["contender"] == "mlx eager" else set())
+        assert row["by_kernel"][0].keys() == {"kernel", "count", "read", "written"}
+
+
+def test_readme_tables_from_records_of_this_schema(
+    bench, small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readme, "WORKLOADS", ("small",))
+    bench("--seconds", "0", "--json", str(tmp_path / "record.json"))
+    record = json.loads((tmp_path / "record.json").read_text())
+    record["update"].append({"workload": "small", "dtype": "float32", "contender": "optax", "skipped": "not installed"})
+    absent = {"workload": "Qwen", "dtype": "", "contender": "", "skipped": "mlx_lm missing"}
+    record["update"].append(absent)
+    ours, torch = record["update"][3], {**record["update"][3], "contender": "torch fused"}
+    record["update"].append(torch | {"median_ms": ours["median_ms"] / 2})
+    ours |= {"ratio": 0.25, "ratio_noisy": False, "compiled_ratio": 7.5, "compiled_ratio_noisy": True}
+    lines = readme.update_table(record).splitlines()
+    assert lines[2].endswith("| 0.25 | 7.50 (noisy) | 2.0 |")
+    assert len(lines) == 2 + 2 and lines[2].startswith("| small | float32 |")
+    assert lines[3].endswith("| - |") and lines[3].count(" - ") == 2
+    runs = [
+        {"policy": policy, "dtype": dtype, "seed": seed, "eval_loss": 1.5 + seed, "state_bytes_per_parameter": 4.06}
+        for dtype in ("float32", "bfloat16")
+        for policy in readme.POLICIES
+        for seed in (0, 1)
+    ]
+    lines = readme.quality_table({"quality": runs}).splitlines()
+    assert len(lines) == 2 + len(readme.POLICIES)
+    assert lines[2] == "| mlx | 4.06 | 2.0000 (1.5000-2.5000) | 4.06 | 2.0000 (1.5000-2.5000) |"
+
+
+def test_readme_needs_a_place_for_each_table() -> None:
+    with pytest.raises(ValueError, match="0 places for the update table"):
+        readme.rendered("no markers")
+
+
+def test_a_missing_framework_is_one_line(bench, small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("bench.contenders.find_spec", lambda name: None)
+    code, out, _ = bench("--seconds", "0", "--contender", "all", "--json", str(tmp_path / "record.json"))
+    assert code == 0
+    times = out[: out.index("Memory, kernels and traces")]
+    assert times.count("torch not installed") == times.count("jax and optax not installed") == 1
+    rows = json.loads((tmp_path / "record.json").read_text())["update"]
+    assert {row["contender"] for row in rows} == set(CONTENDERS)
+    skipped = {row["contender"] for row in rows if "skipped" in row and row["dtype"] == "bfloat16"}
+    assert skipped == {name for name, entry in CONTENDERS.items() if entry.needs}
+
+
+def test_without_mlx_lm_its_workloads_are_one_line() -> None:
+    def absent() -> Any:
+        raise ModuleNotFoundError("No module named 'mlx_lm'", name="mlx_lm")
+
+    (row,) = update.rows({"Qwen": absent}, ["float32", "bfloat16"], list(DEFAULT), 0.0, 1e9)
+    assert row[update.NOT_MEASURED] == "mlx_lm missing"
+    assert list(memory.rows({"Qwen": absent}, ["float32"], list(DEFAULT))) == [row]
+
+
+def row_with(**values: Any) -> dict[str, Any]:
+    row = {"workload": "w", "dtype": "float32", "contender": "c", "tensors": 2, "parameters": 10}
+    row |= {name: 1.0 for name in FIELDS if name not in row}
+    return row | {"ratio_noisy": False, "compiled_ratio_noisy": False, "ratio_p10": 0.5} | values
+
+
+def test_noisy_is_said_where_it_is_and_in_a_line() -> None:
+    quiet, loud = row_with(), row_with(ratio_noisy=True)
+    assert "noisy" in update.ratio_cell(loud, "ratio") and "noisy" not in update.ratio_cell(loud, "compiled_ratio")
+    assert update.warning([quiet]) is None
+    absent = {"workload": "w", "dtype": "float32", "contender": "c", update.NOT_MEASURED: "not installed"}
+    assert (update.warning([quiet, loud, absent]) or "").startswith("warning: 1 of 2 rows are noisy")
+
+
+def test_sweeps(bench, small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(update, "over_parameters", lambda: {30: {"a": (10,), "b": (20,)}})
+    monkeypatch.setattr(update, "over_tensors", lambda: {1: {"a": (10,)}})
+    code, out, _ = bench("--scale", "--seconds", "0", "--dtype", "float32", "--json", str(tmp_path / "record.json"))
+    assert code == 0 and "30 parameters" in out and "1 tensors" in out
+    rows = json.loads((tmp_path / "record.json").read_text())["scale"]
+    assert [row["sweep"] for row in rows] == ["parameters"] * 4 + ["tensors"] * 4
+    graph = {"workload", "kernels", "kernel_bytes", "estimated_kernels", "by_kernel"}
+    assert all(row.keys() == FIELDS.keys() - graph | {"sweep"} for row in rows)
+
+
+def test_memory(bench, small, tmp_path: Path) -> None:
+    code, out, _ = bench("memory", "--json", str(tmp_path / "record.json"))
+    assert code == 0 and "extra/weights" in out
+    rows = json.loads((tmp_path / "record.json").read_text())["memory"]
+    found = {(row["dtype"], row["contender"]): row.get("state_bytes_per_parameter") for row in rows}
+    assert found["float32", "compiled_adam"] == 8 and found["bfloat16", "compiled_adam"] == 10
+    assert found["bfloat16", "mlx eager"] == 4
+    assert {contender for _, contender in found} == {name for name, entry in CONTENDERS.items() if not entry.needs}
+
+
+def test_traces_of_new_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(traces, "LAYERS", 2)
+    record = traces.measure(3)
+    whole, ours = record["rows"]
+    assert record["tensors"] == 2 * 14
+    # Ours traces each shape once; mlx-lm's step the first one twice, before and after the state exists.
+    assert (ours["traces"], whole["traces"]) == (3, 4)
+    assert ours["loss"] == pytest.approx(whole["loss"], rel=1e-4)
+    assert "compiled_adam.make_step" in text_of(traces.table(record, ENVIRONMENT))
+
+
+def text_of(table: Any) -> str:
+    from rich.console import Console
+
+    console = Console(width=200, file=io.StringIO())
+    console.print(table)
+    return console.file.getvalue()
+
+
+def a_quality_record() -> list[dict[str, Any]]:
+    return [
+        {"policy": policy, "dtype": dtype, "seed": seed, "steps": 3, "losses": [3.0, 2.0, loss], "eval_loss": loss,
+         "state_bytes_per_parameter": 8.0}
+        for dtype, policy, loss in (("float32", "float32", 1.5), ("bfloat16", "mlx", 1.75))
+        for seed in (0, 1)
+    ]  # fmt: skip
+
+
+def test_quality_table_says_what_bfloat16_costs() -> None:
+    text = text_of(tables.quality(a_quality_record(), ENVIRONMENT))
+    assert "+0.2500" in text and "1.7500" in text
+
+
+def test_pictures(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [row_with(contender=name) for name in DEFAULT]
+    sweeps = [row_with(sweep=sweep, contender=name) for sweep in ("parameters", "tensors") for name in DEFAULT]
+    record = {"environment": ENVIRONMENT, "update": rows, "scale": sweeps, "quality": a_quality_record()}
+    files = plots.write(record, tmp_path)
+    names = ["update-float32.svg", "scale-parameters.svg", "scale-tensors.svg", "quality.svg"]
+    assert [file.name for file in files] == names
+    before = [file.read_bytes() for file in files]
+    assert all(b"<svg" in content for content in before) and b"compiled_adam" in before[0] and b"mlx: eval" in before[3]
+    plots.write(record, tmp_path)
+    assert [file.read_bytes() for file in files] == before
+
+
+def test_pictures_without_matplotlib(bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(plots, "find_spec", lambda name: None)
+    code, _, errors = bench("--plot", str(tmp_path))
+    assert code == 2 and errors.count("\n") == 1 and "pip install 'compiled-adam[plot]'" in errors
+
+
+def test_blas_that_serves_mlx() -> None:
+    packages = Path("/venv/lib/python3.11/site-packages")
+    mlx, numpy = packages / "mlx_cpu.libs/libblas-1.so.3", packages / "numpy.libs/libscipy_openblas64_-1.so"
+    assert blas.blas_of([mlx, numpy]) == "reference BLAS (libblas-1.so.3)"
+    preloaded = Path("/usr/lib/x86_64-linux-gnu/openblas-pthread/libopenblasp-r0.3.21.so")
+    assert blas.blas_of([mlx, numpy, preloaded]) == "libopenblasp-r0.3.21.so"
+    assert blas.blas_of([numpy]) == blas.blas_of([]) == "as MLX was built"
+
+
+def test_hint_to_preload_a_blas(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert environment.blas_hint("libopenblasp-r0.3.21.so") is None
+    assert environment.blas_hint("as MLX was built") is None
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
+    assert "LD_PRELOAD" in (environment.blas_hint("reference BLAS (libblas-1.so.3)") or "")
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    assert environment.blas_hint("reference BLAS (libblas-1.so.3)") is None
+
+
+def test_step_and_quality_give_the_hint(bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = dict.fromkeys(
+        ("tokens_per_second", "ratio", "ratio_low", "ratio_high", "first_step_ms", "new_shape_ms", "traces",
+         "peak_bytes", "loss"), 1.0,
+    ) | {"ratio_noisy": True}  # fmt: skip
+    monkeypatch.setattr(command, "blas_hint", lambda used: "Preload a better one.")
+    fake = types.SimpleNamespace(measure=lambda model, rounds, windows: {"ours": figures}, REFERENCE="ours")
+    monkeypatch.setitem(sys.modules, "bench.step", fake)
+    monkeypatch.setattr("bench.step", fake, raising=False)
+    code, out, _ = bench("step", "--quick")
+    assert code == 0 and out.count("Preload a better one.") == 1
+    assert "1.00 (1.00-1.00) noisy" in out and "1 of 1 rows are noisy" in out
+    monkeypatch.setattr("bench.quality.train", lambda policy, seed, dtype, steps: a_quality_record()[0])
+    code, out, _ = bench("quality", "--quick", "--dtype", "float32")
+    assert code == 0 and out.count("Preload a better one.") == 1
+
+
+def test_all_runs_every_part(bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ran = []
+    parts = {name: lambda bench, name=name: (ran.append(name), []) for name in command.PARTS}
+    monkeypatch.setattr(command, "PARTS", parts)
+    assert bench("all", "--json", str(tmp_path / "record.json"))[0] == 0
+    assert ran == ["update", "step", "traces", "memory", "saving", "numerics", "quality", "distributed"]
+    assert {*ran, "schema", "environment"} <= json.loads((tmp_path / "record.json").read_text()).keys()
+
+
+def test_a_model_that_cannot_be_measured(bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    for wrong in ({"model_type": "nonsense"}, {"model_type": "llama", "hidden_size": 64}):
+        config.write_text(json.dumps(wrong))
+        code, out, errors = bench("--model", str(tmp_path))
+        assert code == 2 and not out and "mlx-lm makes no model of this config.json" in errors
+    config.write_text(json.dumps(models.CONFIGS["SmolLM2-135M"]))
+    code, _, errors = bench("step", "--model", str(tmp_path))
+    assert code == 2 and "has no weights" in errors
+    # From inside its folder a model has the folder's name.
+    monkeypatch.chdir(tmp_path)
+    arguments = command._parser().parse_args(["--model", "."])
+    assert command._problem(arguments) is None
+    assert list(arguments.workloads_of_model) == [f"{tmp_path.name} LoRA r=8", tmp_path.name]
+
+
+def test_options_given_twice_or_as_zero_mean_what_they_say(bench, small, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, _, errors = bench("--seconds", "0", "--dtype", "float32", "--dtype", "float32")
+    assert code == 0 and errors.count("measured small, float32") == 1
+    asked = []
+    monkeypatch.setattr("bench.distributed.compare", lambda seconds: (asked.append(seconds), update.Table()))
+    for arguments in (["--seconds", "0"], ["--quick"], []):
+        assert bench("distributed", *arguments)[0] == 0
+    assert asked == [0.0, 3.0, 20.0]
+    rates = []
+    monkeypatch.setattr("bench.numerics.measure", lambda given: iter(rates.append(len(given)) or []))
+    for arguments in (["--quick"], []):
+        assert bench("numerics", *arguments)[0] == 0
+    assert rates == [2, 4]
+
+
+def test_wrong_arguments_in_a_process_of_its_own(run) -> None:
+    done = run("-m", "bench", "--workload", "huge")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--json", "missing/folder/x.json"],
+        ["--seconds", "soon"],
+        ["--seconds", "-1"],
+        ["--seconds", "nan"],
+        ["--contender", "nobody"],
+        ["--dtype", "float64"],
+        ["--model", "/missing/folder"],
+        ["--model", "."],
+        ["--plot", __file__],
+        ["quality", "--steps", "0"],
+        ["saving", "--contender", "all"],
+        ["update", "--steps", "5"],
+        ["traces", "--scale"],
+        ["traces", "--seconds", "0"],
+        ["--json", "."],
+        ["--plot", f"{__file__}/folder"],
+        ["faster"],
+    ],
+)
+def test_wrong_arguments(bench, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code, out, errors = bench(*arguments)
+    assert code == 2 and not out and errors and "Traceback" not in errors

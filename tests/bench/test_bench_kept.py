@@ -1,0 +1,230 @@
+"""What `python -m bench` has measured is not lost: Ctrl-C, failures, readers that leave, frameworks that fail."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import __main__ as command
+from bench import contenders, measure, memory, tables, update
+from bench.contenders import DEFAULT
+
+ROOT = Path(__file__).parents[2]
+
+
+def ends_early(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """The second of two workloads cannot be measured."""
+
+    def shapes() -> dict[str, tuple[int, ...]]:
+        raise error
+
+    monkeypatch.setattr(command, "WORKLOADS", {"small": lambda: {"a": (8, 8)}, "other": shapes})
+
+
+def test_ctrl_c_keeps_what_was_measured(bench, small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ends_early(monkeypatch, KeyboardInterrupt())
+    file = tmp_path / "record.json"
+    arguments = ("--workload", "small", "--workload", "other", "--dtype", "float32", "--seconds", "0", "--scale")
+    monkeypatch.setattr(command, "_parser", lambda: parser_of("small", "other"))
+    code, out, errors = bench(*arguments, "--json", str(file))
+    assert code == 130 and "interrupted" in errors and "Traceback" not in errors
+    assert "compiled_adam" in out[: out.index("Memory, kernels")]
+    record = json.loads(file.read_text())
+    assert [row["contender"] for row in record["update"]] == list(DEFAULT)
+    assert record["complete"] is False and "scale" not in record
+
+
+def test_a_failure_keeps_what_was_measured(bench, small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ends_early(monkeypatch, RuntimeError("out of memory"))
+    monkeypatch.setattr(command, "_parser", lambda: parser_of("small", "other"))
+    file = tmp_path / "record.json"
+    with pytest.raises(RuntimeError, match="out of memory"):
+        bench("--workload", "small", "--workload", "other", "--dtype", "float32", "--seconds", "0", "--json", str(file))
+    record = json.loads(file.read_text())
+    assert len(record["update"]) == len(DEFAULT) and record["complete"] is False
+
+
+def test_parts_before_a_failing_one_are_printed_and_kept(
+    bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def fails(bench: command.Bench) -> Any:
+        raise KeyboardInterrupt
+
+    rows = a_quality_record()
+    first = lambda bench: (rows, [tables.quality(rows, bench.environment)])  # noqa: E731
+    monkeypatch.setattr(command, "PARTS", {"first": first, "second": fails, "third": fails})
+    monkeypatch.setattr(command, "_problem", lambda arguments: None)
+    file = tmp_path / "record.json"
+    code, out, _ = bench("all", "--json", str(file))
+    assert code == 130 and "byte-level" in out
+    record = json.loads(file.read_text())
+    assert record["first"] == rows and record["complete"] is False
+
+
+def test_an_earlier_record_stays_until_something_is_measured(bench, small, monkeypatch, tmp_path: Path) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command.measure, "bandwidth", interrupted)
+    file = tmp_path / "record.json"
+    file.write_text("earlier")
+    assert bench("--seconds", "0", "--json", str(file))[0] == 130
+    assert file.read_text() == "earlier"
+
+
+def test_a_table_of_runs_that_ended_early() -> None:
+    rows = a_quality_record()[:-1]
+    table = tables.quality(rows, {"mlx": "0"})
+    assert [list(column.cells)[-1] for column in table.columns][2:6] == ["1.7500", "-", "-", "-"]
+    assert tables.quality([], {"mlx": "0"}).row_count == 0
+
+
+def a_quality_record() -> list[dict[str, Any]]:
+    return [
+        {"policy": policy, "dtype": dtype, "seed": seed, "steps": 3, "eval_loss": loss,
+         "state_bytes_per_parameter": 8.0}
+        for dtype, policy, loss in (("float32", "float32", 1.5), ("bfloat16", "mlx", 1.75))
+        for seed in (0, 1)
+    ]  # fmt: skip
+
+
+def parser_of(*workloads: str) -> Any:
+    """The command's parser, which takes these workloads."""
+    made = PARSER()
+    for action in made._actions:
+        if action.dest == "workload":
+            action.choices = workloads
+    return made
+
+
+PARSER = command._parser
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
+    """The command as a process, on a workload that takes some time."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(seconds: str, *program: str) -> subprocess.Popen[str]:
+        arguments = ["--workload", "224 x (8x1024)", "--dtype", "float32", "--seconds", seconds]
+        command = [sys.executable, *(program or ("-m", "bench")), *arguments, "--json", str(tmp_path / "record.json")]
+        started.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_a_reader_that_leaves(start, tmp_path: Path) -> None:
+    process = start("0")
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait(60) == 0 and "Traceback" not in errors and "Broken" not in errors
+    assert json.loads((tmp_path / "record.json").read_text())["complete"]
+
+
+def test_ctrl_c_in_a_process(start, tmp_path: Path) -> None:
+    program = """
+import sys
+from bench import __main__ as command, measure
+resources = measure.resources
+def measuring(*arguments, **options):
+    print("measuring", file=sys.stderr, flush=True)
+    return resources(*arguments, **options)
+measure.resources = measuring
+sys.exit(command.main())
+"""
+    process = start("60", "-c", program)
+    assert process.stderr.readline() == "measuring\n" and (tmp_path / "record.json").exists()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and errors.endswith("bench: interrupted; what had been measured is kept\n")
+    assert "Traceback" not in errors
+
+
+def test_without_mlx_lm_the_other_parts_are_measured(bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    code, out, errors = bench("traces")
+    assert code == 2 and not out and "pip install 'compiled-adam[lm]'" in errors
+    monkeypatch.setattr(command, "PARTS", dict.fromkeys(command.PARTS, lambda bench: ([], [])))
+    file = tmp_path / "record.json"
+    code, out, _ = bench("all", "--json", str(file))
+    assert code == 0 and out.count("needs mlx-lm") == 3
+    record = json.loads(file.read_text())
+    assert record["complete"] and record["memory"] == [] and "needs mlx-lm" in record["step"][0]["skipped"]
+
+
+def test_a_framework_that_cannot_be_imported_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.12 is missing')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.setattr(contenders, "find_spec", lambda name: True)
+    names = [*DEFAULT, "torch fused", "torch foreach"]
+    workloads: dict[str, Callable[[], Any]] = {"small": lambda: {"a": (8, 8)}}
+    for found in (
+        list(update.rows(workloads, ["float32"], names, 0.0, 1e9)),
+        list(memory.rows(workloads, ["float32"], names)),
+    ):
+        assert [row["contender"] for row in found] == names
+        assert all("torch fails: ImportError: libcudart" in row["skipped"] for row in found[len(DEFAULT) :])
+        assert all(row["state_bytes"] for row in found[: len(DEFAULT)])
+
+
+def test_settling_waits_for_threads_that_spin(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, computed = [0.0], [0.0]
+    spinning_until = 0.0
+
+    def sleep(seconds: float) -> None:
+        computed[0] += max(0.0, min(seconds, spinning_until - now[0]))
+        now[0] += seconds
+
+    monkeypatch.setattr(measure.time, "sleep", sleep)
+    monkeypatch.setattr(measure.time, "process_time", lambda: computed[0])
+    for spinning_until, waited in ((0.1, 0.11), (0.0, 0.01), (9.0, 0.5)):
+        now[0] = 0.0
+        measure.settle()
+        assert now[0] == pytest.approx(waited, abs=1e-3), spinning_until
+
+
+def test_mlx_is_never_measured_right_after_another_framework(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+    monkeypatch.setattr(measure, "settle", lambda: happened.append("settle"))
+
+    class Foreign:
+        traces = None
+
+        def update(self) -> None:
+            happened.append("foreign")
+
+        def state_bytes(self) -> int:
+            return 0
+
+    def stock(parameters: Any, gradients: Any) -> contenders.Contender:
+        made = contenders.CONTENDERS["mlx eager"].make(parameters, gradients)
+        update = made.update
+        made.update = lambda: (happened.append("mlx"), update())  # type: ignore[method-assign]
+        return made
+
+    def tree() -> Any:
+        return {"a": measure.mx.ones((8, 8))}
+
+    measure.compare({"mlx eager": stock, "foreign": lambda p, g: Foreign()}, tree, tree(), 0.05)
+    turns = happened[happened.index("settle") - 1 :]
+    after = {b for a, b in pairs(turns) if a == "foreign"}
+    before = {a for a, b in pairs(turns) if b == "foreign"}
+    assert after == {"settle"}
+    assert before == {"mlx", "settle"}  # the order changes
+
+
+def pairs(items: list[str]) -> Iterator[tuple[str, str]]:
+    return itertools.pairwise(items)

@@ -1,0 +1,87 @@
+"""What notices that other workers are gone."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from compiled_adam.distributed import ring, watchdog
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("unread", [False, True])  # data that was not read makes a reset of the end
+def test_a_closed_connection_is_seen(side: str, unread: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not ring.Connections().is_cut()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        hosts = tmp_path / "hosts.json"
+        hosts.write_text(json.dumps([[f"127.0.0.1:{server.getsockname()[1]}"], ["127.0.0.1:1"]]))
+        monkeypatch.setenv("MLX_HOSTFILE", str(hosts))
+        assert not ring.Connections().is_cut()
+        sockets = {"right": socket.create_connection(server.getsockname()), "left": server.accept()[0]}
+        seen = ring.Connections()
+        gone, other = sockets.pop(side), next(iter(sockets.values()))
+        if unread:
+            other.sendall(b"x")
+        assert not seen.is_cut()
+        # Both ends are in this process, and so are their copies: what closes the connection is the end of the last.
+        gone.shutdown(socket.SHUT_RDWR)
+        gone.close()
+        assert seen.is_cut()
+        seen.close()
+        other.close()
+
+
+def test_how_long_a_watchdog_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now)
+    dog = watchdog.Watchdog(10.0, lambda: "nothing was saved")
+    assert dog.limit() == 100.0  # until something was finished
+    for seconds in (1.0, 4.0, 7.0):
+        now = seconds
+        dog.beat()
+    assert dog.limit() == 15.0
+    with dog.patient():
+        assert dog.limit() == 100.0
+        now = 50.0
+    dog.beat()
+    assert dog.limit() == 15.0
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_when_it_ends_the_process(cut: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now)
+    monkeypatch.setattr(ring.Connections, "is_cut", lambda self: cut)
+    dog = watchdog.Watchdog(60.0, lambda: "nothing was saved")
+    dog._connections = ring.Connections()  # without its thread, which would act on what is asked here
+    with dog.busy():
+        now = 1e6
+        assert dog.why_end() is None
+    assert dog.why_end() is None
+    dog.beat()
+    # MLX has some seconds to say itself that a connection is closed.
+    now += watchdog.GRACE
+    assert dog.why_end() is None
+    now += 1.0
+    assert dog.why_end() == ("another worker has ended (its connection is closed)" if cut else None)
+    now += 60.0
+    assert dog.why_end() == "no answer from the other workers for 76 s"
+    dog.beat()
+    assert dog.why_end() is None
+
+
+def test_it_ends_the_process(run: Callable) -> None:
+    program = """
+import threading
+from compiled_adam import watchdog
+watchdog.Watchdog.why_end = lambda self: "another worker has ended"
+with watchdog.Watchdog(0.1, lambda: "the checkpoint is there"):
+    threading.Event().wait()
+"""
+    ended = run("-c", program)
+    assert ended.returncode == 1
+    assert ended.stderr == "compiled-adam: another worker has ended; the checkpoint is there\n"

@@ -1,0 +1,767 @@
+"""How a run ends: asked to, early, for want of memory, for losses that are not finite; and what is saved then."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm import load
+from mlx_lm.tuner import trainer
+from mlx_lm.tuner.callbacks import TrainingCallback
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+import compiled_adam as ca
+from compiled_adam import losses
+from compiled_adam.base.errors import InputError, TrainingStopped
+from compiled_adam.checkpoint import checkpoint, durable
+from compiled_adam.finetune import loop
+from compiled_adam.finetune.batches import Batches
+from compiled_adam.finetune.log import read
+from compiled_adam.finetune.stopping import is_out_of_memory
+from tests.conftest import ROOT
+
+
+class Tokens(list):
+    """A data set of mlx-lm's kind, already tokenized."""
+
+
+def lora(tiny_model: Path):
+    mx.random.seed(0)
+    np.random.seed(0)
+    model = load(str(tiny_model))[0]
+    model.freeze()
+    linear_to_lora_layers(model, 2, {"rank": 4, "dropout": 0.0, "scale": 10.0})
+    return model
+
+
+def dataset(count: int = 12) -> Tokens:
+    chance = np.random.default_rng(0)
+    return Tokens((chance.integers(1, 500, 20).tolist(), 0) for _ in range(count))
+
+
+def arguments(folder: Path, **changes) -> trainer.TrainingArgs:
+    defaults = {"batch_size": 2, "iters": 12, "val_batches": 2, "steps_per_report": 1, "steps_per_eval": 3}
+    adapters = {"steps_per_save": 4, "adapter_file": str(folder / "adapters.safetensors")}
+    return trainer.TrainingArgs(**{**defaults, **adapters, **changes})
+
+
+def weights(file: Path) -> dict[str, mx.array]:
+    arrays = mx.load(str(file))
+    assert isinstance(arrays, dict)
+    return arrays
+
+
+BAD = 511  # a token that no example has
+
+
+def loss_that_fails_on_bad(model, batch, lengths):
+    """mlx-lm's loss, which is not a number, nor is its gradient, for a batch with the token `BAD`."""
+    value, tokens = trainer.default_loss(model, batch, lengths)
+    return value * mx.where((batch == BAD).any(), float("nan"), 1.0), tokens
+
+
+class WithBadBatch(Batches):
+    """Its sixth batch has the token `BAD`; or, with ``skip``, does not come."""
+
+    skip = False
+
+    def __next__(self):
+        batch, lengths = super().__next__()
+        if self._loop:
+            self.count = getattr(self, "count", 0) + 1
+            if self.count == 6:
+                if self.skip:
+                    return super().__next__()
+                batch[0, 1] = BAD
+        return batch, lengths
+
+
+class WithoutBadBatch(WithBadBatch):
+    skip = True
+
+
+def test_one_bad_batch_costs_one_step_and_not_the_run(tiny_model: Path, tmp_path: Path) -> None:
+    import mlx.optimizers as optim
+
+    def run(train, optimizer, batches, iters, name):
+        (tmp_path / name).mkdir()
+        train(
+            lora(tiny_model),
+            optimizer,
+            dataset(40),
+            args=arguments(tmp_path / name, iters=iters),
+            loss=loss_that_fails_on_bad,
+            iterate_batches=batches,
+        )
+        return weights(tmp_path / name / "adapters.safetensors")
+
+    stock = run(trainer.train, optim.Adam(1e-3), WithBadBatch, 12, "stock")
+    assert all(mx.isnan(array).any().item() for array in stock.values())
+    ours = run(ca.train, ca.Adam(1e-3, skip_nonfinite=True), WithBadBatch, 12, "ours")
+    without = run(ca.train, ca.Adam(1e-3, skip_nonfinite=True), WithoutBadBatch, 11, "without")
+    for path, array in without.items():
+        assert mx.array_equal(ours[path], array).item(), path
+
+
+def test_not_finite_for_too_long(tiny_model: Path, tmp_path: Path) -> None:
+    def always_nan(model, batch, lengths):
+        value, tokens = trainer.default_loss(model, batch, lengths)
+        return value * float("nan"), tokens
+
+    model = lora(tiny_model)
+    start = weights_of(model)
+    with pytest.raises(TrainingStopped, match=r"not finite in 3 steps in a row.*; .*has the weights after iteration"):
+        ca.train(
+            model,
+            ca.Adam(1e-3, skip_nonfinite=True),
+            dataset(),
+            args=arguments(tmp_path),
+            loss=always_nan,
+            nonfinite_limit=3,
+            log=True,
+        )
+    assert len(read(tmp_path / "log.jsonl")) in (3, 4)  # a result is read while the next step is on its way
+    saved = weights(tmp_path / "adapters.safetensors")
+    assert all(mx.array_equal(saved[path], array).item() for path, array in start.items())
+
+    (tmp_path / "adapters.safetensors").write_bytes(b"older")
+    with pytest.raises(TrainingStopped, match=r"not finite in 3 steps in a row.*; nothing was saved"):
+        ca.train(
+            lora(tiny_model), ca.Adam(1e-3), dataset(), args=arguments(tmp_path), loss=always_nan, nonfinite_limit=3
+        )
+    assert (tmp_path / "adapters.safetensors").read_bytes() == b"older"  # weights that are NaN replace nothing
+    with pytest.raises(TrainingStopped, match=r"training is over, but not saved: .* not a number.*; nothing was saved"):
+        ca.train(lora(tiny_model), ca.Adam(1e-3), dataset(), args=arguments(tmp_path), loss=always_nan)
+    assert (tmp_path / "adapters.safetensors").read_bytes() == b"older"
+
+
+def weights_of(model) -> dict[str, mx.array]:
+    from mlx.utils import tree_flatten
+
+    return dict(tree_flatten(model.trainable_parameters()))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[metal::malloc] Attempting to allocate 9 bytes which is greater than the maximum"),
+        RuntimeError("[malloc] Unable to allocate 9 bytes."),
+        RuntimeError("cudaMallocAsync failed: out of memory"),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory(error: Exception, tiny_model: Path, tmp_path: Path) -> None:
+    calls = []
+
+    def loss(model, batch, lengths):
+        calls.append(batch.shape)
+        if len(set(calls)) == 2:
+            raise error
+        return trainer.default_loss(model, batch, lengths)
+
+    examples = dataset(12)
+    examples += [(list(range(1, 100)), 0)] * 2
+    expected = r"out of memory in iteration \d+: .*; .*adapters.safetensors has the weights after iteration \d+\. Use"
+    with pytest.raises(TrainingStopped, match=expected):
+        # The long batch is in the permutation's middle; everything before it was saved.
+        ca.train(
+            lora(tiny_model), ca.Adam(1e-3), examples, args=arguments(tmp_path, steps_per_save=1, iters=40), loss=loss
+        )
+    assert is_out_of_memory(error) and not is_out_of_memory(RuntimeError("[matmul] shapes"))
+    with pytest.raises(RuntimeError, match="shapes"):
+
+        def broken(*_):
+            raise RuntimeError("[matmul] shapes")
+
+        ca.train(lora(tiny_model), ca.Adam(1e-3), examples, args=arguments(tmp_path), loss=broken)
+
+
+def test_early_stop_and_best(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # None: a validation without targets, which says nothing about the model.
+    losses = iter([3.0, 2.0, None, float("nan"), 2.0, 1.0])
+    seen = {}
+
+    def mean_loss(model, *_, **__):
+        loss = next(losses)
+        seen.setdefault(loss, weights_of(model))
+        return loss
+
+    monkeypatch.setattr(loop, "mean_loss", mean_loss)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    ca.train(
+        lora(tiny_model),
+        ca.Adam(1e-3),
+        dataset(),
+        dataset(),
+        args=arguments(tmp_path, iters=15),
+        save_best=True,
+        early_stop_patience=2,
+        log=True,
+    )
+    log = read(tmp_path / "log.jsonl")
+    assert [entry["val_loss"] for entry in log if "val_loss" in entry] == [3.0, 2.0, None, None, 2.0]
+    assert log[-1]["iteration"] == 12 and "val_loss" in log[-1]  # stopped before the step of iteration 12
+    assert sorted(os.listdir(tmp_path / "best")) == ["adapter_config.json", "adapters.safetensors"]
+    best = weights(tmp_path / "best" / "adapters.safetensors")
+    last = weights(tmp_path / "adapters.safetensors")
+    for path, array in best.items():
+        assert mx.array_equal(array, seen[2.0][path]).item(), path  # the later 2.0 is no improvement
+    assert any(not mx.array_equal(best[path], last[path]).item() for path in best)
+
+
+def test_checkpoints_and_adapters_that_stay(tiny_model: Path, tmp_path: Path) -> None:
+    def run(**options) -> list[str]:
+        ca.train(lora(tiny_model), ca.Adam(1e-3), dataset(), args=arguments(tmp_path, iters=14), **options)
+        return sorted(
+            str(path.relative_to(tmp_path)) for path in tmp_path.rglob("[0-9]*") if "previous-1" not in path.parts
+        )
+
+    adapters = [f"00000{i:02d}_adapters.safetensors" for i in (4, 8, 12)]
+    assert run() == adapters
+    assert run(keep_checkpoints=2) == [*adapters, "checkpoints/0000012", "checkpoints/0000014"]
+    (tmp_path / "0000900_adapters.safetensors").write_bytes(b"of an earlier run")
+    assert run(keep_checkpoints=3, keep_adapters=1) == [
+        "0000012_adapters.safetensors",
+        "0000900_adapters.safetensors",
+        *(f"checkpoints/00000{i:02d}" for i in (8, 12, 14)),
+    ]
+    assert sorted(os.listdir(tmp_path / "previous-1" / "checkpoints")) == ["0000012", "0000014"]
+
+
+def test_a_save_that_fails_is_reported_and_the_run_goes_on(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    real = loop.write_checkpoint
+
+    def full(folder, *rest, **more):
+        if folder.name == "0000008":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(folder, *rest, **more)
+
+    monkeypatch.setattr(loop, "write_checkpoint", full)
+    ca.train(lora(tiny_model), ca.Adam(1e-3), dataset(), args=arguments(tmp_path), keep_checkpoints=3)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["0000004", "0000012"]
+    line = next(line for line in capsys.readouterr().out.splitlines() if "not saved" in line)
+    assert re.search(r"iter +8  not saved: .*No space left on device; training goes on", line)
+
+
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError, KeyError, InputError, OSError])
+@pytest.mark.parametrize("at", ["0000008", "0000012"])
+def test_only_what_a_user_can_mend_is_a_failed_save(
+    kind, at: str, tiny_model: Path, tmp_path: Path, monkeypatch, capsys
+):
+    """A fault of the program in a save is raised as it is, after the other saves were tried."""
+    real, mended = loop.write_checkpoint, kind in (InputError, OSError)
+
+    def write(folder, *rest, **more):
+        if folder.name == at:
+            raise kind("of the save")
+        real(folder, *rest, **more)
+
+    def train() -> None:
+        settings = arguments(tmp_path, steps_per_save=8)
+        ca.train(lora(tiny_model), ca.Adam(1e-3), dataset(), args=settings, keep_checkpoints=2)
+
+    monkeypatch.setattr(loop, "write_checkpoint", write)
+    if mended and at == "0000008":
+        train()
+    else:
+        with pytest.raises(TrainingStopped if mended else kind, match="of the save"):
+            train()
+    assert "not saved: " in capsys.readouterr().out or mended
+    assert (tmp_path / "adapters.safetensors").exists()
+    before = {"0000008": [] if not mended else ["0000012"], "0000012": ["0000008"]}[at]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("*")) == before
+
+
+def test_a_checkpoint_is_saved_although_old_ones_cannot_be_removed(
+    tiny_model: Path, tmp_path: Path, monkeypatch, capsys
+):
+    def prune(folder, keep):
+        raise InputError(f"{folder}/9999999/meta.json is damaged")
+
+    monkeypatch.setattr(loop, "prune", prune)
+    ca.train(lora(tiny_model), ca.Adam(1e-3), dataset(), args=arguments(tmp_path), keep_checkpoints=1)
+    said = capsys.readouterr().out
+    assert "not saved" not in said and "0000012 is saved, but older checkpoints were not removed: " in said
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["0000004", "0000008", "0000012"]
+
+
+def test_a_damaged_checkpoint_that_is_put_aside_is_not_recommended(tiny_model: Path, tmp_path: Path, capsys) -> None:
+    train(tiny_model, tmp_path, steps_per_save=4)
+    meta = tmp_path / "checkpoints" / "0000012" / "meta.json"
+    meta.write_text("{")
+    train(tiny_model, tmp_path, steps_per_save=4, resume="auto")
+    line = next(line for line in capsys.readouterr().out.splitlines() if "an earlier run left" in line)
+    assert line.endswith("previous-1")
+    (tmp_path / "checkpoints" / "0000012" / "meta.json").write_text("{")
+    train(tiny_model, tmp_path, steps_per_save=4)  # a new run
+    line = next(line for line in capsys.readouterr().out.splitlines() if "an earlier run left" in line)
+    assert re.search(r"--resume \S*previous-2/checkpoints/0000008 goes on from there$", line)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_signals_finish_the_step_and_save(kind: int, tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "compiled_adam.cli", "lora", "--model", str(tiny_model), "--data", str(data)]
+    options = "--train --iters 100000 --batch-size 2 --num-layers 2 --steps-per-report 1 --val-batches 1"
+    process = subprocess.Popen(
+        [*command, *options.split()],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("iter     3"):
+            break
+    process.send_signal(kind)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + kind
+    assert "Traceback" not in errors
+    message = re.search(rf"stopped by {signal.Signals(kind).name} after iteration (\d+); .*", output + errors)
+    iteration = int(message.group(1))
+    assert f"adapters.safetensors has the weights after iteration {iteration}" in message.group()
+    assert "--resume" in message.group()
+    assert os.listdir(tmp_path / "adapters" / "checkpoints") == [f"{iteration:07d}"]
+    assert read(tmp_path / "adapters" / "log.jsonl")[-1]["iteration"] == iteration
+    saved = weights(tmp_path / "adapters" / "adapters.safetensors")
+    kept = weights(tmp_path / "adapters" / "checkpoints" / f"{iteration:07d}" / "weights.safetensors")
+    assert all(mx.array_equal(saved[path], kept[path]).item() for path in saved)
+
+
+def test_a_signal_during_validation_does_not_wait_for_its_end(tiny_model: Path, tmp_path: Path) -> None:
+    calls = 0
+
+    def loss(model, batch, lengths):
+        nonlocal calls
+        if not model.training:
+            calls += 1
+            if calls == 8:  # in the second validation, which is before iteration 3
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.01)
+        return losses.next_token(model, batch, lengths)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match="stopped by SIGINT after iteration 2"):
+        ca.train(
+            lora(tiny_model),
+            ca.Adam(1e-3),
+            dataset(),
+            dataset(),
+            args=arguments(tmp_path, val_batches=6),
+            loss=loss,
+            keep_checkpoints=1,
+        )
+    assert calls == 8 and signal.getsignal(signal.SIGINT) is handler
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    for folder in (whole, resumed):
+        folder.mkdir()
+    (tmp_path / "checkpoints").rename(resumed / "checkpoints")
+    for folder, resume in ((whole, None), (resumed, "auto")):
+        ca.train(
+            lora(tiny_model),
+            ca.Adam(1e-3),
+            dataset(),
+            dataset(),
+            args=arguments(folder, val_batches=6),
+            keep_checkpoints=1,
+            resume=resume,
+        )
+    a, b = (weights(folder / "adapters.safetensors") for folder in (whole, resumed))
+    assert all(mx.array_equal(a[path], b[path]).item() for path in a)
+
+
+def test_the_second_ctrl_c_acts_at_once() -> None:
+    code = (
+        "import time; from compiled_adam.stopping import asked_to_stop\n"
+        "with asked_to_stop() as asked:\n"
+        "    print('ready', flush=True)\n"
+        "    while asked.signal is None: time.sleep(0.01)\n"
+        "    print('going on', flush=True)\n"
+        "    while True: time.sleep(0.01)"
+    )
+    # With Python's own handler, also where the tests run in the background and inherit that Ctrl-C is ignored.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n" + code
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "going on\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert "once more to stop at once" in errors and "KeyboardInterrupt" in errors
+
+
+def test_options_that_cannot_be(tiny_model: Path, tmp_path: Path) -> None:
+    def refused(message: str, val: bool = False, batches=Batches, **options) -> None:
+        examples = dataset(options.pop("count", 12))
+        names = ("steps_per_report", "steps_per_eval", "val_batches", "grad_accumulation_steps", "batch_size")
+        args = arguments(tmp_path, **{name: options.pop(name) for name in names if name in options})
+        with pytest.raises(ValueError, match=re.escape(message)):
+            ca.train(
+                lora(tiny_model),
+                ca.Adam(1e-3),
+                examples,
+                dataset() if val else None,
+                args,
+                iterate_batches=batches,
+                **options,
+            )
+
+    refused("save_best (--save-best) needs a validation loss, but there is no validation set", save_best=True)
+    refused("early_stop_patience (--early-stop-patience) needs a validation loss", early_stop_patience=1)
+    refused(
+        "early_stop_patience (--early-stop-patience) is 0; it must be a whole number of at least 1",
+        True,
+        early_stop_patience=0,
+    )
+    refused("keep_checkpoints (--keep-checkpoints) is -1", keep_checkpoints=-1)
+    refused("nonfinite_limit (--nonfinite-limit) is True", nonfinite_limit=True)
+    refused("steps_per_report (--steps-per-report) is 0", steps_per_report=0)
+    refused("a checkpoint needs batches that know their position", batches=trainer.iterate_batches, keep_checkpoints=1)
+    refused(
+        "val_batches (--val-batches) is 0; it must be a whole number of at least 1, or -1 for the whole validation set",
+        True,
+        steps_per_eval=1,
+        val_batches=0,
+    )
+    refused("grad_accumulation_steps (--grad-accumulation-steps) is 0", grad_accumulation_steps=0)
+    refused("validation set has 12 examples, fewer than batch_size=24", True, batch_size=24, count=30)
+    (tmp_path / "checkpoints" / "0000003").mkdir(parents=True)
+    refused("there is no whole checkpoint in", resume="auto")
+    refused("nowhere is not a checkpoint", resume=tmp_path / "nowhere")
+    ca.save_checkpoint(tmp_path / "own", ca.make_step(lora(tiny_model), trainer.default_loss))
+    refused("was saved by another run", resume=tmp_path / "own")
+
+
+def test_log_has_every_step(tiny_model: Path, tmp_path: Path) -> None:
+    ca.train(
+        lora(tiny_model),
+        ca.Adam(1e-3, max_grad_norm=1.0),
+        dataset(),
+        args=arguments(tmp_path, steps_per_report=5, grad_accumulation_steps=2),
+        log=True,
+    )
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == list(range(1, 13))
+    assert [line["grad_norm"] is None for line in lines] == [True, False] * 6
+    assert all(line["loss"] > 0 and line["tokens"] == 38 and line["seconds"] > 0 for line in lines)
+    assert lines[0].keys() == {
+        *("iteration", "loss", "tokens", "grad_norm", "learning_rate", "skipped", "traces", "seconds", "memory")
+    }
+
+
+# An earlier run, and what is not ours.
+
+
+def train(tiny_model: Path, folder: Path, val: bool = False, optimizer=None, **options) -> None:
+    """A short run with checkpoints; what `arguments` knows goes there."""
+    names = trainer.TrainingArgs.__dataclass_fields__
+    changes = {name: options.pop(name) for name in list(options) if name in names}
+    args = arguments(folder, **changes)
+    options = {"keep_checkpoints": 9, **options}
+    rate = ca.Adam(1e-3, skip_nonfinite=True) if optimizer is None else optimizer
+    ca.train(lora(tiny_model), rate, dataset(), dataset() if val else None, args=args, **options)
+
+
+def losses_of(folder: Path) -> list[float]:
+    return [entry["loss"] for entry in read(folder / "log.jsonl") if "loss" in entry]
+
+
+def test_nothing_of_others_is_deleted(tiny_model: Path, tmp_path: Path, capsys) -> None:
+    mine = ["previous-1/thesis.txt", "checkpoints/mine.txt", "best/notes.txt", "log.jsonl"]
+    for name in mine:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    for _ in range(3):
+        train(tiny_model, tmp_path, val=True, save_best=True)
+    for name in mine:
+        assert (tmp_path / name).read_text() == "mine", name
+    for number in (2, 3):  # both earlier runs are still there, and their checkpoints can be resumed
+        assert sorted(os.listdir(tmp_path / f"previous-{number}" / "checkpoints")) == [
+            f"00000{i:02}" for i in (4, 8, 12)
+        ]
+    output = capsys.readouterr().out
+    path = re.findall(r"--resume (\S+) goes on from there", output)[-1]
+    train(tiny_model, tmp_path, val=True, resume=path, iters=13)
+    assert "not saved:" in output and "best has notes.txt, which is not ours" in output
+
+
+def test_a_damaged_newest_checkpoint_does_not_stand_in_the_way(tiny_model: Path, tmp_path: Path) -> None:
+    for name in ("whole", "broken", "missing"):
+        (tmp_path / name).mkdir()
+        train(tiny_model, tmp_path / name, log=True)
+    (tmp_path / "broken" / "checkpoints" / "0000012" / "weights.safetensors").write_bytes(b"")
+    (tmp_path / "missing" / "checkpoints" / "0000012" / "meta.json").unlink()
+    for name in ("broken", "missing"):
+        train(tiny_model, tmp_path / name, log=True, resume="auto")
+        assert losses_of(tmp_path / name) == losses_of(tmp_path / "whole")
+        assert ca.latest_checkpoint(tmp_path / name / "checkpoints").name == "0000012"
+        assert os.listdir(tmp_path / name / "previous-1" / "checkpoints") == ["0000012"]
+
+
+def test_going_back_to_an_older_checkpoint_keeps_the_new_work(tiny_model: Path, tmp_path: Path) -> None:
+    train(tiny_model, tmp_path)
+    train(tiny_model, tmp_path, resume=tmp_path / "checkpoints" / "0000004", iters=6, keep_checkpoints=2)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["0000004", "0000006"]
+    assert sorted(os.listdir(tmp_path / "previous-1" / "checkpoints")) == ["0000008", "0000012"]
+
+
+def test_a_refused_run_changes_no_file(tiny_model: Path, tmp_path: Path) -> None:
+    train(tiny_model, tmp_path, log=True, adapter_config={"rank": 4})
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
+    with pytest.raises(ValueError, match="learning_rate"):
+        train(tiny_model, tmp_path, optimizer=ca.Adam(1.0), resume="auto", log=True, adapter_config={"rank": 8})
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert before == after
+
+
+# What a resumed run must have in common with the one that was not stopped.
+
+
+def stop_after(iteration: int, kind: int = signal.SIGINT):
+    """A callback that asks the run to stop when it reports this iteration."""
+
+    class Stopper(TrainingCallback):
+        def on_train_loss_report(self, train_info: dict) -> None:
+            if train_info["iteration"] == iteration:
+                os.kill(os.getpid(), kind)
+
+    return Stopper()
+
+
+def test_an_early_stop_is_the_same_when_resumed(tiny_model: Path, tmp_path: Path, capsys) -> None:
+    options = {"val": True, "iters": 60, "steps_per_eval": 3, "early_stop_patience": 2, "log": True}
+    bad = ca.Adam(0.3, skip_nonfinite=True)  # so fast that the loss soon rises
+    train(tiny_model, tmp_path, optimizer=bad, **options)
+    stopped = losses_of(tmp_path)
+    assert len(stopped) < 59
+    train(tiny_model, tmp_path, optimizer=ca.Adam(0.3, skip_nonfinite=True), resume="auto", **options)
+    assert losses_of(tmp_path) == stopped
+    assert capsys.readouterr().out.count("stopped early: 2 validations without a lower loss") == 2
+
+
+def test_more_iterations_follow_as_if_the_last_had_not_been_the_last(tiny_model: Path, tmp_path: Path) -> None:
+    options = {"val": True, "log": True, "steps_per_eval": 5, "grad_accumulation_steps": 3}
+    for name, iterations in (("long", [20]), ("short", [8, 13, 20])):
+        (tmp_path / name).mkdir()
+        for i, iters in enumerate(iterations):
+            train(tiny_model, tmp_path / name, iters=iters, resume="auto" if i else None, **options)
+    assert losses_of(tmp_path / "long") == losses_of(tmp_path / "short")
+    a, b = (weights(tmp_path / name / "adapters.safetensors") for name in ("long", "short"))
+    assert all(mx.array_equal(a[path], b[path]).item() for path in a)
+
+
+def test_random_numbers_that_a_callback_draws(tiny_model: Path, tmp_path: Path) -> None:
+    class Drawing(TrainingCallback):
+        def on_train_loss_report(self, train_info: dict) -> None:
+            np.random.permutation(7)
+
+    options = {"log": True, "training_callback": Drawing(), "steps_per_save": 1}
+    for name, iterations in (("long", [20]), ("short", [5, 20])):
+        (tmp_path / name).mkdir()
+        for i, iters in enumerate(iterations):
+            train(tiny_model, tmp_path / name, iters=iters, resume="auto" if i else None, **options)
+    assert losses_of(tmp_path / "long") == losses_of(tmp_path / "short")
+
+
+def test_dropout_is_on_again_after_a_validation(tiny_model: Path, tmp_path: Path) -> None:
+    seen = []
+
+    def loss(model, batch, lengths):
+        seen.append(model.training)
+        return trainer.default_loss(model, batch, lengths)
+
+    train(tiny_model, tmp_path, val=True, loss=loss, steps_per_eval=1, iters=3)
+    # One trace for training, and two batches for each of three validations, called each time.
+    assert seen.count(True) == 1 and seen.count(False) == 6
+
+
+def test_failures_in_a_row_are_counted_over_a_stop(tiny_model: Path, tmp_path: Path) -> None:
+    def nan(model, batch, lengths):
+        value, tokens = trainer.default_loss(model, batch, lengths)
+        return value * float("nan"), tokens
+
+    options = {"loss": nan, "log": True, "iters": 60}
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_model, tmp_path, training_callback=stop_after(5), nonfinite_limit=8, **options)
+    with pytest.raises(TrainingStopped, match=r"not finite in (8|9) steps in a row"):
+        train(tiny_model, tmp_path, resume="auto", nonfinite_limit=8, **options)
+
+
+@pytest.mark.parametrize("limit", [2, 3, 7])
+@pytest.mark.parametrize("every", [1, 2, 4])
+def test_the_limit_of_failures_is_met_whatever_the_reports(
+    limit: int, every: int, tiny_model: Path, tmp_path: Path
+) -> None:
+    def nan_gradient(model, batch, lengths):
+        value, tokens = trainer.default_loss(model, batch, lengths)
+        # Finite, but with a gradient that is not: sqrt at zero.
+        return value + mx.sqrt(0.0 * value) * 0.0, tokens
+
+    with pytest.raises(TrainingStopped, match="not finite in"):
+        train(
+            tiny_model,
+            tmp_path,
+            loss=nan_gradient,
+            nonfinite_limit=limit,
+            steps_per_report=every,
+            grad_accumulation_steps=2,
+            iters=60,
+        )
+
+
+# Saves that fail.
+
+
+@pytest.mark.parametrize("ending", ["complete", "SIGINT", "SIGTERM", "nonfinite"])
+def test_adapters_are_saved_where_a_checkpoint_cannot(
+    ending: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(loop, "write_checkpoint", full)
+    expected = {"complete": TrainingStopped, "SIGINT": KeyboardInterrupt, "SIGTERM": SystemExit}
+    options = {"training_callback": stop_after(3, getattr(signal, ending))} if ending.startswith("SIG") else {}
+    if ending == "nonfinite":
+        options = {"loss": loss_that_fails_on_bad, "nonfinite_limit": 1, "iterate_batches": WithBadBatch}
+    with pytest.raises(expected.get(ending, TrainingStopped)) as stopped:
+        train(tiny_model, tmp_path, **options)
+    assert weights(tmp_path / "adapters.safetensors")
+    said = str(stopped.value) + capsys.readouterr().out
+    assert "No space left on device" in said and "adapters.safetensors has the weights after iteration" in said
+    if ending == "SIGTERM":
+        assert stopped.value.code == 143
+
+
+class Sixth(Batches):
+    """Instead of the sixth batch it does something."""
+
+    does: Callable[[], None]
+
+    def __next__(self):
+        if self.position()["next"] == 5:
+            type(self).does()
+        return super().__next__()
+
+
+def sixth(*actions: int | Exception) -> type[Sixth]:
+    """Batches whose sixth sends signals and raises errors, in this order."""
+
+    def does() -> None:
+        for action in actions:
+            if isinstance(action, Exception):
+                raise action
+            os.kill(os.getpid(), action)
+
+    return type("SixthOnce", (Sixth,), {"does": staticmethod(does)})
+
+
+@pytest.mark.parametrize("kind", [InputError, ValueError, KeyError, RuntimeError, ZeroDivisionError])
+def test_an_error_in_the_middle_saves_what_there_is(kind, tiny_model: Path, tmp_path: Path, capsys) -> None:
+    error = kind("example 3 cannot be used")
+
+    # The error itself, and beside it a line that says what there is and how to go on.
+    with pytest.raises(type(error)) as raised:
+        train(tiny_model, tmp_path, iterate_batches=sixth(error), steps_per_save=100)
+    assert raised.value is error
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert re.search(r"iteration 6: '?example 3 .*; .*has the weights after iteration 5, and .*--resume goes on", line)
+    assert ("--allow-change data" in line) == isinstance(error, InputError)
+    assert ca.latest_checkpoint(tmp_path / "checkpoints").name == "0000005"
+
+
+@pytest.mark.parametrize(
+    ("kind", "ended", "message"),
+    [(signal.SIGINT, KeyboardInterrupt, "stopped by SIGINT after iteration 5"), (signal.SIGTERM, SystemExit, "143")],
+)
+def test_what_a_signal_breaks_is_no_error(kind, ended, message: str, tiny_model: Path, tmp_path: Path) -> None:
+    """Ctrl-C reaches every process of a terminal, and so the compiler that MLX waits for, whose failure it raises."""
+    broken = RuntimeError("[Compile::eval_cpu] Failed to compile function")
+    with pytest.raises(ended, match=message):
+        train(tiny_model, tmp_path, iterate_batches=sixth(kind, broken), steps_per_save=100)
+    assert ca.latest_checkpoint(tmp_path / "checkpoints").name == "0000005"
+    # An error that no signal can cause stays one.
+    with pytest.raises(ZeroDivisionError):
+        train(tiny_model, tmp_path, iterate_batches=sixth(kind, ZeroDivisionError()), steps_per_save=100)
+
+
+def test_the_second_ctrl_c_says_what_there_is(tiny_model: Path, tmp_path: Path) -> None:
+    # With Python's own handler, also where the tests run in the background and inherit that Ctrl-C is ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(
+            KeyboardInterrupt, match=r"stopped at once in iteration 6; there is a checkpoint .*iteration 4"
+        ):
+            train(tiny_model, tmp_path, iterate_batches=sixth(signal.SIGINT, signal.SIGINT))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ca.latest_checkpoint(tmp_path / "checkpoints").name == "0000004"
+
+
+def test_readers_of_adapters_see_a_whole_file(tiny_model: Path, tmp_path: Path, monkeypatch) -> None:
+    real = durable.save_arrays
+
+    def killed(file: Path, arrays) -> None:
+        real(file, arrays)
+        if file.name.startswith(".adapters"):
+            file.write_bytes(file.read_bytes()[:100])
+            raise OSError("killed in the middle")
+
+    train(tiny_model, tmp_path)
+    before = (tmp_path / "adapters.safetensors").read_bytes()
+    monkeypatch.setattr(durable, "save_arrays", killed)
+    with pytest.raises(TrainingStopped, match="killed in the middle"):
+        train(tiny_model, tmp_path, iters=3)
+    assert (tmp_path / "adapters.safetensors").read_bytes() == before
+
+
+def test_a_checkpoint_that_a_killed_save_left_under_another_name_is_put_aside_like_others(tmp_path: Path) -> None:
+    for name in ("0000002", ".0000004.old"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "meta.json").write_text(name)
+    said: list[str] = []
+    run = SimpleNamespace(folder=tmp_path, progress=SimpleNamespace(line=said.append))
+    found = loop.TrainingLoop._checkpoints(run)
+    loop.TrainingLoop._put_aside(run, found, [])
+    assert not os.listdir(tmp_path / "checkpoints")
+    aside = tmp_path / "previous-1" / "checkpoints"
+    assert (aside / "0000004" / "meta.json").read_text() == ".0000004.old" and "previous-1" in said[0]
+    assert [path.name for path in checkpoint.numbered(aside)] == ["0000002", "0000004"]
+
+
+# Loops of one's own.
+
+
+def test_batches_that_end_and_tokens_that_python_counts(tiny_model: Path, tmp_path: Path) -> None:
+    def three(dataset, batch_size, max_seq_length, loop=False, seed=None, comm_group=None):
+        return iter([next(Batches(dataset, batch_size, max_seq_length, seed=i)) for i in range(3)])
+
+    def loss(model, batch, lengths):
+        return trainer.default_loss(model, batch, lengths)[0], 7
+
+    train(tiny_model, tmp_path, iterate_batches=three, loss=loss, log=True, keep_checkpoints=0)
+    assert [entry["tokens"] for entry in read(tmp_path / "log.jsonl")] == [7, 7, 7]
+
+
+def test_the_cache_is_cleared_beyond_the_threshold_only(tiny_model: Path, tmp_path: Path, monkeypatch) -> None:
+    cleared = []
+    monkeypatch.setattr(mx, "clear_cache", lambda: cleared.append(1))
+    monkeypatch.setattr(mx, "get_cache_memory", lambda: 1000)
+    for threshold, times in ((0, 0), (1000, 0), (999, 12)):
+        train(tiny_model, tmp_path, clear_cache_threshold=threshold, keep_checkpoints=0)
+        assert len(cleared) == times
