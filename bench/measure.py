@@ -128,8 +128,8 @@ def graph_of(make: Make, parameters: Tree, gradients: Tree) -> dict[str, Any]:
     """The kernels of one update of a contender on MLX, and the bytes they move.
 
     Nothing is computed and almost nothing allocated: `hollow` arrays have shapes and dtypes only. Figures: ``kernels``;
-    ``kernel_bytes`` read and written by all together; ``estimated_kernels`` as `mlx_graph.Kernel` has it; ``by_kernel``,
-    a list of name, count, bytes read and bytes written, the greatest first.
+    ``kernel_bytes`` read and written by all together; ``estimated_kernels`` as `mlx_graph.Kernel` has it;
+    ``by_kernel``, a list of name, count, bytes read and bytes written, the greatest first.
     """
     contender = make(hollow(parameters), hollow(gradients))
     if not isinstance(contender, OnMLX):

@@ -19,13 +19,11 @@ except ImportError as error:
     raise ImportError(_what) from error
 
 from . import schedulers
-from .base.errors import InputError, TrainingStopped
-from .checkpoint.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from .optimizers.adam import Adam
-from .optimizers.adamw import AdamW
-from .step import losses
-from .step.train_step import StepResult, TrainStep, make_step
-from .update.groups import decay_matrices
+from .base import InputError, TrainingStopped
+from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from .optimizers import Adam, AdamW
+from .step import StepResult, TrainStep, losses, make_step
+from .update import decay_matrices
 
 if TYPE_CHECKING:
     from .finetune.trainer import train as train

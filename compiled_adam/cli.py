@@ -15,8 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from . import __version__
-from .base.errors import InputError, TrainingStopped, while_handling
-from .base.streams import lenient_streams
+from .base import InputError, TrainingStopped, lenient_streams, while_handling
 
 
 def main(argv: Sequence[str] | None = None) -> int:

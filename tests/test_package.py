@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,53 @@ def test_public_names_exist() -> None:
         assert getattr(ca, name).__doc__, name
     with pytest.raises(AttributeError, match="no attribute 'Adamm'"):
         ca.Adamm  # noqa: B018
+
+
+# From the top: what stands here may import what stands below it.
+FOLDERS = (
+    *("cli", "commands", "finetune", "checkpoint", "step", "distributed", "schedulers", "optimizers", "update"),
+    "base",
+)
+
+
+def imports() -> Iterator[tuple[str, str, str | None, list[str]]]:
+    """Of every import of the package from itself: the file, the folder, the file in that folder, and the names."""
+    package = ROOT / "compiled_adam"
+    for file in sorted(package.rglob("*.py")):
+        path = file.relative_to(package)
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.ImportFrom) or not node.level:
+                continue
+            target = [*path.parts[: len(path.parts) - node.level], *(node.module or "").split(".")]
+            folder, *inner = [part for part in target if part] or [""]
+            yield str(path), folder, inner[0] if inner else None, [alias.name for alias in node.names]
+
+
+def test_imports_point_down() -> None:
+    assert sorted(FOLDERS) == sorted(
+        file.stem for file in (ROOT / "compiled_adam").iterdir() if file.stem not in ("__init__", "__pycache__", "py")
+    )
+    seen = set()
+    for file, folder, _, names in imports():
+        here = file.split("/")[0].removesuffix(".py")
+        for target in [folder] if folder else names:
+            if here in FOLDERS and target in FOLDERS and target != here:
+                seen.add((here, target))
+                assert FOLDERS.index(here) < FOLDERS.index(target), f"{file} imports {target}"
+    assert ("step", "update") in seen
+
+
+def test_a_folder_says_what_others_may_use() -> None:
+    """Only `finetune`, most of which needs mlx-lm, and the commands are imported file by file."""
+    count = 0
+    for file, folder, inner, names in imports():
+        if file.split("/")[0] == folder or folder not in FOLDERS or folder in ("finetune", "commands"):
+            continue
+        assert inner is None, f"{file} imports from {folder}/{inner}.py"
+        handed_on = importlib.import_module(f"compiled_adam.{folder}").__all__
+        assert set(names) <= set(handed_on), (file, folder)
+        count += 1
+    assert count > 50
 
 
 def test_version_is_the_projects() -> None:

@@ -1,0 +1,35 @@
+"""Folders that hold a run, whole or absent."""
+
+from .checkpoint import (
+    Contents,
+    check_exists,
+    check_finite,
+    is_whole,
+    latest_checkpoint,
+    load_checkpoint,
+    numbered,
+    prune,
+    read_checkpoint,
+    save_checkpoint,
+    write_checkpoint,
+)
+from .durable import locked, present, replace_arrays, replacing, save_arrays
+
+__all__ = [
+    "Contents",
+    "check_exists",
+    "check_finite",
+    "is_whole",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "locked",
+    "numbered",
+    "present",
+    "prune",
+    "read_checkpoint",
+    "replace_arrays",
+    "replacing",
+    "save_arrays",
+    "save_checkpoint",
+    "write_checkpoint",
+]

@@ -18,12 +18,10 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from ..base.compare import differences, table
-from ..base.errors import InputError
-from ..base.fingerprint import packages
+from ..base import InputError, differences, packages, table
 from ..distributed import workers
 from ..optimizers import any_optimizer
-from ..step.train_step import TrainStep
+from ..step import TrainStep
 from .claims import leftovers, remove_abandoned
 from .durable import discard, flush, opened, present, record, recorded, remove_old, replacing, save_arrays
 from .meta import FORMAT, LARGEST, META, as_json, parsed

@@ -21,7 +21,7 @@ from typing import TypedDict
 
 import mlx.core as mx
 
-from ..base.errors import InputError
+from ..base import InputError
 from .claims import Descriptor, claimed, held, remove
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..base.errors import InputError
+from ..base import InputError
 
 META = "meta.json"
 FORMAT = 1

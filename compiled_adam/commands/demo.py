@@ -23,12 +23,11 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from .. import schedulers
-from ..base.errors import InputError
+from ..base import InputError
 from ..finetune.console import TrainingProgress
 from ..finetune.trainer import train
-from ..optimizers.adamw import AdamW
-from ..step import losses
-from ..step.train_step import make_step
+from ..optimizers import AdamW
+from ..step import losses, make_step
 from . import demo_bf16
 
 MARKER = ".compiled-adam-demo"

@@ -17,9 +17,8 @@ from mlx_lm.tuner.trainer import evaluate, iterate_batches
 from mlx_lm.utils import load
 
 from ..finetune.console import TrainingProgress
-from ..optimizers.adamw import AdamW
-from ..step import losses
-from ..step.train_step import make_step
+from ..optimizers import AdamW
+from ..step import losses, make_step
 
 LEARNING_RATE = 5e-5
 CONTENDERS = {

@@ -19,9 +19,9 @@ from typing import Any, Literal, NamedTuple, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..base.mlx_graph import kernels
-from ..optimizers.adamw import AdamW
-from ..step.train_step import make_step
+from ..base import kernels
+from ..optimizers import AdamW
+from ..step import make_step
 from . import blas
 
 SLOW_BLAS = 20.0  # GFLOP/s; the reference BLAS of MLX's Linux wheels does 3 to 6, OpenBLAS 50 and more

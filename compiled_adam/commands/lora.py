@@ -22,11 +22,9 @@ from mlx_lm.tuner.trainer import TrainingArgs
 from mlx_lm.tuner.utils import print_trainable_parameters
 
 from .. import schedulers
-from ..base import fingerprint
-from ..base.errors import InputError
-from ..checkpoint.checkpoint import check_exists
-from ..distributed.joining import join
-from ..distributed.workers import Workers
+from ..base import InputError, fingerprint
+from ..checkpoint import check_exists
+from ..distributed import Workers, join
 from ..finetune import batches, data, model_files
 from ..finetune.adapters import WEIGHTS, check_folder, load_adapters, load_weights, other_scale, read_arrays
 from ..finetune.console import TrainingProgress
@@ -36,7 +34,7 @@ from ..finetune.trainable import add_adapters, check_layers, unfreeze_last
 from ..finetune.trainer import has_checkpoints, train
 from ..finetune.validation import mean_loss, no_targets
 from ..step import losses
-from ..update.groups import decay_matrices
+from ..update import decay_matrices
 from .lora_options import KEPT, YAML_ONLY, check_together, settings
 
 # Options that decide which numbers a run computes, beside the optimizer's and those that `train` knows.

@@ -13,11 +13,11 @@ from typing import Any
 import yaml
 from mlx_lm import lora as mlx_lm_lora
 
-from ..base.errors import InputError
-from ..distributed.reduce import DTYPES
+from ..base import InputError
+from ..distributed import DTYPES
 from ..finetune import lora_values
 from ..finetune.lora_values import FEATURES, called
-from ..update.moments import POLICIES
+from ..update import POLICIES
 
 # What this command has beside mlx-lm's options; None is what was not asked for, see `make_optimizer` and `_train`.
 OURS: dict[str, Any] = {

@@ -17,11 +17,11 @@ from mlx.utils import tree_flatten
 from rich.console import Console
 from rich.table import Table
 
-from ..base.errors import InputError
+from ..base import InputError
 from ..distributed import reduce, shard
 from ..finetune import model_config
-from ..optimizers.adam import Adam
-from ..update.moments import POLICIES
+from ..optimizers import Adam
+from ..update import POLICIES
 from .lora import make_optimizer, make_trainable
 from .lora_options import parser, settings
 

@@ -9,8 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..base import output
-from ..base.errors import InputError
+from ..base import InputError, output
 from ..finetune.log import LOG, is_number, read
 
 try:

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 from .. import schedulers
-from ..base import output
-from ..base.errors import InputError
+from ..base import InputError, output
 from ..schedulers import picture as picture
 
 # The functions of `schedulers` that make a schedule from numbers.

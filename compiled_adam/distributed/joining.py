@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 
 import mlx.core as mx
 
-from ..base.errors import InputError
+from ..base import InputError
 from . import ring
 from .watchdog import PATIENCE
 from .workers import Group, is_lost

@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from ..base.errors import InputError
+from ..base import InputError
 
 
 class Place(NamedTuple):

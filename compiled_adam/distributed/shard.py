@@ -17,11 +17,9 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_map
 
-from ..base.errors import InputError
-from ..base.tree import along, indexed
-from ..optimizers import any_optimizer
-from ..optimizers.adam import Adam
-from ..update.leaves import Part
+from ..base import InputError, along, indexed
+from ..optimizers import Adam, any_optimizer
+from ..update import Part
 from . import workers
 from .reduce import AT_ONCE, LIMIT
 

@@ -14,9 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..base import fingerprint
-from ..base.compare import differences, table
-from ..base.errors import InputError, TrainingStopped, while_handling
+from ..base import InputError, TrainingStopped, differences, fingerprint, table, while_handling
 from .reduce import packed, sum_arrays
 from .watchdog import Watchdog
 

@@ -11,9 +11,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..base.compare import Row, table
-from ..base.errors import InputError
-from ..checkpoint.checkpoint import check_finite
+from ..base import InputError, Row, table
+from ..checkpoint import check_finite
 from .lora_values import lora_parameters
 from .model_files import check_safetensors
 from .trainable import add_adapters

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.tuner.datasets import CacheDataset
 
-from ..base.errors import InputError
+from ..base import InputError
 
 Padding = Callable[[int], int]
 Batch = tuple[mx.array, mx.array]

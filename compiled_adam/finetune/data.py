@@ -12,7 +12,7 @@ from typing import Any
 
 from mlx_lm.tuner.datasets import create_dataset, load_dataset
 
-from ..base.errors import InputError
+from ..base import InputError
 from .rows import Located, example
 
 NAMES = {"train": "train set", "valid": "validation set", "test": "test set"}

@@ -9,8 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from ..base import output
-from ..base.errors import InputError
+from ..base import InputError, output
 
 LOG = "log.jsonl"  # its name beside the adapters
 

@@ -18,20 +18,23 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.trainer import TrainingArgs
 
-from ..base.errors import InputError, TrainingStopped
-from ..checkpoint.checkpoint import (
+from ..base import InputError, TrainingStopped
+from ..checkpoint import (
     Contents,
     check_finite,
     is_whole,
     latest_checkpoint,
     numbered,
+    present,
     prune,
     read_checkpoint,
+    replace_arrays,
+    replacing,
+    save_arrays,
     write_checkpoint,
 )
-from ..checkpoint.durable import present, replace_arrays, replacing, save_arrays
-from ..distributed.workers import Workers, is_lost
-from ..step.train_step import TrainStep
+from ..distributed import Workers, is_lost
+from ..step import TrainStep
 from .batches import Batches
 from .console import TrainingProgress
 from .log import LOG, RunLog, is_log

@@ -13,11 +13,9 @@ import mlx.optimizers as optim
 from mlx_lm.tuner.callbacks import SUPPORT_CALLBACK
 
 from .. import schedulers
-from ..base.errors import InputError
-from ..distributed.joining import check_timeout
-from ..optimizers import options
-from ..optimizers.adam import Adam
-from ..optimizers.adamw import AdamW
+from ..base import InputError
+from ..distributed import check_timeout
+from ..optimizers import Adam, AdamW, options
 from . import batches
 
 OPTIMIZERS: dict[str, Callable[..., optim.Optimizer]] = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..step.train_step import StepResult, TrainStep
+from ..step import StepResult, TrainStep
 
 
 class StepReader:

@@ -13,7 +13,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
 
-from ..base.errors import InputError
+from ..base import InputError
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 # What mlx-lm builds layers of, for most models under these names; a list has one for each layer. A model of more layers

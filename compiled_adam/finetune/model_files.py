@@ -12,7 +12,7 @@ import mlx.nn as nn
 from huggingface_hub.errors import HFValidationError
 from mlx_lm import utils
 
-from ..base.errors import InputError
+from ..base import InputError
 from . import model_config
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tiktoken.model", "vocab.txt")

@@ -19,7 +19,7 @@ from mlx_lm.tuner.datasets import (
     TextDataset,
 )
 
-from ..base.errors import InputError
+from ..base import InputError
 
 _FORMATS = (ChatDataset, CompletionsDataset, ConcatenatedDataset, TextDataset)
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from ..base.streams import say
+from ..base import say
 
 
 class Asked:

@@ -21,14 +21,10 @@ except ImportError as error:
         f"fine-tuning needs mlx-lm ({error}); install it with `pip install 'compiled-adam[lm]'`"
     ) from error
 
-from ..base import fingerprint, random_state
-from ..base.errors import InputError
-from ..checkpoint.checkpoint import numbered
-from ..checkpoint.durable import locked
-from ..distributed.joining import check_timeout, join
-from ..distributed.workers import Workers
-from ..step import losses
-from ..step.train_step import make_step
+from ..base import InputError, fingerprint, random_state
+from ..checkpoint import locked, numbered
+from ..distributed import Workers, check_timeout, join
+from ..step import losses, make_step
 from .batches import Batches
 from .console import TrainingProgress
 from .log import LOG, RunLog

@@ -9,7 +9,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..distributed.joining import join
+from ..distributed import join
 
 
 def no_targets(max_seq_length: int) -> str:

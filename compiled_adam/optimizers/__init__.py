@@ -1,0 +1,8 @@
+"""Adam and AdamW, and any optimizer of MLX as a function of arrays."""
+
+from . import any_optimizer, options
+from .adam import Adam
+from .adamw import AdamW
+from .options import check_number, check_schedules
+
+__all__ = ["Adam", "AdamW", "any_optimizer", "check_number", "check_schedules", "options"]

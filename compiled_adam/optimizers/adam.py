@@ -13,14 +13,24 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_map
 
-from ..base.at_once import Assignments
-from ..base.compiled import Compiled
-from ..base.errors import InputError
-from ..base.tree import Aligned, along
-from ..update.groups import ALL_ALIKE, DecayFilter, Group, check_patterns, group
-from ..update.kernels import of_leaves
-from ..update.leaves import FLOATS, Constants, Form, Part, check_leaf, update, update_leaf
-from ..update.moments import STOCHASTIC, Stored
+from ..base import Aligned, Assignments, Compiled, InputError, along
+from ..update import (
+    ALL_ALIKE,
+    FLOATS,
+    STOCHASTIC,
+    Constants,
+    DecayFilter,
+    Form,
+    Group,
+    Part,
+    Stored,
+    check_leaf,
+    check_patterns,
+    group,
+    of_leaves,
+    update,
+    update_leaf,
+)
 from .options import as_scalar, assigned_rate, check_numbers, check_options, scheduled
 from .options import learning_rate as checked_rate
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..base.errors import InputError
-from ..update.groups import DecayFilter
+from ..base import InputError
+from ..update import DecayFilter
 from .adam import Adam, LearningRate
 from .options import check_number
 

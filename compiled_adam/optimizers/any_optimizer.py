@@ -10,9 +10,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 
-from ..base.compare import Row, differences
-from ..base.errors import InputError
-from ..base.tree import Structure, below
+from ..base import InputError, Row, Structure, below, differences
 from .options import as_scalar
 
 # A schedule is a function, which cannot be compared; its values at these steps can.

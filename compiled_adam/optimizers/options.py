@@ -10,9 +10,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..base.errors import InputError
-from ..update.kernels import LOWERINGS
-from ..update.moments import POLICIES, STOCHASTIC
+from ..base import InputError
+from ..update import LOWERINGS, POLICIES, STOCHASTIC
 
 
 def check_options(

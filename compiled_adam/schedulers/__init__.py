@@ -1,5 +1,6 @@
 """Learning rates as functions of the number of updates."""
 
+from . import picture
 from .schedules import (
     Schedule,
     Step,
@@ -30,6 +31,7 @@ __all__ = [
     "join",
     "linear",
     "one_cycle",
+    "picture",
     "plot",
     "polynomial",
     "step_decay",

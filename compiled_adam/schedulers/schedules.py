@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.optimizers as optim
 
-from ..base.errors import InputError
-from ..optimizers.options import check_number
+from ..base import InputError
+from ..optimizers import check_number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

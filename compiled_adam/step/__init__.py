@@ -1,0 +1,6 @@
+"""`make_step`: a compiled train step."""
+
+from . import losses
+from .train_step import StepResult, TrainStep, make_step
+
+__all__ = ["StepResult", "TrainStep", "losses", "make_step"]

@@ -11,15 +11,10 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_map
 
-from ..base.at_once import Assignments, undone_on_error
-from ..base.errors import InputError
-from ..base.tree import Places, Structure, along
-from ..base.written import Written
-from ..distributed.shard import Shard
-from ..optimizers import any_optimizer
-from ..optimizers.adam import Adam
-from ..update import residual, rule
-from ..update.window import counted
+from ..base import Assignments, InputError, Places, Structure, Written, along, undone_on_error
+from ..distributed import Shard
+from ..optimizers import Adam, any_optimizer
+from ..update import counted, residual, rule
 
 
 class Trees:

@@ -20,16 +20,9 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from ..base.at_once import Assignments, call_all
-from ..base.errors import InputError
-from ..base.tree import Places, Structure, along
-from ..base.written import Written
-from ..optimizers.adam import Adam
-from ..update import residual, rule
-from ..update.groups import Group
-from ..update.leaves import Form
-from ..update.moments import Stored
-from ..update.window import counted
+from ..base import Assignments, InputError, Places, Structure, Written, along, call_all
+from ..optimizers import Adam
+from ..update import Form, Group, Stored, counted, residual, rule
 
 SMALL = 1 << 16
 FULL = 1 << 18

@@ -11,10 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..base.at_once import undone_on_error
-from ..base.compiled import Compiled, is_evaluated
-from ..base.errors import InputError
-from ..base.tree import Places, Structure
+from ..base import Compiled, InputError, Places, Structure, is_evaluated, undone_on_error
 from . import signature as batches
 from .loss import checked
 

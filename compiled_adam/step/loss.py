@@ -6,7 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..base.errors import InputError
+from ..base import InputError
 
 
 def checked(output: Any, weighted: bool) -> tuple[mx.array, list[Any], mx.array]:

@@ -17,18 +17,25 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_map
 
-from ..base import random_state
-from ..base.at_once import Assignments, call_all, undone_on_error
-from ..base.compare import Row, differences, table
-from ..base.compiled import Compiled, is_evaluated
-from ..base.errors import InputError
-from ..base.tree import Places, Structure, along, trainable_places
+from ..base import (
+    Assignments,
+    Compiled,
+    InputError,
+    Places,
+    Row,
+    Structure,
+    along,
+    call_all,
+    differences,
+    is_evaluated,
+    random_state,
+    table,
+    trainable_places,
+    undone_on_error,
+)
 from ..distributed import reduce, shard, workers
-from ..optimizers import any_optimizer
-from ..optimizers.adam import Adam
-from ..optimizers.options import check_schedules
-from ..update import window
-from ..update.kernels import LARGE
+from ..optimizers import Adam, any_optimizer, check_schedules
+from ..update import LARGE, window
 from . import signature as batches
 from .apply import Trees
 from .apply_packed import PackedTrees

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..base.errors import InputError
+from ..base import InputError
 from . import kernels, moments, residual, rule
 from .groups import Group
 from .moments import Stored
