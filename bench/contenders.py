@@ -17,6 +17,7 @@ import mlx.optimizers as optim
 
 import compiled_adam as ca
 from compiled_adam.base.tree import Places
+from compiled_adam.optimizers import ForSteps
 from compiled_adam.step.apply_packed import PackedTrees
 from compiled_adam.update.moments import POLICIES
 
@@ -51,7 +52,8 @@ class OnMLX(ABC):
     def __init__(self, optimizer: optim.Optimizer, parameters: Tree, gradients: Tree) -> None:
         self.tree, self.optimizer, self.gradients = {"parameters": parameters}, optimizer, gradients
         if isinstance(optimizer, ca.Adam):
-            optimizer.lay_out(parameters)  # whose graph alone is looked at may have parameters larger than the memory
+            # Nothing is computed: the parameters of what is only looked at may be larger than the memory.
+            ForSteps(optimizer).lay_out(parameters)
         else:
             optimizer.init(parameters)  # MLX's leave it lazy
 

@@ -20,7 +20,7 @@ from rich.table import Table
 from ..base import InputError
 from ..distributed import reduce, shard
 from ..finetune import model_config
-from ..optimizers import Adam
+from ..optimizers import Adam, ForSteps
 from ..update import POLICIES
 from .lora import make_optimizer, make_trainable
 from .lora_options import parser, settings
@@ -114,7 +114,7 @@ def _states(args: types.SimpleNamespace, trainable: dict, workers: int) -> dict[
             own.moments = policy
         optimizer = make_optimizer(own)
         if isinstance(optimizer, Adam):
-            optimizer.lay_out(trainable)
+            ForSteps(optimizer).lay_out(trainable)
         else:
             optimizer.init(trainable)  # MLX's leave it lazy
         shared, parts = 0, [[0, 0] for _ in range(workers)]  # of each worker, bytes of moments and of residuals

@@ -18,7 +18,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_map
 
 from ..base import InputError, along, indexed
-from ..optimizers import Adam, any_optimizer
+from ..optimizers import Adam, ForSteps, any_optimizer
 from ..update import Part
 from . import workers
 from .reduce import AT_ONCE, LIMIT
@@ -164,7 +164,7 @@ class Shard:
             optimizer.state = any_optimizer.arranged(optimizer.state, own)[0]
         mine = tree_map(lambda _, parameter: parameter, self._template, parameters)
         if isinstance(optimizer, Adam):
-            optimizer.init_part(mine, parameters)
+            ForSteps(optimizer).kept.init_part(mine, parameters)
         else:
             optimizer.init(mine)
 
@@ -180,7 +180,7 @@ class Shard:
         mine = tree_map(lambda i: gradients[i], self._template)
         parameters = tree_map(lambda i: weights[i], self._template)
         if isinstance(optimizer, Adam):
-            updated = optimizer.apply_gradients(mine, parameters, Part(norm, self._own, len(weights)))
+            updated = ForSteps(optimizer).apply_part(mine, parameters, Part(norm, self._own, len(weights)))
         else:
             updated = optimizer.apply_gradients(mine, parameters)
         leaves = [container[key] for _, container, key in along(self._template, updated)]

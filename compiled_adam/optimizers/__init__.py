@@ -1,8 +1,8 @@
 """Adam and AdamW, and any optimizer of MLX as a function of arrays."""
 
 from . import any_optimizer, options
-from .adam import Adam
+from .adam import Adam, ForSteps
 from .adamw import AdamW
 from .options import check_number, check_schedules
 
-__all__ = ["Adam", "AdamW", "any_optimizer", "check_number", "check_schedules", "options"]
+__all__ = ["Adam", "AdamW", "ForSteps", "any_optimizer", "check_number", "check_schedules", "options"]

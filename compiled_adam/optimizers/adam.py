@@ -2,49 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_map
 
-from ..base import Aligned, Assignments, Compiled, InputError, along
-from ..update import (
-    ALL_ALIKE,
-    FLOATS,
-    STOCHASTIC,
-    Constants,
-    DecayFilter,
-    Form,
-    Group,
-    Part,
-    Stored,
-    check_leaf,
-    check_patterns,
-    group,
-    of_leaves,
-    update,
-    update_leaf,
-)
-from .options import as_scalar, assigned_rate, check_numbers, check_options, scheduled
+from ..base import Aligned, Assignments, InputError, along
+from ..update import ALL_ALIKE, Part, Shared, Stored, update_leaf
+from .leaf_update import LeafUpdate, Options
+from .options import assigned_rate, check_numbers, check_options
 from .options import learning_rate as checked_rate
+from .state import State, evaluate
 
-MOST_SUBSETS = 16  # of the parameters, whose compiled updates are kept
-MOST_TRACES = 64  # of each of them
-_SCALARS = ("rounding_key", "grad_norm", "skipped")  # what the state may have beside step and learning_rate
 LearningRate = float | mx.array | Callable[[mx.array], mx.array]
-
-
-class Keeper(Protocol):
-    """Keeps a part of an optimizer's state elsewhere."""
-
-    def show(self) -> None:
-        """Puts it into the state's tree."""
 
 
 class Adam(optim.Adam):
@@ -117,25 +90,16 @@ class Adam(optim.Adam):
     ) -> None:
         learning_rate = checked_rate(learning_rate)
         check_numbers(betas, eps, bias_correction)
-        self._keeper: Keeper | None = None
-        self._places = {"step": "step", "learning_rate": "learning_rate"}  # of scalars in the state
+        check_options(moments, compensated, max_grad_norm, skip_nonfinite, learning_rate_multipliers, lowering)
+        multipliers = dict(learning_rate_multipliers or {})
+        options = Options(moments, compensated, max_grad_norm, skip_nonfinite, multipliers, lowering)
+        self._leaves = LeafUpdate(self, options)
+        self._kept = State(self, self._leaves)
         super().__init__(learning_rate, betas, eps, bias_correction)  # type: ignore[arg-type]  # MLX says list
         self._state["learning_rate"] = mx.array(self._state["learning_rate"], mx.float32)  # whatever a schedule returns
-        check_options(moments, compensated, max_grad_norm, skip_nonfinite, learning_rate_multipliers, lowering)
         self.weight_decay = 0.0
-        self._traces = 0
-        self._moments = moments
-        self._compensated = compensated
-        self._max_grad_norm = max_grad_norm
-        self._skip_nonfinite = skip_nonfinite
-        self._lowering = lowering
-        self._multipliers = dict(learning_rate_multipliers or {})
-        self._decay_filter: DecayFilter | None = None
-        self._groups: dict[str, Group] = {}
-        self._compiled: OrderedDict[tuple[str, ...], Compiled] = OrderedDict()
-        self._places |= {name: name for name in self._scalars()}
-        self.state.update(self._scalars())
-        _evaluate(self._state)
+        self._state.update(options.scalars())
+        evaluate(self._state)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -143,77 +107,59 @@ class Adam(optim.Adam):
 
         A train step keeps the moments of small parameters elsewhere; asking for the state is what puts them here.
         """
-        if self._keeper is not None:
-            self._keeper.show()
-            self._keeper = None  # after that, which may be interrupted
+        self._kept.complete()
         return self._state
 
     @state.setter
     def state(self, state: dict[str, Any]) -> None:
-        if self._keeper is not None:
-            self._keeper.show()  # what is assigned may be the same, or have dictionaries of it
+        keeper = self._kept.keeper
+        if keeper is not None:
+            keeper.show()  # what is assigned may be the same, or have dictionaries of it
         # In an order that does no harm if it is interrupted: a complete state is only looked through once more.
         self._initialized = False
         self._state = state
-        self._keeper = None
+        self._kept.keeper = None
 
     @property
     def step(self) -> mx.array:
-        return self.scalars()["step"]
+        return self._kept.scalars()["step"]
 
     @property
     def learning_rate(self) -> mx.array:
-        return self.scalars()["learning_rate"]
+        return self._kept.scalars()["learning_rate"]
 
     @learning_rate.setter
     def learning_rate(self, learning_rate: float | mx.array) -> None:
         self._state["learning_rate"] = assigned_rate(learning_rate)
-        _evaluate(self._state["learning_rate"])
+        evaluate(self._state["learning_rate"])
 
     @property
     def traces(self) -> int:
         """How often the Python of the update ran: once for each layout, or each time where nothing is compiled."""
-        return self._traces
+        return self._leaves.traces
 
     @property
     def options(self) -> dict[str, Any]:
         """The keyword options beside MLX's own, by name; ``decays`` has a digest of which parameters do."""
-        decaying = sorted(path for path, group in self._groups.items() if group.decays)
+        own = self._leaves.options
         return {
-            "moments": self._moments,
-            "compensated": self._compensated,
-            "max_grad_norm": self._max_grad_norm,
-            "skip_nonfinite": self._skip_nonfinite,
-            "learning_rate_multipliers": self._multipliers,
-            "decays": f"{len(decaying)} parameters, {hashlib.sha256(repr(decaying).encode()).hexdigest()[:8]}",
+            "moments": own.moments,
+            "compensated": own.compensated,
+            "max_grad_norm": own.max_grad_norm,
+            "skip_nonfinite": own.skip_nonfinite,
+            "learning_rate_multipliers": own.multipliers,
+            "decays": self._leaves.decays(),
         }
 
     @property
     def grad_norm(self) -> mx.array | None:
-        return self._state[self._places["grad_norm"]] if self._needs_norm() else None
+        """The global norm of the last update's gradients, before clipping: 0-d float32. None if nothing needs it."""
+        return self._kept.scalar("grad_norm") if self._leaves.options.needs_norm else None
 
     @property
     def skipped(self) -> mx.array | None:
-        return self._state[self._places["skipped"]] if self._needs_norm() else None
-
-    def scalars(self) -> Stored:
-        """The part of the state that belongs to no parameter: 0-d arrays, and the rounding key.
-
-        A Python number that was assigned to the step or to the learning rate becomes an array, here and in the state.
-        """
-        state = self._state
-        if not isinstance(state["step"], mx.array):
-            state["step"] = as_scalar("step", state["step"], mx.uint64)
-        if not isinstance(rate := state.get("learning_rate"), (mx.array, type(None))):
-            state["learning_rate"] = assigned_rate(rate)
-        return {name: state[place] for name, place in self._places.items() if place in state}
-
-    def assign_scalars(self, scalars: Stored, assignments: Assignments) -> None:
-        """New `scalars`, as a part of ``assignments``."""
-        for name, array in scalars.items():
-            assignments.add(self._state, self._places[name], array)
-
-    # State: one dictionary for each parameter, beside a few scalars.
+        """How many updates were skipped since the start: 0-d int32. None if nothing needs the norm."""
+        return self._kept.scalar("skipped") if self._leaves.options.needs_norm else None
 
     def init(self, parameters: dict) -> None:
         """Creates the state that is missing. Moments that exist are kept, and stored as ``moments`` says.
@@ -221,90 +167,11 @@ class Adam(optim.Adam):
         Raises TypeError or ValueError for parameters that Adam cannot update, for an incomplete state, and for
         patterns that match no parameter or the same one.
         """
-        self._init(parameters, parameters)
-
-    def init_part(self, part: dict, parameters: dict) -> None:
-        """`init` of the state of a ``part`` of the parameters alone, whose others are updated elsewhere."""
-        for path, container, key in along(parameters, parameters):
-            self._group(path, container[key])  # `options` are those of all
-        self._init(part, parameters, parameters)
-
-    def lay_out(self, parameters: dict) -> None:
-        """`init` that computes nothing: the state has its shapes and dtypes, and takes no memory."""
-        self._create(parameters, parameters)
-
-    def _init(self, parameters: dict, all_parameters: dict, trainable: dict | None = None) -> None:
-        self._create(parameters, all_parameters, trainable)
-        _evaluate(self._state)
-
-    def _create(self, parameters: dict, all_parameters: dict, trainable: dict | None = None) -> None:
-        """Creates the state of ``parameters``, a part of those that are ``trainable``. Default: all of them."""
-        trainable = parameters if trainable is None else trainable
-        check_patterns([path for path, _, _ in along(all_parameters, all_parameters)], self._multipliers)
-        leaves = [(path, container[key]) for path, container, key in along(parameters, parameters)]
-        for path, parameter in leaves:
-            if parameter.dtype not in FLOATS:
-                raise TypeError(
-                    f"the parameter {path!r} is {parameter.dtype}; Adam updates float32, bfloat16 and float16:"
-                    " convert it, freeze it, or pass model.trainable_parameters()"
-                )
-            self._group(path, parameter)
-        for name in ("step", *(() if self._schedulers else ("learning_rate",))):
-            if name in trainable:
-                raise InputError(
-                    f"the model has parameters named {name!r}, a name that the optimizer's state needs; rename the"
-                    " parameters"
-                )
-            if name not in self.state:
-                raise InputError(f"the optimizer's state has no {name!r}; assign a complete one")
-        self.state.setdefault("learning_rate", mx.array(0.0))  # of a schedule, which overwrites it
-        self._make_room_for_scalars(trainable)
-        super().init(parameters)
-        assignments = Assignments()
-        for (path, parameter), (_, states, key) in zip(leaves, along(parameters, self.state), strict=True):
-            try:
-                converted = self._form(parameter).converted(path, parameter, states[key])
-            except KeyError as missing:
-                raise InputError(f"the state of {path!r} has no {missing}; assign a complete one") from None
-            if converted is not states[key]:
-                assignments.add(states, key, converted)
-        assignments.make()
-
-    def _make_room_for_scalars(self, parameters: Any) -> None:
-        """Puts the scalars that the options ask for into the state, and takes those of other options out.
-
-        Where a parameter has the name of one, there is an underscore before it, which no parameter's name begins with.
-        """
-        own = self._scalars()
-        for name in _SCALARS:
-            place = f"_{name}" if name in parameters else name
-            if name in own:
-                old = self._state.get(self._places[name])
-                self._state.setdefault(place, old if isinstance(old, mx.array) else own[name])
-                self._places[name] = place
-            if isinstance(self._state.get(name), mx.array) and not (name in own and place == name):
-                del self._state[name]
+        self._kept.init(parameters)
 
     def init_single(self, parameter: mx.array, state: dict) -> None:
         """Fills ``state`` with moments that are zero, of the parameter's shape, and a residual if there is one."""
-        state.update(self._form(parameter).zeros(parameter))
-
-    def _form(self, parameter: mx.array) -> Form:
-        return Form.of(parameter, self._moments, self._compensated)
-
-    def _scalars(self) -> dict[str, mx.array]:
-        """What the state has beside ``step`` and ``learning_rate``, at its start."""
-        scalars = {}
-        if self._moments in STOCHASTIC:
-            scalars["rounding_key"] = mx.random.key(0)
-        if self._needs_norm():
-            scalars |= {"grad_norm": mx.array(0.0), "skipped": mx.array(0, mx.int32)}
-        return scalars
-
-    def _needs_norm(self) -> bool:
-        return self._skip_nonfinite or self._max_grad_norm is not None
-
-    # The update.
+        state.update(self._leaves.options.form(parameter).zeros(parameter))
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
         """Updates one parameter with the present ``step`` and ``learning_rate``; ``state`` gets the new moments.
@@ -312,14 +179,15 @@ class Adam(optim.Adam):
         Raises ValueError with options that need the other gradients or the parameter's path.
         """
         self._refuse_leaf_by_leaf()
-        constants = self._constants()
-        c = constants.coefficients(self.step, self.learning_rate, ALL_ALIKE)
-        parameter, new = update_leaf(gradient, parameter, state, self._form(parameter), c, constants.betas)
+        constants = self._leaves.constants()
+        shared = Shared({ALL_ALIKE: constants.coefficients(self.step, self.learning_rate, ALL_ALIKE)})
+        form, betas = self._leaves.options.form(parameter), constants.betas
+        parameter, new = update_leaf(shared, gradient, parameter, state, form=form, group=ALL_ALIKE, betas=betas)
         state.update(new)
         return parameter
 
     def _refuse_leaf_by_leaf(self) -> None:
-        if self._needs_norm() or self._multipliers or self._decay_filter or self._moments in STOCHASTIC:
+        if self._leaves.options.needs_all:
             raise InputError(
                 "apply_single sees one parameter without its path; clipping, skip_nonfinite, stochastic rounding,"
                 " multipliers and a decay_filter need apply_gradients, and no apply_single of a subclass"
@@ -340,24 +208,25 @@ class Adam(optim.Adam):
             assignments.add(container, key, array)
         assignments.make()
 
-    def apply_gradients(self, gradients: dict, parameters: dict, part: Part | None = None) -> dict:
+    def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
         """The updated parameters, as a tree like ``gradients``, which may be a subset of ``parameters``.
-
-        If there are more gradients, whose updates are made elsewhere, ``part`` has what they have in common.
 
         Raises ValueError or TypeError, naming the path, for a gradient that has no parameter or no state, is not
         an array, or differs from its parameter in shape; moments and step are as before then.
         """
         assignments = Assignments()
-        updated = self._apply(gradients, parameters, part, assignments)
+        updated = self._apply(gradients, parameters, None, assignments)
         assignments.make()
         return updated
 
     def _apply(self, gradients: dict, parameters: dict, part: Part | None, assignments: Assignments) -> dict:
-        """`apply_gradients`, whose new state becomes a part of ``assignments``."""
+        """`apply_gradients`, whose new state becomes a part of ``assignments``.
+
+        If there are more gradients, whose updates are made elsewhere, ``part`` has what they have in common.
+        """
         if not self._initialized:
             Aligned(gradients, parameters, self.state)  # raises before any state is made for a wrong tree
-            self._init(tree_map(lambda _, parameter: parameter, gradients, parameters), parameters)
+            self._kept.init(tree_map(lambda _, parameter: parameter, gradients, parameters), parameters)
         if type(self).apply_single is not Adam.apply_single:
             # MLX's way to extend an optimizer: a subclass that has its own update of one parameter gets it called.
             self._refuse_leaf_by_leaf()
@@ -368,54 +237,48 @@ class Adam(optim.Adam):
                 f"the optimizer has no state for {', '.join(leaves.without_state)}: it was initialised without;"
                 " call optimizer.init(parameters) with all parameters (moments that exist are kept)"
             )
-        compiled = self._compiled.get(leaves.paths)
-        if compiled is None:
-            while len(self._compiled) >= MOST_SUBSETS:
-                self._compiled.popitem(last=False)
-            compiled = self._compiled[leaves.paths] = Compiled(partial(self._trace, leaves.paths), MOST_TRACES)
-        self._compiled.move_to_end(leaves.paths)
         # Outside of what is compiled, because a schedule may be any Python function of the step's value.
-        scalars = self.scalars()
-        scalars |= self._scheduled(scalars["step"])
-        new_parameters, states, scalars = compiled(
-            leaves.gradients, leaves.parameters, leaves.states, scalars, self._constants(), part
+        scalars = self._kept.scalars()
+        scalars |= self._leaves.scheduled(scalars["step"])
+        new_parameters, states, scalars = self._leaves.compiled(leaves.paths)(
+            leaves.gradients, leaves.parameters, leaves.states, scalars, self._leaves.constants(), part
         )
         result = iter(new_parameters)
         tree = tree_map(lambda _: next(result), gradients)
-        self.assign_scalars(scalars, assignments)
+        self._kept.assign_scalars(scalars, assignments)
         for state, new in zip(leaves.states, states, strict=True):
             for name, array in new.items():
                 assignments.add(state, name, array)
         return tree
 
-    def _trace(
-        self,
-        paths: tuple[str, ...],
-        gradients: list[mx.array],
-        parameters: list[mx.array],
-        states: list[Stored],
-        scalars: Stored,
-        constants: tuple[Any, ...],
-        part: tuple[Any, ...] | None,
-        weight: mx.array | None = None,
-    ) -> tuple[list[mx.array], list[Stored], Stored]:
-        """What is compiled: `update` of leaves whose groups and forms of storage are found out here, once a trace."""
-        self._traces += 1
-        forms = [self._form(p) for p in parameters]
-        for leaf in zip(paths, gradients, parameters, states, forms, strict=True):
-            check_leaf(*leaf)
-        groups = [self._group(path, p) for path, p in zip(paths, parameters, strict=True)]
-        return update(
-            gradients,
-            parameters,
-            states,
-            scalars,
-            groups,
-            forms,
-            Constants(*constants),
-            Part(*part) if part else None,
-            weight,
-        )
+    def __getstate__(self) -> dict[str, Any]:
+        self._kept.complete()  # a copy has no keeper
+        return self.__dict__.copy()
+
+
+class ForSteps:
+    """What train steps and shards use of an `Adam`, beside what a user may call."""
+
+    def __init__(self, optimizer: Adam) -> None:
+        self._optimizer = optimizer
+        self.leaves, self.kept = optimizer._leaves, optimizer._kept
+
+    @property
+    def has_own_update(self) -> bool:
+        """Whether the update is a subclass's own, of one parameter at a time or of the tree."""
+        names = ("apply_single", "apply_gradients", "update")
+        return any(getattr(type(self._optimizer), name) is not getattr(Adam, name) for name in names)
+
+    def lay_out(self, parameters: dict) -> None:
+        """``init`` that computes nothing: the state has its shapes and dtypes, and takes no memory."""
+        self.kept.create(parameters, parameters, parameters)
+
+    def apply_part(self, gradients: dict, parameters: dict, part: Part) -> dict:
+        """``apply_gradients`` of a part of all gradients; the others' updates are made elsewhere."""
+        assignments = Assignments()
+        updated = self._optimizer._apply(gradients, parameters, part, assignments)
+        assignments.make()
+        return updated
 
     def update_leaves(
         self,
@@ -428,64 +291,8 @@ class Adam(optim.Adam):
     ) -> tuple[list[mx.array], list[Stored], Stored]:
         """The new parameters, states and ``scalars``, which is the rest of the state; for a graph that is traced.
 
-        A leaf may stand for several that are updated alike: its path is that of any of them. If the ``weight`` is 0,
-        the gradients count as 0.
+        If the ``weight`` is 0, the gradients count as 0.
         """
-        scalars = scalars | self._scheduled(scalars["step"])
-        return self._trace(paths, gradients, parameters, states, scalars, self._constants(), None, weight)
-
-    def streams(self, parameters: list[mx.array]) -> list[mx.Stream]:
-        """Where `update_leaves` will update each."""
-        return [how.stream for how in of_leaves(self._lowering, [p.size for p in parameters])]
-
-    @property
-    def keeper(self) -> Keeper | None:
-        """Who has a part of the state at present, so that `state` must ask for it."""
-        return self._keeper
-
-    @keeper.setter
-    def keeper(self, keeper: Keeper) -> None:
-        self._keeper = keeper
-
-    def group_and_form(self, path: str, parameter: mx.array) -> tuple[Group, Form]:
-        """What decides how a parameter is updated, beside its dtype."""
-        return self._group(path, parameter), self._form(parameter)
-
-    @property
-    def has_own_update(self) -> bool:
-        """Whether the update is a subclass's own, of one parameter at a time or of the tree."""
-        names = ("apply_single", "apply_gradients", "update")
-        return any(getattr(type(self), name) is not getattr(Adam, name) for name in names)
-
-    def _scheduled(self, step: mx.array) -> Stored:
-        return {name: scheduled(name, f, step) for name, f in self._schedulers.items()}
-
-    def _constants(self) -> Constants:
-        # Arguments of the compiled update rather than attributes it reads, so that changing one takes effect.
-        b1, b2 = map(float, self.betas)
-        return Constants(
-            (b1, b2),
-            float(self.eps),
-            bool(self.bias_correction),
-            float(self.weight_decay),
-            self._max_grad_norm,
-            self._skip_nonfinite,
-            self._lowering,
-        )
-
-    def _group(self, path: str, parameter: mx.array) -> Group:
-        if path not in self._groups:
-            self._groups[path] = group(path, parameter, self._decay_filter, self._multipliers)
-        return self._groups[path]
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Compiled functions can be neither copied nor pickled; a copy traces its own.
-        return {**self.__dict__, "_compiled": OrderedDict(), "_state": self.state, "_keeper": None}
-
-
-def _evaluate(state: Any) -> None:
-    """Leaves nothing lazy behind: another thread, which may use the state first, could not evaluate it."""
-    try:
-        mx.eval(state)
-    except ValueError:  # MLX's word for: a caller's transformation is being traced
-        return
+        leaves = self.leaves
+        scalars = scalars | leaves.scheduled(scalars["step"])
+        return leaves.traced(paths, gradients, parameters, states, scalars, leaves.constants(), None, weight)

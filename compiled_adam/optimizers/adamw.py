@@ -60,4 +60,4 @@ class AdamW(Adam):
             raise InputError(f"decay_filter is {decay_filter!r}; it must be a function of (path, parameter), or None")
         check_number("weight_decay", weight_decay)
         self.weight_decay = weight_decay
-        self._decay_filter = decay_filter
+        self._leaves.options = self._leaves.options._replace(decay_filter=decay_filter)

@@ -18,7 +18,7 @@ _SAMPLED = (0, 1, 2, 5, *(factor * 10**power for power in range(1, 6) for factor
 
 # What the form of storage decides, and what else a state may or may not have.
 _OF_A_FORM = {"residual", "m_scale", "v_scale"}
-_NO_OPTIONS = {"_traces", "_initialized"}  # numbers that an update does not depend on
+_NO_OPTIONS = {"_initialized"}  # numbers that an update does not depend on
 _MADE = {
     "learning_rate",
     *(f"{under}{name}" for under in ("", "_") for name in ("rounding_key", "grad_norm", "skipped")),

@@ -14,7 +14,7 @@ from mlx.utils import tree_map
 from ..base import Assignments, InputError, Places, Structure, Written, along, undone_on_error
 from ..distributed import Shard
 from ..optimizers import Adam, any_optimizer
-from ..update import counted, residual, rule
+from ..update import counted, global_norm, residual
 
 
 class Trees:
@@ -129,7 +129,7 @@ class Trees:
         def traced() -> tuple[list[mx.array], list[mx.array], mx.array]:
             self._state.write(state)
             if self._shard is not None and after is not None:
-                norm = rule.global_norm(gradients)
+                norm = global_norm(gradients)
                 new = self._shard.update(self._optimizer, gradients, parameters, norm, after)
             else:
                 try:
@@ -138,7 +138,7 @@ class Trees:
                     self._refuse_other_shapes(parameters, error)
                     raise
                 known = getattr(self._optimizer, "grad_norm", None)  # ours computes it itself if it clips or skips
-                norm = known if isinstance(known, mx.array) else rule.global_norm(gradients)
+                norm = known if isinstance(known, mx.array) else global_norm(gradients)
             if not self._structure.intact():
                 raise InputError("the optimizer changed the structure of its state; create all of it in init_single")
             self._refuse_other_numbers(numbers)

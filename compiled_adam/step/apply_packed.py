@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from ..base import Assignments, InputError, Places, Structure, Written, along, call_all
-from ..optimizers import Adam
-from ..update import Form, Group, Stored, counted, residual, rule
+from ..optimizers import Adam, ForSteps
+from ..update import Form, Group, Stored, counted, global_norm, residual
 
 SMALL = 1 << 16
 FULL = 1 << 18
@@ -178,8 +178,10 @@ class PackedTrees:
 
     def __init__(self, optimizer: Adam, parameters: Places, template: Any, small: int = SMALL) -> None:
         self._optimizer = optimizer
+        self._inside = inside = ForSteps(optimizer)
+        self._kept = inside.kept
         leaves = [
-            Leaf(p.size, p.dtype, *optimizer.group_and_form(path, p))
+            Leaf(p.size, p.dtype, *inside.leaves.group_and_form(path, p))
             for path, p in zip(parameters.paths, parameters.read(), strict=True)
         ]
         packed = packs(leaves, small)
@@ -210,7 +212,7 @@ class PackedTrees:
 
     def intact(self) -> bool:
         """Whether the state is still in the containers that it was in."""
-        if self._optimizer.keeper is self and not self._edited():
+        if self._kept.keeper is self and not self._edited():
             return True  # nobody has asked for the state since the last update
         return self._optimizer.state is self._root and self._structure.intact()
 
@@ -239,7 +241,7 @@ class PackedTrees:
                     state[name] = residual.of_replaced(state[name], before, weight)
             parameters.append(weight)
             states.append(state)
-        return parameters, (states, self._optimizer.scalars())
+        return parameters, (states, self._kept.scalars())
 
     def settle(self) -> None:
         """Puts the residuals of weights that somebody has replaced into the state: the next update would take them."""
@@ -252,7 +254,7 @@ class PackedTrees:
     def state(self) -> State:
         """The state as `read` returns it."""
         states = [{name: slot.read()[0] for name, slot in slots.items()} for slots in self._states]
-        return states, self._optimizer.scalars()
+        return states, self._kept.scalars()
 
     def places(self) -> list[tuple[Any, Any, mx.array]]:
         """Where arrays of the state are in trees that others see, as (container, key, array); `show` adds to it."""
@@ -268,7 +270,7 @@ class PackedTrees:
 
     def _hide(self) -> None:
         """Takes the moments out of the tree. Whoever asks for the state gets them back."""
-        self._optimizer.keeper = self  # first, so that they can be asked for whenever this is interrupted
+        self._kept.keeper = self  # first, so that they can be asked for whenever this is interrupted
         for slots in self._states:
             for slot in slots.values():
                 slot.hide()
@@ -288,7 +290,7 @@ class PackedTrees:
         for slots, arrays in zip(self._states, states, strict=True):
             for name, slot in slots.items():
                 slot.assign(arrays[name], assignments)
-        self._optimizer.assign_scalars(scalars, assignments)
+        self._kept.assign_scalars(scalars, assignments)
 
     def show(self) -> None:
         """Puts views of the state into the optimizer's tree."""
@@ -318,15 +320,15 @@ class PackedTrees:
         ``gradients`` has one for each parameter. There are no other workers, and nothing to be ``after``. With a
         ``weight`` of 0 the gradients count as 0.
         """
-        packed, streams = [], self._optimizer.streams(parameters)
+        packed, streams = [], self._inside.leaves.streams(parameters)
         for row, stream in zip(self._rows, streams, strict=True):
             with mx.stream(stream):  # that of its update, so that neither waits for the other stream
                 packed.append(_flat([gradients[i] for i in row]))
         states, scalars = state
-        new = self._optimizer.update_leaves(self._paths, packed, parameters, states, scalars, weight)
+        new = self._inside.update_leaves(self._paths, packed, parameters, states, scalars, weight)
         norm = new[2].get("grad_norm")  # it knows it if it clips or skips
         if norm is None:
-            norm = rule.global_norm(packed, streams)
+            norm = global_norm(packed, streams)
             norm = norm if weight is None else counted(norm, weight)
         return new[0], new[1:], norm
 

@@ -34,7 +34,7 @@ from ..base import (
     undone_on_error,
 )
 from ..distributed import reduce, shard, workers
-from ..optimizers import Adam, any_optimizer, check_schedules
+from ..optimizers import Adam, ForSteps, any_optimizer, check_schedules
 from ..update import LARGE, window
 from . import signature as batches
 from .apply import Trees
@@ -523,7 +523,7 @@ class TrainStep:
                 self._assigned.setdefault(path, container[key])
         trees: Trees | PackedTrees
         # Not with other workers: sharded or not, they sum the same norm and use the same kernels, to the last bit.
-        if isinstance(self._optimizer, Adam) and not self._optimizer.has_own_update and self._group is None:
+        if isinstance(self._optimizer, Adam) and not ForSteps(self._optimizer).has_own_update and self._group is None:
             trees = PackedTrees(self._optimizer, parameters, template)
         else:
             trees = Trees(self._model, self._optimizer, parameters, template, part)

@@ -1,10 +1,11 @@
 """The update rule, and how MLX is made to run it in few kernels."""
 
-from . import residual, rule, window
+from . import residual, window
 from .groups import ALL_ALIKE, DecayFilter, Group, check_patterns, decay_matrices, group
 from .kernels import LARGE, LOWERINGS, of_leaves
-from .leaves import FLOATS, Constants, Form, Part, check_leaf, update, update_leaf
+from .leaves import FLOATS, Constants, Form, Part, Shared, check_leaf, update, update_leaf
 from .moments import POLICIES, STOCHASTIC, Stored
+from .norm import global_norm
 from .window import counted
 
 __all__ = [
@@ -19,15 +20,16 @@ __all__ = [
     "Form",
     "Group",
     "Part",
+    "Shared",
     "Stored",
     "check_leaf",
     "check_patterns",
     "counted",
     "decay_matrices",
+    "global_norm",
     "group",
     "of_leaves",
     "residual",
-    "rule",
     "update",
     "update_leaf",
     "window",

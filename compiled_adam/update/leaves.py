@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import mlx.core as mx
 
 from ..base import InputError
-from . import kernels, moments, residual, rule
+from . import moments, residual, rule
 from .groups import Group
+from .kernels import Runner, in_place, of_leaves, square_root, unfused
 from .moments import Stored
+from .norm import clip_factor, global_norm
 from .residual import Keep
 from .window import counted
 
@@ -91,7 +93,7 @@ class Constants(NamedTuple):
         clip: mx.array | None = None,
         counts: mx.array | None = None,
     ) -> rule.Coefficients:
-        return rule.coefficients(
+        c = rule.coefficients(
             step,
             learning_rate * group.learning_rate_multiplier,
             self.betas,
@@ -101,6 +103,7 @@ class Constants(NamedTuple):
             clip,
             counts,
         )
+        return _separate(c)
 
 
 class Part(NamedTuple):
@@ -111,24 +114,20 @@ class Part(NamedTuple):
     total: int  # how many there are
 
 
-class _Scalars(NamedTuple):
-    """What all leaves of a stream read."""
+class Shared(NamedTuple):
+    """What the update of every leaf reads."""
 
-    coefficients: dict[Group, rule.Coefficients]
-    finite: mx.array | None  # with the guard: whether the new values count
+    coefficients: Mapping[Group, rule.Coefficients]
+    finite: mx.array | None = None  # with the guard: whether the new values count
 
     @property
     def keep(self) -> Keep:
         # Selected, not multiplied by zero: 0 * inf is not a number.
         return residual.new_value if self.finite is None else partial(mx.where, self.finite)
 
-    def copied(self) -> _Scalars:
-        """The same on the current stream: what reads an array of another stream waits for it, each time again."""
-        copies = {
-            group: rule.Coefficients._make(None if x is None else rule.unfused(x) for x in c)
-            for group, c in self.coefficients.items()
-        }
-        return _Scalars(copies, None if self.finite is None else rule.unfused(self.finite))
+    def copy(self) -> Shared:
+        copies = {group: _separate(c) for group, c in self.coefficients.items()}
+        return Shared(copies, None if self.finite is None else unfused(self.finite))
 
 
 def update(
@@ -148,111 +147,107 @@ def update(
     and ``grad_norm`` and ``skipped`` with clipping or the guard. With ``part`` the new parameters, states and scalars
     are those that an update of all would have made. If the ``weight`` is 0, the gradients count as 0.
     """
-    lowerings = kernels.of_leaves(constants.lowering, [p.size for p in parameters])
+    lowerings = of_leaves(constants.lowering, [p.size for p in parameters])
     new = {**scalars, "step": scalars["step"] + 1}
     clip = finite = None
-    counts = None if weight is None else weight > 0
     if "grad_norm" in scalars:
-        streams = [how.stream for how in lowerings]
-        norm = rule.global_norm(gradients, streams) if part is None else part.norm
+        norm = global_norm(gradients, [how.stream for how in lowerings]) if part is None else part.norm
         new["grad_norm"] = norm = norm if weight is None else counted(norm, weight)
-        clip = None if constants.max_grad_norm is None else rule.clip_factor(norm, constants.max_grad_norm)
-        if constants.skip_nonfinite:
-            rate = new["learning_rate"]  # of a schedule, which may return anything
-            finite = rule.unfused(mx.isfinite(norm) & mx.isfinite(rate) & (rate >= 0))
-    keys: list[mx.array | None] = [None] * len(parameters)
-    if "rounding_key" in scalars:
-        places, total = (range(len(parameters)), len(parameters)) if part is None else (part.places, part.total)
-        new["rounding_key"], *every = mx.random.split(scalars["rounding_key"], total + 1)
-        keys = [every[i] for i in places]
-    coefficients = {
-        group: constants.coefficients(new["step"], new["learning_rate"], group, clip, counts)
-        for group in dict.fromkeys(groups)
-    }
+        clip = None if constants.max_grad_norm is None else clip_factor(norm, constants.max_grad_norm)
+        finite = _guard(norm, new["learning_rate"]) if constants.skip_nonfinite else None
+    keys, new = _rounding_keys(len(parameters), new, part)
+    counts = None if weight is None else weight > 0
+    step, rate = new["step"], new["learning_rate"]
+    coefficients = {group: constants.coefficients(step, rate, group, clip, counts) for group in dict.fromkeys(groups)}
 
+    shared = Shared(coefficients, finite)
+    runner = Runner(shared, Shared.copy, parameters)
     updated = []
-    # MLX merges a constant that is broadcast to the same shape twice, on different streams too. A kernel cannot take in
-    # what belongs to another stream: it would read the constant as a strided array, wait for it, and be twice as slow.
-    # So on the second stream shapes have axes of one in front, more than there are on the default stream.
-    ones = 1 + max((moments.leading_ones(p.shape) for p in parameters), default=0)
-    here = {False: _Scalars(coefficients, finite)}  # by whether they are on the second stream
-    leaves = zip(gradients, parameters, states, forms, groups, keys, strict=True)
-    for (g, p, state, form, group, key), how in zip(leaves, lowerings, strict=True):
-        with mx.stream(how.stream):
-            if how.second not in here:
-                here[how.second] = here[False].copied()
-            its = here[how.second]
-            front = (1,) * ones if how.second else ()
-            parameter, stored = update_leaf(
-                g.reshape((*front, *g.shape)),
-                p.reshape((*front, *p.shape)),
-                {name: array.reshape((*front, *array.shape)) for name, array in state.items()},
-                form,
-                its.coefficients[group],
-                constants.betas,
-                None if key is None else moments.random_bits(key, (*front, *p.shape)),
-                its.keep,
-                how.inplace,
-                how.heron,
-            )
-            stored = {name: array.reshape(state[name].shape) for name, array in stored.items()}
-            updated.append((parameter.reshape(p.shape), stored))
+    leaves = zip(gradients, parameters, states, forms, groups, keys, lowerings, strict=True)
+    for gradient, parameter, state, form, group, key, how in leaves:
+        leaf = partial(
+            update_leaf,
+            form=form,
+            group=group,
+            betas=constants.betas,
+            key=key,
+            inplace=how.inplace,
+            heron=how.heron,
+        )
+        updated.append(runner.run(how, leaf, gradient, parameter, state))
     if finite is not None:
         new["skipped"] = scalars["skipped"] + mx.logical_not(finite)
     for name in ("step", "rounding_key"):
         if name in new:
-            new[name] = here[False].keep(new[name], scalars[name])
+            new[name] = shared.keep(new[name], scalars[name])
     return [p for p, _ in updated], [state for _, state in updated], new
 
 
+def _guard(norm: mx.array, learning_rate: mx.array) -> mx.array:
+    """Whether an update may be made. A schedule may return any learning rate."""
+    return unfused(mx.isfinite(norm) & mx.isfinite(learning_rate) & (learning_rate >= 0))
+
+
+def _rounding_keys(count: int, scalars: Stored, part: Part | None) -> tuple[Sequence[mx.array | None], Stored]:
+    """A random key for each of so many leaves, and ``scalars`` with the next rounding key; None without one."""
+    if "rounding_key" not in scalars:
+        return [None] * count, scalars
+    places, total = (range(count), count) if part is None else (part.places, part.total)
+    following, *keys = mx.random.split(scalars["rounding_key"], total + 1)
+    return [keys[i] for i in places], {**scalars, "rounding_key": following}
+
+
 def update_leaf(
+    shared: Shared,
     gradient: mx.array,
     parameter: mx.array,
     state: Stored,
+    *,
     form: Form,
-    c: rule.Coefficients,
+    group: Group,
     betas: tuple[float, float],
-    bits: mx.array | None = None,
-    keep: Keep = residual.new_value,
+    key: mx.array | None = None,
     inplace: bool = False,
     heron: bool = False,
 ) -> tuple[mx.array, Stored]:
-    """Decode, update, encode: a new parameter and its new state, or the old ones where ``keep`` says so.
-
-    ``inplace``: each array in a kernel of its own, where the moments are float32; and with ``heron`` one more for the
-    guess of the square root.
+    """Decode, update, encode: a new parameter and its new state, or the old ones where the guard says so.
 
     MLX fuses a value into a kernel only if all that uses it is in that kernel or is an output. So what is selected is
     selected first, and everything after it uses the selected value.
     """
+    c, keep = shared.coefficients[group], shared.keep
     if c.counts is not None and c.clip is not None and form.compensated and not inplace:
         # With these there is one level more than MLX fuses: a kernel of its own, or it would make four.
-        gradient = rule.unfused(counted(gradient, c.counts))
+        gradient = unfused(counted(gradient, c.counts))
         c = c._replace(counts=None)
     old_m, old_v = moments.decode(state)
-    m, v = rule.next_moments(gradient, old_m, old_v, c, betas)
-    guess = None
     if form.moments == "float32":
-        m, v = keep(m, old_m), keep(v, old_v)
-        if inplace:
-            # From another node of the graph: of the same one MLX would cast and clip the gradient once, in a kernel of
-            # its own, and write it out for both to read.
-            _, v = rule.next_moments(rule.unfused(gradient), old_m, old_v, c, betas)
-            m, v = rule.unfused(m), rule.unfused(keep(v, old_v))
-            guess = rule.root_guess(v) if heron else None
+
+        def next_moments(gradient: mx.array) -> tuple[mx.array, mx.array]:
+            m, v = rule.next_moments(gradient, old_m, old_v, c, betas)
+            return keep(m, old_m), keep(v, old_v)
+
+        m, v = in_place(next_moments, gradient) if inplace else next_moments(gradient)
         new = {"m": m, "v": v}
     else:
-        stored = moments.encode(form.moments, m, v, bits if form.stochastic else None)
-        new = {name: keep(array, state[name]) for name, array in stored.items()}
+        m, v = rule.next_moments(gradient, old_m, old_v, c, betas)
+        bits = None if key is None or not form.stochastic else moments.random_bits(key, parameter.shape)
+        new = {name: keep(array, state[name]) for name, array in moments.encode(form.moments, m, v, bits).items()}
+    root = square_root(v, heron)
     if not form.compensated:
         coarse = parameter.dtype != mx.float32
-        value = rule.next_weight(parameter.astype(mx.float32), m, v, c, coarse, guess)
+        value = rule.next_weight(parameter.astype(mx.float32), m, root, c, coarse)
         return keep(value.astype(parameter.dtype), parameter), new
     # Kernels of their own: in one, MLX would cut where its eleven levels happen to end.
     join = residual.join if inplace else residual.fusable_join
-    value = rule.unfused(rule.next_weight(join(parameter, state["residual"]), m, v, c, guess=guess))
+    value = unfused(rule.next_weight(join(parameter, state["residual"]), m, root, c))
     weight, new["residual"] = residual.split(value, parameter, state["residual"], keep, inplace)
     return weight, new
+
+
+def _separate(c: rule.Coefficients) -> rule.Coefficients:
+    """The same in kernels of their own: MLX would compute them once for each element."""
+    return rule.Coefficients._make(None if x is None else unfused(x) for x in c)
 
 
 def check_leaf(path: str, gradient: mx.array, parameter: mx.array, state: Stored, form: Form) -> None:

@@ -26,7 +26,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from . import rule
+from .kernels import unfused
 
 Keep = Callable[[mx.array, mx.array], mx.array]  # of a new and an old value, the one that holds
 
@@ -129,7 +129,7 @@ def split(
         return upper.view(mx.bfloat16), keep(bits.astype(mx.int16), residual)
     weight = keep(value.astype(weight.dtype), weight)
     if inplace:
-        weight = rule.unfused(weight)
+        weight = unfused(weight)
     rounded = weight.astype(mx.float32)
     # The half makes the cast round to nearest; a rounding of its own would be one level too many to fuse.
     steps = (value - rounded) / _float16_unit(rounded) + 32768.5

@@ -13,9 +13,7 @@ and ``1 - a w`` are both 1, so the second moment never decays and the weights ne
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -58,12 +56,12 @@ def coefficients(
         root = mx.sqrt(c2)
         step_size, denominator = learning_rate * root / c1, eps * root
     return Coefficients(
-        unfused(step_size),
-        unfused(denominator),
-        unfused(learning_rate * weight_decay) if weight_decay else None,
-        None if clip is None else unfused(clip),
-        None if clip is None else unfused((1 - betas[1]) * clip),
-        None if counts is None else unfused(counts),
+        step_size,
+        denominator,
+        learning_rate * weight_decay if weight_decay else None,
+        clip,
+        None if clip is None else (1 - betas[1]) * clip,
+        counts,
     )
 
 
@@ -89,90 +87,15 @@ def next_moments(
     return b1 * m + (1 - b1) * clipped, b2 * v + clipped * (c.clip_v * g)
 
 
-def next_weight(
-    p: mx.array, m: mx.array, v: mx.array, c: Coefficients, coarse: bool = False, guess: mx.array | None = None
-) -> mx.array:
-    """The new value of one parameter, float32, from its new moments; with the `root_guess` of ``v`` by Heron's method.
+def next_weight(p: mx.array, m: mx.array, root: mx.array, c: Coefficients, coarse: bool = False) -> mx.array:
+    """The new value of one parameter, float32, from its new first moment and the ``root`` of the second.
 
     The decay is added to the change, not multiplied into the parameter as ``p (1 - a w)``: ``1 - a w`` rounds the same
     way at every step, and that error would add up. MLX fuses at most eleven levels of a graph, which clipping, a
     cast in, a select and a cast out fill up: ``coarse`` saves one at the price of a second float32 rounding, for
     weights that are rounded to half precision right after.
     """
-    root = mx.sqrt(v) if guess is None else heron(v, guess)
     change = c.step_size * m / (root + c.eps)
     if c.decay is None:
         return p - change
     return (p - c.decay * p) - change if coarse else p - (change + c.decay * p)
-
-
-def root_guess(v: mx.array) -> mx.array:
-    """The square root of each of ``v``, float32 and not negative, within 4 %: bfloat16.
-
-    The upper half of the bits, shifted by one: that halves the exponent, and the mantissa almost as a root does.
-
-    >>> root_guess(mx.array([1.0, 2.0, 1e-20])).tolist()
-    [0.984375, 1.46875, 9.913492249324918e-11]
-    """
-    return ((v.view(mx.uint32) >> 17) + 0x1FBC).astype(mx.uint16).view(mx.bfloat16)
-
-
-def heron(v: mx.array, guess: mx.array) -> mx.array:
-    """The square root of ``v``, float32, from its `root_guess`: Heron's ``(r + v / r) / 2`` twice.
-
-    With g++ a loop of these divisions takes a third of the time of one that must set ``errno`` for the square root of
-    a negative number. Heron's step is never too small; the first by at most 0.07 %: with its mean error taken off, the
-    second is right to 1.1 * 2^-24 before rounding. From 0 and denormal ``v`` the root is up to 2e-20 too large.
-
-    >>> heron(v := mx.array([0.0, 4.0, 1e10, math.inf]), root_guess(v)).tolist()
-    [1.989815275238986e-20, 2.0, 100000.0, inf]
-    """
-    guess = guess.astype(mx.float32)
-    twice = guess + mx.minimum(v, 3.4e38) / guess  # finite, so that infinity is not divided by itself
-    return 0.24991056 * twice + (1.0003579 * v) / twice
-
-
-def global_norm(gradients: Sequence[mx.array], streams: Sequence[mx.Stream] | None = None) -> mx.array:
-    """The Euclidean norm over all gradients together, in float32: a 0-d array, 0 for an empty list.
-
-    Each one's sum of squares is computed on its stream, if ``streams`` says which.
-
-    >>> global_norm([mx.array([3.0]), mx.array(4.0, mx.float16)]).item()
-    5.0
-    """
-    # Without `abs`, MLX would see that the update casts the gradient too, and write the cast out for both to share.
-    squares = []
-    for i, g in enumerate(gradients):
-        with mx.stream(streams[i]) if streams else contextlib.nullcontext():
-            squares.append(_sum(mx.square(mx.abs(g).astype(mx.float32))))
-    return mx.sqrt(mx.stack(squares).sum()) if squares else mx.array(0.0)
-
-
-def _sum(x: mx.array, width: int = 4096) -> mx.array:
-    """The sum over all elements. On the CPU MLX adds them up one after the other: ten million come out 0.7 % too small.
-
-    There long arrays are added up in ``width`` columns first, whose sums are then added; a GPU's reduction is a tree.
-    """
-    if x.size <= 4 * width or mx.default_device().type != mx.DeviceType.cpu:
-        return x.sum()
-    flat, cut = x.reshape(-1), x.size // width * width
-    total = flat[:cut].reshape(-1, width).sum(axis=0).sum()
-    return total + flat[cut:].sum() if cut < x.size else total
-
-
-def clip_factor(norm: mx.array, max_norm: float) -> mx.array:
-    """What gradients of global norm ``norm`` are multiplied by so that it is at most ``max_norm``: 1 or less.
-
-    >>> clip_factor(mx.array(4.0), 1.0).item(), clip_factor(mx.array(0.0), 1.0).item()
-    (0.25, 1.0)
-    """
-    return max_norm / mx.maximum(norm, max_norm)
-
-
-def unfused(x: mx.array) -> mx.array:
-    """``x`` itself, computed in a kernel of its own rather than in that of what uses it.
-
-    MLX fuses a chain of scalars into its consumer if there is only one, and then computes it once per element: with a
-    single parameter that would be two expm1 for each weight. ``contiguous`` is not fusable, and moves nothing here.
-    """
-    return mx.contiguous(x, allow_col_major=True)

@@ -15,8 +15,8 @@ import pytest
 import compiled_adam as ca
 from compiled_adam.distributed import shard
 from compiled_adam.distributed.reduce import LIMIT
-from compiled_adam.optimizers import any_optimizer
-from compiled_adam.update import rule
+from compiled_adam.optimizers import ForSteps, any_optimizer
+from compiled_adam.update import global_norm
 from compiled_adam.update.leaves import Part
 from tests import launch
 from tests.nets import linear_net, squared_error
@@ -184,13 +184,13 @@ def test_a_part_of_an_update_is_that_part_of_the_whole() -> None:
     options: dict[str, Any] = {"moments": "8bit", "max_grad_norm": 0.5, "skip_nonfinite": True}
     parameters = {name: mx.random.normal((80, 64), key=mx.random.key(i)) for i, name in enumerate("abc")}
     whole, part = ca.Adam(0.1, **options), ca.Adam(0.1, **options)
-    part.init_part({"b": parameters["b"]}, parameters)
+    ForSteps(part).kept.init_part({"b": parameters["b"]}, parameters)
     mine = {"b": parameters["b"]}
     for i in range(3):
         gradients = {name: mx.random.normal(p.shape, key=mx.random.key(9 + i)) for name, p in parameters.items()}
         parameters = whole.apply_gradients(gradients, parameters)
-        common = Part(rule.global_norm(list(gradients.values())), (1,), 3)
-        mine = part.apply_gradients({"b": gradients["b"]}, mine, common)
+        common = Part(global_norm(list(gradients.values())), (1,), 3)
+        mine = ForSteps(part).apply_part({"b": gradients["b"]}, mine, common)
         assert mx.array_equal(mine["b"], parameters["b"])
         for name, array in any_optimizer.flat_state(part).items():
             assert mx.array_equal(array, any_optimizer.flat_state(whole)[name]), name

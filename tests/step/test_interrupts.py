@@ -85,6 +85,9 @@ def check(kind: str, accumulate: int, at: Callable[[int], list[int]], call: Call
             called(twin, 3 + i, None)
             found, expected = state(step), state(twin)
             assert same(found, expected), [path for path in expected if not np.array_equal(found[path], expected[path])]
+        else:
+            for each in (step, twin):  # the call after one that was not made may bind anew, which takes longer
+                called(each, 3, None)
         outcomes.append((out, made))
     assert (True, False) in outcomes, "no call was interrupted before it was made"
     assert (True, True) in outcomes, "no call was interrupted after it was made"
@@ -126,12 +129,12 @@ def test_an_eager_update_is_made_or_not_made() -> None:
     states = [contents(model, adam)]
     adam.update(model, gradients)
     states.append(contents(model, adam))
-    total, compiled = bytecodes(lambda: adam.update(model, gradients)), adam._compiled
+    total, compiled = bytecodes(lambda: adam.update(model, gradients)), adam._leaves._compiled
     outcomes = set()
     for position in range(1, total + 1):
         model, adam, gradients = fresh()
         adam.init(model.trainable_parameters())
-        adam._compiled = compiled  # not traced again for each
+        adam._leaves._compiled = compiled  # not traced again for each
         interrupted(lambda: adam.update(model, gradients), position)  # noqa: B023
         found = [same(contents(model, adam), state) for state in states]
         assert any(found), position

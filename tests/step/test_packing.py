@@ -13,7 +13,9 @@ from mlx.utils import tree_flatten
 
 import compiled_adam as ca
 from compiled_adam.base.mlx_graph import kernels
+from compiled_adam.optimizers import ForSteps
 from compiled_adam.step import apply_packed
+from compiled_adam.update import residual
 from compiled_adam.update.groups import Group
 from compiled_adam.update.leaves import Form
 
@@ -61,7 +63,7 @@ def values(model: nn.Module, state: dict) -> dict[str, np.ndarray]:
     arrays = dict(tree_flatten({"model": model.parameters(), "state": state}))
     for path in [path for path in arrays if path.endswith(".residual")]:
         weight = path.replace("state", "model", 1).removesuffix(".residual")
-        arrays[weight] = ca.residual.join(arrays[weight], arrays.pop(path))
+        arrays[weight] = residual.join(arrays[weight], arrays.pop(path))
     return {path: np.array(array.astype(mx.float32)) for path, array in arrays.items()}
 
 
@@ -253,14 +255,14 @@ def test_a_leaf_of_the_greatest_small_size_is_packed() -> None:
 
 
 def test_leaves_that_differ_in_what_an_update_depends_on_are_not_packed_together() -> None:
-    adam = optimizer(learning_rate_multipliers={"a": 2.0}, moments="8bit")
-    shapes = {"a1": (4,), "a2": (4,), "b1": (4,), "b2": (4,)}
-    leaves = [
-        apply_packed.Leaf(4, mx.float32, *adam.group_and_form(path, mx.zeros(shape))) for path, shape in shapes.items()
-    ]
-    assert apply_packed.packs(leaves) == []  # rounded stochastically
-    adam = optimizer(learning_rate_multipliers={"a": 2.0})
-    leaves = [apply_packed.Leaf(4, mx.float32, *adam.group_and_form(path, mx.zeros(s))) for path, s in shapes.items()]
+    def leaves_of(adam: ca.Adam) -> list[apply_packed.Leaf]:
+        kind = ForSteps(adam).leaves.group_and_form
+        return [apply_packed.Leaf(4, mx.float32, *kind(path, mx.zeros((4,)))) for path in ("a1", "a2", "b1", "b2")]
+
+    multipliers = {"a": 2.0}
+    stochastic = optimizer(learning_rate_multipliers=multipliers, moments="8bit")
+    assert apply_packed.packs(leaves_of(stochastic)) == []
+    leaves = leaves_of(optimizer(learning_rate_multipliers=multipliers))
     assert apply_packed.packs(leaves) == [(0, 1), (2, 3)]
     assert apply_packed.packs(leaves[:3]) == [(0, 1)]
     assert apply_packed.packs(leaves, small=3) == []

@@ -18,6 +18,7 @@ from nets import assert_same, values
 import compiled_adam as ca
 from compiled_adam.base.compiled import Compiled
 from compiled_adam.base.errors import InputError
+from compiled_adam.update import residual
 
 
 def loss_fn(model: nn.Module, x: mx.array) -> mx.array:
@@ -346,7 +347,7 @@ def test_a_replaced_weight_starts_with_residual_zero(size: int, dtype: mx.Dtype,
     step = ca.make_step(model, lambda m, x: ((m.a + m.b) * x).sum().astype(mx.float32), optimizer)
     for i in range(3):
         step(mx.array(0.5 + i))
-    zero = ca.residual.zeros(model.a)[0].item()
+    zero = residual.zeros(model.a)[0].item()
     rests = np.array(adam.state["a"]["residual"])
     assert (rests != zero).mean() > 0.9
     edits: dict[str, Callable[[], None]] = {

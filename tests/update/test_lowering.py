@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 
 import compiled_adam as ca
 from compiled_adam.base.mlx_graph import kernels as kernels_of
-from compiled_adam.update import kernels
+from compiled_adam.update import kernels, residual
 
 SIZES = {"small": 100, "large": kernels.LARGE, "larger": kernels.LARGE + 1, "largest": 3 * kernels.LARGE}
 
@@ -33,7 +33,7 @@ def trained(choice: str, dtype: mx.Dtype, steps: int = 5, **options) -> dict[str
         mx.eval(parameters, optimizer.state)
     # The value that a compensated weight stands for: a residual alone may be one step apart.
     joined = {
-        name: ca.residual.join(p, optimizer.state[name]["residual"]) if "residual" in optimizer.state[name] else p
+        name: residual.join(p, optimizer.state[name]["residual"]) if "residual" in optimizer.state[name] else p
         for name, p in parameters.items()
     }
     moments = {f"{name}.{m}": optimizer.state[name][m] for name in SIZES for m in "mv"}

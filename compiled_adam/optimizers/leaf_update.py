@@ -1,0 +1,160 @@
+"""How an `Adam` updates its leaves, for the graphs that do it: its own, a train step's and a shard's."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import mlx.core as mx
+
+from ..base import Compiled
+from ..update import (
+    STOCHASTIC,
+    Constants,
+    DecayFilter,
+    Form,
+    Group,
+    Part,
+    Stored,
+    check_leaf,
+    group,
+    of_leaves,
+    update,
+)
+from .options import scheduled
+
+MOST_SUBSETS = 16  # of the parameters, whose compiled updates are kept
+MOST_TRACES = 64  # of each of them
+
+
+class Options(NamedTuple):
+    """The keywords of an `Adam` beside MLX's own; they stay as they are."""
+
+    moments: str
+    compensated: bool
+    max_grad_norm: float | None
+    skip_nonfinite: bool
+    multipliers: Mapping[str, float]
+    lowering: str
+    decay_filter: DecayFilter | None = None
+
+    @property
+    def needs_norm(self) -> bool:
+        """Whether an update computes the global norm."""
+        return self.skip_nonfinite or self.max_grad_norm is not None
+
+    @property
+    def needs_all(self) -> bool:
+        """Whether the update of one parameter needs its path or the other gradients."""
+        by_path = bool(self.multipliers) or self.decay_filter is not None
+        return self.needs_norm or by_path or self.moments in STOCHASTIC
+
+    def form(self, parameter: mx.array) -> Form:
+        """How the state of a parameter is stored."""
+        return Form.of(parameter, self.moments, self.compensated)
+
+    def scalars(self) -> Stored:
+        """What the state has beside ``step`` and ``learning_rate``, at its start."""
+        found: Stored = {"rounding_key": mx.random.key(0)} if self.moments in STOCHASTIC else {}
+        return found | ({"grad_norm": mx.array(0.0), "skipped": mx.array(0, mx.int32)} if self.needs_norm else {})
+
+
+class Numbers(Protocol):
+    """What is read of an `Adam` whenever it updates, because a user may change it."""
+
+    betas: Any
+    eps: float
+    bias_correction: bool
+    weight_decay: float
+    _schedulers: dict[str, Callable[[mx.array], Any]]
+
+
+class LeafUpdate:
+    """The update of parameters and states that are given as lists, beside the scalars of the state.
+
+    ``traces`` counts how often the Python of the update ran.
+    """
+
+    def __init__(self, optimizer: Numbers, options: Options) -> None:
+        self._optimizer, self.options = optimizer, options
+        self.traces = 0
+        self._groups: dict[str, Group] = {}
+        self._compiled: OrderedDict[tuple[str, ...], Compiled] = OrderedDict()
+
+    def group(self, path: str, parameter: mx.array) -> Group:
+        """Which parameters are updated with the same coefficients; found once for each path."""
+        if path not in self._groups:
+            self._groups[path] = group(path, parameter, self.options.decay_filter, self.options.multipliers)
+        return self._groups[path]
+
+    def group_and_form(self, path: str, parameter: mx.array) -> tuple[Group, Form]:
+        """What decides how a parameter is updated, beside its dtype."""
+        return self.group(path, parameter), self.options.form(parameter)
+
+    def decays(self) -> str:
+        """A digest of which parameters have weight decay."""
+        decaying = sorted(path for path, its in self._groups.items() if its.decays)
+        return f"{len(decaying)} parameters, {hashlib.sha256(repr(decaying).encode()).hexdigest()[:8]}"
+
+    def streams(self, parameters: list[mx.array]) -> list[mx.Stream]:
+        """Where `traced` will update each."""
+        return [how.stream for how in of_leaves(self.options.lowering, [p.size for p in parameters])]
+
+    def scheduled(self, step: mx.array) -> Stored:
+        """The learning rate of this step, if it comes from a schedule."""
+        return {name: scheduled(name, f, step) for name, f in self._optimizer._schedulers.items()}
+
+    def constants(self) -> Constants:
+        # Arguments of the compiled update rather than attributes it reads, so that changing one takes effect.
+        its = self._optimizer
+        b1, b2 = map(float, its.betas)
+        return Constants(
+            (b1, b2),
+            float(its.eps),
+            bool(its.bias_correction),
+            float(its.weight_decay),
+            self.options.max_grad_norm,
+            self.options.skip_nonfinite,
+            self.options.lowering,
+        )
+
+    def compiled(self, paths: tuple[str, ...]) -> Compiled:
+        """`traced` for parameters with these paths, compiled; the least recently used is dropped first."""
+        found = self._compiled.get(paths)
+        if found is None:
+            while len(self._compiled) >= MOST_SUBSETS:
+                self._compiled.popitem(last=False)
+            found = self._compiled[paths] = Compiled(partial(self.traced, paths), MOST_TRACES)
+        self._compiled.move_to_end(paths)
+        return found
+
+    def traced(
+        self,
+        paths: tuple[str, ...],
+        gradients: list[mx.array],
+        parameters: list[mx.array],
+        states: list[Stored],
+        scalars: Stored,
+        constants: tuple[Any, ...],
+        part: tuple[Any, ...] | None = None,
+        weight: mx.array | None = None,
+    ) -> tuple[list[mx.array], list[Stored], Stored]:
+        """`update` of leaves whose groups and forms of storage are found out here, once a trace.
+
+        A leaf may stand for several that are updated alike: its path is that of any of them.
+        """
+        self.traces += 1
+        forms = [self.options.form(p) for p in parameters]
+        for leaf in zip(paths, gradients, parameters, states, forms, strict=True):
+            check_leaf(*leaf)
+        groups = [self.group(path, p) for path, p in zip(paths, parameters, strict=True)]
+        numbers = Constants(*constants)
+        common = Part(*part) if part else None
+        return update(gradients, parameters, states, scalars, groups, forms, numbers, common, weight)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Compiled functions can be neither copied nor pickled; a copy traces its own.
+        return {**self.__dict__, "_compiled": OrderedDict()}
