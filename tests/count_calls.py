@@ -17,7 +17,7 @@ _original = reduce.mean_over_workers
 def _counted(*arguments: Any) -> Any:
     made = _original(*arguments, limit=limit)
     graph = io.StringIO()
-    mx.export_to_dot(graph, *made.means, made.weight, made.loss, made.votes)
+    mx.export_to_dot(graph, *made.means, made.weight, made.loss, made.extra)
     counts.append(graph.getvalue().count("Sum AllReduce"))
     return made
 

@@ -110,7 +110,7 @@ def job(name: str, options: dict[str, Any]) -> dict[str, Any]:
     losses, norms, votes = [], [], []
     for index in range(options.get("first", 0), options.get("batches", 6)):
         x, mask = batch(index, index == options.get("poisoned"), index == options.get("empty"))
-        step.vote = float(rank + 1 if index == 1 else 0)
+        step.extra = float(rank + 1 if index == 1 else 0)
         result = step(x[rank::size], mask[rank::size])
         tokens = result.aux[0].astype(mx.float32)
         sums = all_sum(mx.stack([mx.where(tokens > 0, result.loss * tokens, 0.0), tokens]), group=world)
@@ -118,7 +118,7 @@ def job(name: str, options: dict[str, Any]) -> dict[str, Any]:
         if result.updated:
             assert result.grad_norm is not None
             norms.append(result.grad_norm.item())
-            votes.append(None if result.votes is None else result.votes.item())
+            votes.append(None if result.extra is None else result.extra.item())
     gathered = list(bytes_gathered)
     ca.save_checkpoint(f"{name}-checkpoint", step)  # in the middle of a window, if there is one
     flushed = step.flush()

@@ -1,15 +1,14 @@
 """What every folder uses; it knows nothing of them."""
 
-from . import fingerprint, output, random_state
+from . import fingerprint, random_state
 from .at_once import Assignments, call_all, undone_on_error
 from .compare import Row, differences, table
 from .compiled import Compiled, is_evaluated
 from .errors import InputError, TrainingStopped, while_handling
 from .fingerprint import packages
-from .mlx_graph import kernels
+from .mlx_graph import Written, kernels, operations
 from .streams import lenient, lenient_streams, say
 from .tree import Aligned, Places, Structure, along, below, indexed, trainable_places
-from .written import Written
 
 __all__ = [
     "Aligned",
@@ -31,7 +30,7 @@ __all__ = [
     "kernels",
     "lenient",
     "lenient_streams",
-    "output",
+    "operations",
     "packages",
     "random_state",
     "say",

@@ -1,5 +1,6 @@
 """Folders that hold a run, whole or absent."""
 
+from . import output
 from .checkpoint import (
     Contents,
     check_exists,
@@ -24,6 +25,7 @@ __all__ = [
     "load_checkpoint",
     "locked",
     "numbered",
+    "output",
     "present",
     "prune",
     "read_checkpoint",

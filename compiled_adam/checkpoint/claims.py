@@ -62,13 +62,15 @@ def claimed(path: Path, make: Callable[[Path], object]) -> Iterator[Path]:
     It is removed at the end, if it has its name still. Leftovers of killed processes for the same ``path`` go first.
     Raises OSError, naming the folder, if nothing can be created there.
     """
-    for leftover in leftovers(path.parent, re.escape(path.name)):
+    # A name may be as long as the file system allows. MLX insists on the suffix of its files.
+    name, suffix = _short(path.name), path.suffix if len(path.suffix) < 20 else ""
+    for leftover in leftovers(path.parent, re.escape(name)):
         remove_abandoned(leftover)
     temporary, own = path, None
     try:
         while own is None:
-            # Nobody else's name: it can be removed whatever happens from here on. MLX insists on the suffix of files.
-            temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial{path.suffix}")
+            # Nobody else's name: it can be removed whatever happens from here on.
+            temporary = path.with_name(f".{name}.{secrets.token_hex(8)}.partial{suffix}")
             try:
                 make(temporary)
             except OSError as error:
@@ -143,6 +145,10 @@ def remove(path: Path) -> None:
     else:
         with suppress(OSError):
             path.unlink()
+
+
+def _short(name: str) -> str:
+    return os.fsdecode(os.fsencode(name)[:150])
 
 
 def _own(temporary: Path) -> Descriptor | None:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..base import InputError, output
+from ..base import InputError
+from ..checkpoint import output
 from ..finetune.log import LOG, is_number, read
 
 try:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 from .. import schedulers
-from ..base import InputError, output
+from ..base import InputError
+from ..checkpoint import output
 from ..schedulers import picture as picture
 
 # The functions of `schedulers` that make a schedule from numbers.

@@ -19,7 +19,7 @@ from ..update import window
 
 LIMIT = 32 * 2**20  # bytes; what MLX's own average_gradients packs
 AT_ONCE = 16  # times the limit
-SCALARS = 3  # weight, loss and votes
+SCALARS = 3  # weight, loss and extra
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "param": None}
 
 
@@ -38,7 +38,7 @@ class Sums(NamedTuple):
     means: list[mx.array]  # weighted mean gradients, in float32 or in what they were communicated in
     weight: mx.array
     loss: mx.array  # sum of weighted losses
-    votes: mx.array
+    extra: mx.array
     last: mx.array  # what the last call returned: the next one must come after it
 
 
@@ -79,7 +79,7 @@ def mean_over_workers(
 
     Args:
         gradients: sums of weighted gradients, as `window.add` makes them; with ``weight`` gradients to be weighted.
-        scalars: 0-d; the sums of weights and of weighted losses, and any number, the vote.
+        scalars: 0-d; the sums of weights and of weighted losses, and any number more.
         group: the workers. All must call this with leaves of the same shapes.
         dtypes: what each leaf is communicated in.
         weight: 0-d, of the gradients. Default None: they are weighted already.

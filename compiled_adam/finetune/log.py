@@ -9,7 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from ..base import InputError, output
+from ..base import InputError
+from ..checkpoint import output
 
 LOG = "log.jsonl"  # its name beside the adapters
 

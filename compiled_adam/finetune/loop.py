@@ -191,7 +191,7 @@ class TrainingLoop:
                 if self.options.early_stop_patience is not None and stale >= self.options.early_stop_patience:
                     than = "" if best["loss"] is None else f" than {best['loss']:.4f} in iteration {best['iteration']}"
                     return f"iter {iteration:>5}  stopped early: {stale} validations without a lower loss{than}"
-            self.step.vote = vote(self.asked.signal)
+            self.step.extra = vote(self.asked.signal)
             ready = self.reader.put(iteration, self.step(*batch))
             self.iteration, self.begun = iteration, None
             self._take(ready)

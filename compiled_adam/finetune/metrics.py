@@ -38,7 +38,7 @@ class StepReader:
         if self._waiting is None:
             return []
         (iteration, result, traces, seconds), self._waiting = self._waiting, None
-        votes = {} if result.votes is None else {"votes": result.votes.item()}
+        votes = {} if result.extra is None else {"votes": result.extra.item()}
         tokens = _number(result.aux[0])  # a loss of one's own may count in Python
         return [
             {

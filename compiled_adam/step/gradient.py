@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import io
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..base import Compiled, InputError, Places, Structure, is_evaluated, undone_on_error
+from ..base import Compiled, InputError, Places, Structure, is_evaluated, operations, undone_on_error
 from . import signature as batches
 from .loss import checked
+from .settings import LossFunction, Settings
 
 
 class Gradients(NamedTuple):
@@ -27,27 +27,23 @@ class Gradients(NamedTuple):
 
 
 class GradientGraphs:
-    """The gradient of ``loss_fn`` for a model whose arrays stand at ``arrays``, the trainable ones first.
+    """The gradient of ``loss_fn`` for a model whose arrays stand at ``arrays``.
 
-    ``traces`` counts under "grad" and "evicted"; ``assigned`` gets the arrays that are no parameters, but assigned, by
-    path, as they were before the first such trace.
+    The first ``trainable`` of them are parameters. ``made`` and ``evicted`` count traces.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        loss_fn: Callable[..., Any],
-        weighted: bool,
-        max_traces: int,
+        loss_fn: LossFunction,
         structure: Structure,
         arrays: Places,
         trainable: int,
-        traces: dict[str, int],
-        assigned: dict[str, mx.array],
+        settings: Settings,
     ) -> None:
-        self._model, self._loss_fn, self._weighted, self._max_traces = model, loss_fn, weighted, max_traces
+        self._model, self._loss_fn, self._settings = model, loss_fn, settings
         self._structure, self._arrays, self._trainable = structure, arrays, trainable
-        self._traces, self._assigned = traces, assigned
+        self.made = self.evicted = 0
         self._compiled: OrderedDict[Hashable, Compiled] = OrderedDict()
 
     def __call__(self, signature: Hashable, batch: list[mx.array]) -> Gradients:
@@ -55,9 +51,9 @@ class GradientGraphs:
         key = signature, tuple([module.training for module in self._structure.modules])
         graph = self._compiled.get(key)
         if graph is None:
-            while len(self._compiled) >= self._max_traces:
+            while len(self._compiled) >= self._settings.max_traces:
                 self._compiled.popitem(last=False)
-                self._traces["evicted"] += 1
+                self.evicted += 1
             graph = self._compile(signature)
         gradients = Gradients(*graph(self._arrays.read(), batch))
         self._compiled[key] = graph
@@ -66,7 +62,7 @@ class GradientGraphs:
 
     def _compile(self, signature: Hashable) -> Compiled:
         def gradient(arrays: list[mx.array], batch: list[mx.array]) -> Any:
-            self._traces["grad"] += 1
+            self.made += 1
             args, kwargs = batches.rebuild(signature, iter(batch))
             # Everything but the loss leaves by a list: as a further output of value_and_grad it gets a
             # stop_gradient, over which mx.compile loses outputs (IndexError) if a cast occurs in the loss as well.
@@ -74,15 +70,15 @@ class GradientGraphs:
 
             def forward(parameters: list[mx.array]) -> mx.array:
                 before = [*parameters, *arrays[self._trainable :]]
-                operations = _operations(before)
+                before_it = operations(before)
                 self._arrays.write(before)
-                loss, aux, weight = checked(self._loss_fn(self._model, *args, **kwargs), self._weighted)
+                loss, aux, weight = checked(self._loss_fn(self._model, *args, **kwargs), self._settings.weighted)
                 self._follow_structure()
                 after = self._arrays.read()
                 changed = [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a is not b]
-                if _operations(before) != operations:  # of all at once, for it is rare
+                if operations(before) != before_it:  # of all at once, for it is rare
                     # value_and_grad differentiates with respect to copies: one operation is none of the forward pass.
-                    edited = (i for i, a in enumerate(before) if _operations([a]) > (i < self._trainable))
+                    edited = (i for i, a in enumerate(before) if operations([a]) > (i < self._trainable))
                     changed = sorted({*changed, *edited})
                 # Only these leave the graph; most models have none. MLX keeps the indices with the trace.
                 rest.extend((aux, {i: after[i] for i in changed}, weight))
@@ -98,12 +94,9 @@ class GradientGraphs:
 
             loss, gradients = undone_on_error(traced, put_back)
             aux, assigned, weight = rest
-            for i in assigned:
-                if i >= self._trainable:
-                    self._assigned.setdefault(self._arrays.paths[i], originals[i])
             return loss, aux, assigned, gradients, weight
 
-        return Compiled(gradient, self._max_traces, draws=True)
+        return Compiled(gradient, self._settings.max_traces, draws=True)
 
     def _follow_structure(self) -> None:
         """Lets the forward pass keep what depends neither on the batch nor on the parameters, such as a mask."""
@@ -119,13 +112,3 @@ class GradientGraphs:
                 f"loss_fn changed the structure of the model ({names});"
                 " what the forward pass assigns must exist before make_step, so create it in __init__"
             )
-
-
-def _operations(arrays: list[mx.array]) -> int:
-    """How many operations arrays are the result of; while tracing, none for an input.
-
-    Assigning in place, as ``self.count += 1`` does, changes the array object itself, so that only this tells.
-    """
-    graph = io.StringIO()
-    mx.export_to_dot(graph, *arrays)
-    return graph.getvalue().count("shape=rectangle")

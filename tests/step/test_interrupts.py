@@ -183,7 +183,7 @@ def test_thousands_of_real_interrupts() -> None:
             # As many calls as the model has counted were made: its buffer, the window and the step must agree.
             count, filled, made = (
                 int(step.model.count.item()),
-                step._filled,
+                step._state.filled,
                 int(step.optimizer.state["step"].item()),
             )
             assert count == 3 * made + filled, (count, made, filled)

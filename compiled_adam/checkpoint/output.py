@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import stat
+from functools import partial
 from pathlib import Path
 
-from .errors import InputError
+from ..base import InputError
+from .claims import claimed
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -28,22 +30,17 @@ def write(path: Path, content: bytes) -> None:
     """
     target = Path(os.path.realpath(path))  # a link stays a link, to another file
     mode = _mode(path, target)
-    # Short, since a name may be as long as the file system allows, and this process's own.
-    temporary = target.parent / f".{os.getpid()}.partial"
-    temporary.unlink(missing_ok=True)  # of a process that was killed and had the same number
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        with open(descriptor, "wb") as stream:
+        with claimed(target, partial(Path.touch, exist_ok=False)) as temporary, open(temporary, "wb") as stream:
             if mode is not None:
-                os.fchmod(descriptor, mode)
+                os.fchmod(stream.fileno(), mode)
             stream.write(content)
             stream.flush()
-            os.fsync(descriptor)  # on some file systems only this finds the disk full
-        temporary.replace(target)
+            os.fsync(stream.fileno())  # on some file systems only this finds the disk full
+            temporary.replace(target)
     except OSError as error:
-        raise OSError(f"{path} could not be written: {error.strerror}; nothing of it was changed") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise OSError(f"{path} could not be written: {reason}; nothing of it was changed") from error
 
 
 def _mode(path: Path, target: Path) -> int | None:

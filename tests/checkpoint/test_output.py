@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-from compiled_adam.base import output
-from compiled_adam.base.errors import InputError
+from compiled_adam.base import InputError
+from compiled_adam.checkpoint import output
 
 
 def test_new_and_old_files(tmp_path: Path) -> None:
@@ -105,9 +109,24 @@ def test_a_full_disk_leaves_what_was_there(failing: str, tmp_path: Path, monkeyp
     if failing == "fsync":
         monkeypatch.setattr(output.os, "fsync", full)
     else:
-        descriptor = os.open("/dev/full", os.O_WRONLY)
-        monkeypatch.setattr(output.os, "open", lambda *_: descriptor)
+        monkeypatch.setattr(output, "open", lambda *_: open("/dev/full", "wb"), raising=False)
         monkeypatch.setattr(output.os, "fchmod", lambda *_: None)
     with pytest.raises(OSError, match="a could not be written: No space left on device; nothing of it was changed"):
         output.write(tmp_path / "a", b"new")
     assert (tmp_path / "a").read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "ü" * 120])
+def test_what_a_killed_writer_has_left_goes_with_the_next_one(name: str, tmp_path: Path) -> None:
+    program = f"""
+import os, signal, sys
+from pathlib import Path
+from compiled_adam.checkpoint import output
+os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+output.write(Path({name!r}), b"half")
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    killed = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=False)
+    assert killed.returncode == -signal.SIGKILL and len(os.listdir(tmp_path)) == 1
+    output.write(tmp_path / name, b"whole")
+    assert os.listdir(tmp_path) == [name] and (tmp_path / name).read_bytes() == b"whole"

@@ -1,0 +1,109 @@
+"""Where the arrays of a model and of an optimizer are, and the graphs that a train step has made for them."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_map
+
+from ..base import InputError, Places, Structure, along, trainable_places
+from ..distributed import Shard
+from ..optimizers import Adam, ForSteps, any_optimizer
+from .apply import Trees
+from .apply_packed import PackedTrees
+from .gradient import GradientGraphs
+from .settings import LossFunction, Settings
+from .update_graph import UpdateGraph
+
+
+class Bound(NamedTuple):
+    structure: Structure
+    parameters: Places
+    arrays: Places  # all of the model; the parameters come first
+    paths: set[str]  # of the trainable parameters, tied ones under each of their paths
+    template: Any  # the tree of the parameters' indices
+    shard: Shard | None
+    trees: Trees | PackedTrees
+    gradients: GradientGraphs
+    graph: UpdateGraph
+
+    def intact(self) -> bool:
+        """Whether the model's and the optimizer's arrays are still in the containers that they were in."""
+        return self.structure.intact() and self.trees.intact()
+
+    def tree(self, arrays: list[mx.array]) -> Any:
+        """Arrays of the parameters as a tree."""
+        return tree_map(lambda index: arrays[index], self.template)
+
+    def running_statistics(self) -> dict[str, mx.array]:
+        """Those of a model that was trained before; they belong to a checkpoint from before the first step, too."""
+        return {
+            path: container[key]
+            for path, (container, key) in zip(self.arrays.paths, self.arrays.places, strict=True)
+            if isinstance(container, nn.BatchNorm) and key in ("running_mean", "running_var")
+        }
+
+
+def bind(model: nn.Module, loss_fn: LossFunction, optimizer: optim.Optimizer, settings: Settings) -> Bound:
+    """Finds every array of the model and of the optimizer's state, creates what is missing of it, and makes graphs."""
+    trainable = model.trainable_parameters()
+    structure = Structure(model)
+    found, template = trainable_places(model)
+    seen = {(id(container), key) for _, container, key in found}
+    others = [leaf for leaf in structure.leaves if (id(leaf[1]), leaf[2]) not in seen]
+    parameters, arrays = Places(found), Places([*found, *others])
+    weights = parameters.read()
+    dtypes = [weight.dtype for weight in weights]
+    if settings.group is not None and mx.complex64 in dtypes:
+        path = parameters.paths[dtypes.index(mx.complex64)]
+        raise InputError(f"{path!r} is complex64, which several workers cannot train together; freeze it")
+    shard = None
+    if settings.shard_state and settings.group is not None:
+        sizes = [weight.size for weight in weights]
+        shard = Shard(template, list(parameters.paths), sizes, dtypes, settings.group)
+    # State exists before the first trace, or that trace would hold for the first step only. Nothing stays lazy, for
+    # the first step may be another thread's, which could not evaluate it.
+    tree = tree_map(lambda i: weights[i], template)
+    if reshaped := any_optimizer.begin_anew(optimizer, tree):
+        warnings.warn(f"the moments of {', '.join(reshaped)} had another shape; they begin anew", stacklevel=5)
+    init(optimizer, tree, shard)
+    mx.eval(arrays.read(), any_optimizer.states(optimizer))
+    trees: Trees | PackedTrees
+    # Not with other workers: sharded or not, they sum the same norm and use the same kernels, to the last bit.
+    if isinstance(optimizer, Adam) and not ForSteps(optimizer).has_own_update and settings.group is None:
+        trees = PackedTrees(optimizer, parameters, template)
+    else:
+        trees = Trees(model, optimizer, parameters, template, shard)
+    gradients = GradientGraphs(model, loss_fn, structure, arrays, len(found), settings)
+    graph = UpdateGraph(optimizer, trees, dtypes, settings)
+    paths = {path for path, _, _ in along(trainable, trainable)}
+    return Bound(structure, parameters, arrays, paths, template, shard, trees, gradients, graph)
+
+
+def init(optimizer: optim.Optimizer, parameters: Any, shard: Shard | None) -> None:
+    """Creates what the optimizer's state lacks."""
+    if shard is None:
+        optimizer.init(parameters)
+    else:
+        shard.init(optimizer, parameters)
+
+
+def check_parameters(model: nn.Module, bound: Bound) -> None:
+    """Raises ValueError, with their paths, if parameters were frozen, unfrozen or added."""
+    trainable = model.trainable_parameters()
+    now = {path for path, *_ in along(trainable, trainable)}
+    if bound.paths == now:
+        return
+    changes = [
+        f"{what}: {', '.join(sorted(paths))}"
+        for what, paths in (("no longer trainable", bound.paths - now), ("newly trainable", now - bound.paths))
+        if paths
+    ]
+    raise InputError(
+        f"the model's parameters changed since make_step ({'; '.join(changes)});"
+        " call make_step again, with the same optimizer to keep its moments"
+    )

@@ -1,0 +1,54 @@
+"""The options of a train step, which its traces contain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+
+from ..base import InputError
+from ..distributed import reduce
+
+LossFunction = Callable[..., Any]  # loss_fn(model, *args, **kwargs): the loss, or a tuple that begins with it
+
+
+class Settings(NamedTuple):
+    accumulate: int
+    weighted: bool
+    max_traces: int
+    group: mx.distributed.Group | None  # None for one of size 1, too
+    reduce_dtype: str
+    shard_state: bool  # never without a group
+
+
+def check_arguments(model: Any, loss_fn: Any, optimizer: Any) -> None:
+    """Raises TypeError, saying what to pass instead."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}; pass an mlx.nn.Module")
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn is {type(loss_fn).__name__}; pass a function loss_fn(model, *batch)")
+    if optimizer is not None and not isinstance(optimizer, optim.Optimizer):
+        raise TypeError(f"optimizer is {type(optimizer).__name__}; pass an optimizer such as AdamW(learning_rate=1e-3)")
+
+
+def checked(
+    accumulate: int,
+    weighted: bool,
+    max_traces: int,
+    group: mx.distributed.Group | None,
+    reduce_dtype: str,
+    shard_state: bool,
+) -> Settings:
+    """The options of `TrainStep`. Raises ValueError, naming it, for one that is out of its range."""
+    for name, value in (("accumulate", accumulate), ("max_traces", max_traces)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InputError(f"{name} is {value!r}; it must be an integer of at least 1")
+    if not isinstance(shard_state, bool):
+        raise InputError(f"shard_state is {shard_state!r}; it must be True or False")
+    if reduce_dtype not in reduce.DTYPES:
+        raise InputError(f"reduce_dtype is {reduce_dtype!r}; it must be one of {', '.join(reduce.DTYPES)}")
+    group = group if group is not None and group.size() > 1 else None
+    return Settings(accumulate, weighted, max_traces, group, reduce_dtype, shard_state and group is not None)

@@ -1,0 +1,150 @@
+"""What a train step keeps between two calls, and everything that a run continues from, as dictionaries of arrays."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import cast
+
+import mlx.core as mx
+import mlx.optimizers as optim
+
+from ..base import Assignments, InputError, Row, Structure, call_all, differences, random_state, table
+from ..distributed import reduce, workers
+from ..optimizers import any_optimizer
+from ..update import window
+from .bound import Bound, init
+from .settings import Settings
+
+StateDict = dict[str, dict[str, mx.array]]  # parts: "model", "optimizer", "window" and "random"
+
+
+class StepState:
+    """The window, how many micro-batches it has, and what the model's ``buffers`` were before the first step.
+
+    A buffer is an array that is no parameter, but that the forward pass assigns. ``current`` returns where the arrays
+    of the model and of the optimizer are now.
+    """
+
+    def __init__(self, optimizer: optim.Optimizer, settings: Settings, current: Callable[[], Bound]) -> None:
+        self._optimizer, self._settings, self._current = optimizer, settings, current
+        self.window: window.Window | None = None  # while it is empty
+        self.filled = 0
+        self.buffers: dict[str, mx.array] = {}
+
+    def note_buffer(self, path: str, array: mx.array, assignments: Assignments) -> None:
+        """Keeps what a buffer was before the first step, as a part of ``assignments``."""
+        if path not in self.buffers:
+            assignments.add(self.buffers, path, array)
+
+    def assign_window(self, sums: window.Window | None, filled: int, assignments: Assignments) -> None:
+        """A new window, as a part of ``assignments``."""
+        assignments.attribute(self, "window", sums)
+        assignments.attribute(self, "filled", filled)
+
+    def whole(self, everywhere: bool) -> StateDict:
+        """What `TrainStep.state_dict` returns."""
+        state, bound, group = self._own(), self._current(), self._settings.group
+        if bound.shard is not None and group is not None:
+            every, has = everywhere or group.rank() == 0, bound.shard.has
+            own = {"optimizer": state["optimizer"]}
+            state |= workers.share(group, own, lambda part, path: every or has(path))
+        if group is not None and state["window"]:
+            summed = reduce.sum_arrays([a.astype(mx.float32) for a in state["window"].values()], group)
+            state["window"] = dict(zip(state["window"], summed, strict=True)) | {"batches": mx.array(self.filled)}
+        return state
+
+    def _own(self) -> StateDict:
+        """The state whose window, and sharded part, is this worker's alone."""
+        bound = self._current()
+        bound.trees.settle()
+        everything = _everything(bound)
+        paths = (*bound.parameters.paths, *sorted(self.buffers.keys() & everything.keys()))
+        sums = window.to_dict(self.window, bound.parameters.paths, self.filled) if self.window is not None else {}
+        state = {
+            "model": {path: everything[path] for path in paths},
+            "optimizer": any_optimizer.flat_state(self._optimizer),
+            "window": sums,
+            "random": {"key": random_state.get()},
+        }
+        # Other objects than those in the trees, which may be edited in place.
+        return {part: {path: array[...] for path, array in arrays.items()} for part, arrays in state.items()}
+
+    def load(self, state: StateDict, convert: bool) -> None:
+        """What `TrainStep.load_state_dict` does."""
+        if rows := self.mismatches(state, convert):
+            raise InputError("the state does not fit:\n" + table(("what", "here", "state"), rows))
+        filled = cast(int, state["window"]["batches"].item()) if state["window"] else 0
+        if filled >= self._settings.accumulate:
+            raise InputError(
+                f"the state has a window of {filled} micro-batches, but accumulate is {self._settings.accumulate};"
+                f" make it {filled + 1} or more (accumulate=..., --grad-accumulation-steps)"
+            )
+        mx.eval(state)  # what cannot be read raises here
+        assignments = Assignments()
+        self._load_optimizer(state["optimizer"], convert, assignments)
+        bound = self._current()
+        self._load_model(bound, state["model"], assignments)
+        sums, group = None, self._settings.group
+        if filled and group is not None and group.rank() > 0:
+            sums = window.empty(bound.parameters.read())  # the first worker has the sum
+            mx.eval(sums)
+        elif filled:
+            sums = window.from_dict(state["window"], bound.parameters.paths)
+        self.assign_window(sums, filled, assignments)
+        bound.trees.forget()
+        call_all([assignments.ready(), random_state.assignment(state["random"]["key"])])
+
+    def _load_optimizer(self, state: dict[str, mx.array], convert: bool, assignments: Assignments) -> None:
+        bound = self._current()
+        if convert:
+            parameters = bound.tree(bound.parameters.read())
+            create = partial(init, self._optimizer, parameters, bound.shard)
+            any_optimizer.convert_state(self._optimizer, _its_own(bound, state), create)
+        else:
+            for path, container, key in Structure(self._optimizer.state).leaves:
+                assignments.add(container, key, state[path][...])
+
+    def _load_model(self, bound: Bound, state: dict[str, mx.array], assignments: Assignments) -> None:
+        everything = _everything(bound)
+        for path in state.keys() - set(bound.parameters.paths) - self.buffers.keys():
+            assignments.add(self.buffers, path, everything[path])
+        # What the forward pass assigns is not in a state from before it did: then it becomes what it was.
+        model = {**self.buffers, **state}
+        for path, place in zip(everything, bound.arrays.places, strict=True):
+            if path in model:
+                assignments.add(*place, model[path][...])
+
+    def mismatches(self, state: StateDict, convert: bool) -> list[Row]:
+        """What of a state does not fit here, as rows (path, here, in the state)."""
+        bound = self._current()
+        everything = _everything(bound)
+        # The forward pass may give what it assigns another dtype, and assigns what a state from before lacks.
+        buffers = (everything.keys() & state["model"].keys()) - set(bound.parameters.paths)
+        fitting = {path for path in buffers if state["model"][path].shape == everything[path].shape}
+        wanted = {*bound.parameters.paths, *buffers} - fitting
+        its_model = {path: array for path, array in state["model"].items() if path not in fitting}
+        rows = differences({path: everything[path] for path in wanted}, its_model)
+        if state["window"]:
+            own = window.to_dict(window.empty(bound.parameters.read()), bound.parameters.paths, 1)
+            rows += differences(own, state["window"])
+        own, its = any_optimizer.flat_state(self._optimizer), _its_own(bound, state["optimizer"])
+        return rows + (any_optimizer.inconvertible(own, its) if convert else differences(own, its))
+
+
+def _everything(bound: Bound) -> dict[str, mx.array]:
+    """Every array of the model by its path."""
+    paths = bound.arrays.paths
+    everything = dict(zip(paths, bound.arrays.read(), strict=True))
+    if len(everything) < len(paths):
+        twice = next(path for path, count in Counter(paths).items() if count > 1)
+        raise InputError(
+            f"the model has two arrays whose path is {twice!r}, which no state can tell apart; rename one of them"
+        )
+    return everything
+
+
+def _its_own(bound: Bound, state: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Of the optimizer's state what this worker has."""
+    return state if bound.shard is None else bound.shard.own(state)
