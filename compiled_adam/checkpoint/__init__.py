@@ -6,15 +6,13 @@ from .checkpoint import (
     check_exists,
     check_finite,
     is_whole,
-    latest_checkpoint,
     load_checkpoint,
-    numbered,
-    prune,
     read_checkpoint,
     save_checkpoint,
     write_checkpoint,
 )
 from .durable import locked, present, replace_arrays, replacing, save_arrays
+from .series import latest_checkpoint, numbered, prune
 
 __all__ = [
     "Contents",

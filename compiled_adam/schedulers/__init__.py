@@ -1,19 +1,18 @@
 """Learning rates as functions of the number of updates."""
 
 from . import picture
+from .config import check_values, from_config
+from .picture import plot
 from .schedules import (
     Schedule,
     Step,
-    check_values,
     constant,
     cosine,
     exponential,
-    from_config,
     inverse_sqrt,
     join,
     linear,
     one_cycle,
-    plot,
     polynomial,
     step_decay,
     warmup_stable_decay,

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
+from ..base import InputError
+from .schedules import Schedule, check_count
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -79,3 +82,24 @@ def figure(schedules: Mapping[str, Callable[[Any], Any]], steps: int, marks: Seq
     else:
         axes.set_title(next(iter(schedules), ""), fontsize="medium")
     return made
+
+
+def plot(schedule: Schedule | Mapping[str, Schedule], steps: int, *, at: Sequence[int] = ()) -> Figure:
+    """A matplotlib figure of the learning rate from update 0 to ``steps``: ``plot(...).savefig("rate.svg")``.
+
+    Args:
+        schedule: one, or several by their labels, which are compared.
+        steps: the last update to draw, at least 1.
+        at: updates to mark with a point. Default: none.
+
+    Raises:
+        ImportError: matplotlib is missing; it says how to install it.
+        ValueError: an argument out of its range, naming it.
+    """
+    check_count("steps", steps, 1)
+    for i, mark in enumerate(at):
+        check_count(f"at[{i}]", mark, 0)
+    schedules = schedule if isinstance(schedule, Mapping) else {"": schedule}
+    if not schedules or not all(callable(each) for each in schedules.values()):
+        raise InputError(f"schedule is {schedule!r}; it must be a schedule, or a mapping of labels to schedules")
+    return figure(schedules, steps, at)

@@ -12,20 +12,18 @@ Bad arguments raise ValueError with the argument's name and value.
 
 from __future__ import annotations
 
-import inspect
 import math
 import numbers
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
-import mlx.optimizers as optim
 
 from ..base import InputError
 from ..optimizers import check_number
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 Step = int | float | mx.array
 Schedule = Callable[[Step], mx.array]
@@ -38,7 +36,7 @@ def constant(value: float, *, warmup: int = 0, warmup_init: float = 0.0) -> Sche
     0.5
     """
     check_number("value", value)
-    return _with_warmup(lambda step: mx.array(value, mx.float32), value, warmup, warmup_init)
+    return with_warmup(lambda step: mx.array(value, mx.float32), value, warmup, warmup_init)
 
 
 def linear(peak: float, steps: int, end: float = 0.0, *, warmup: int = 0, warmup_init: float = 0.0) -> Schedule:
@@ -59,7 +57,7 @@ def cosine(peak: float, steps: int, end: float = 0.0, *, warmup: int = 0, warmup
     [0.0, 1.0, 0.55, 0.1, 0.1]
     """
     length = _decay_length(peak, steps, end, warmup)
-    return _with_warmup(lambda step: _mix(peak, end, _half_cosine(step / length)), peak, warmup, warmup_init)
+    return with_warmup(lambda step: _mix(peak, end, _half_cosine(step / length)), peak, warmup, warmup_init)
 
 
 def polynomial(
@@ -83,7 +81,7 @@ def polynomial(
         remaining = 1 - mx.minimum(step / length, 1)
         return _mix(end, peak, remaining if power == 1 else remaining**power)
 
-    return _with_warmup(decay, peak, warmup, warmup_init)
+    return with_warmup(decay, peak, warmup, warmup_init)
 
 
 def warmup_stable_decay(
@@ -105,14 +103,14 @@ def warmup_stable_decay(
     """
     length = _decay_length(peak, steps, end, warmup)
     decay = max(1, steps // 5) if decay is None else decay
-    _count("decay", decay, 1)
+    check_count("decay", decay, 1)
     if decay > length:
         raise InputError(f"decay is {decay}; it must be at most steps - warmup = {length}")
 
     def stable_decay(step: mx.array) -> mx.array:
         return _mix(peak, end, mx.clip((step - (length - decay)) / decay, 0, 1))
 
-    return _with_warmup(stable_decay, peak, warmup, warmup_init)
+    return with_warmup(stable_decay, peak, warmup, warmup_init)
 
 
 def inverse_sqrt(peak: float, timescale: int | None = None, *, warmup: int = 0, warmup_init: float = 0.0) -> Schedule:
@@ -125,13 +123,13 @@ def inverse_sqrt(peak: float, timescale: int | None = None, *, warmup: int = 0, 
     [0.5, 1.0, 0.5]
     """
     check_number("peak", peak)
-    _count("warmup", warmup, 0)
+    check_count("warmup", warmup, 0)
     if timescale is None:
         if warmup == 0:
             raise InputError("timescale is None and warmup is 0; give one of them to set how fast the value falls")
         timescale = warmup
-    _count("timescale", timescale, 1)
-    return _with_warmup(lambda step: peak / mx.sqrt(1 + step / timescale), peak, warmup, warmup_init)
+    check_count("timescale", timescale, 1)
+    return with_warmup(lambda step: peak / mx.sqrt(1 + step / timescale), peak, warmup, warmup_init)
 
 
 def exponential(
@@ -144,7 +142,7 @@ def exponential(
     """
     _falling(peak, decay_rate, end)
     log_rate = math.log(decay_rate)
-    return _with_warmup(lambda step: mx.maximum(peak * mx.exp(log_rate * step), end), peak, warmup, warmup_init)
+    return with_warmup(lambda step: mx.maximum(peak * mx.exp(log_rate * step), end), peak, warmup, warmup_init)
 
 
 def step_decay(
@@ -162,14 +160,14 @@ def step_decay(
     [1.0, 1.0, 0.1, 0.01]
     """
     _falling(peak, decay_rate, end)
-    _count("step_size", step_size, 1)
+    check_count("step_size", step_size, 1)
     log_rate = math.log(decay_rate)
 
     def decay(step: mx.array) -> mx.array:
         # Half a step further than asked for, so that no rounding of the quotient (GPUs do) can miss a boundary.
         return mx.maximum(peak * mx.exp(log_rate * mx.floor((step + 0.5) / step_size)), end)
 
-    return _with_warmup(decay, peak, warmup, warmup_init)
+    return with_warmup(decay, peak, warmup, warmup_init)
 
 
 def one_cycle(
@@ -189,12 +187,12 @@ def one_cycle(
     [0.04, 0.52, 1.0, 0.500002, 4e-06]
     """
     check_number("peak", peak)
-    _count("steps", steps, 1)
+    check_count("steps", steps, 1)
     warmup = round(0.3 * steps) if warmup is None else warmup
     warmup_init = peak / 25 if warmup_init is None else warmup_init
     end = warmup_init / 10_000 if end is None else end
     length = _decay_length(peak, steps, end, warmup)
-    return _with_warmup(
+    return with_warmup(
         lambda step: _mix(peak, end, _half_cosine(step / length)),
         peak,
         warmup,
@@ -215,7 +213,7 @@ def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
     if len(boundaries) != len(schedules) - 1:
         raise InputError(f"boundaries is {boundaries!r}; {len(schedules)} schedules need {len(schedules) - 1}")
     for i, boundary in enumerate(boundaries):
-        _count(f"boundaries[{i}]", boundary, 1 if i == 0 else boundaries[i - 1] + 1)
+        check_count(f"boundaries[{i}]", boundary, 1 if i == 0 else boundaries[i - 1] + 1)
 
     def schedule(step: Step) -> mx.array:
         step = _float(step)
@@ -227,101 +225,7 @@ def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
     return schedule
 
 
-def plot(schedule: Schedule | Mapping[str, Schedule], steps: int, *, at: Sequence[int] = ()) -> Figure:
-    """A matplotlib figure of the learning rate from update 0 to ``steps``: ``plot(...).savefig("rate.svg")``.
-
-    Args:
-        schedule: one, or several by their labels, which are compared.
-        steps: the last update to draw, at least 1.
-        at: updates to mark with a point. Default: none.
-
-    Raises:
-        ImportError: matplotlib is missing; it says how to install it.
-        ValueError: an argument out of its range, naming it.
-    """
-    from .picture import figure
-
-    _count("steps", steps, 1)
-    for i, mark in enumerate(at):
-        _count(f"at[{i}]", mark, 0)
-    schedules = schedule if isinstance(schedule, Mapping) else {"": schedule}
-    if not schedules or not all(callable(each) for each in schedules.values()):
-        raise InputError(f"schedule is {schedule!r}; it must be a schedule, or a mapping of labels to schedules")
-    return figure(schedules, steps, at)
-
-
-_CONFIG_KEYS = ("name", "arguments", "warmup", "warmup_init")
-_MLX: dict[str, Callable[..., Any]] = {
-    f.__name__: f for f in (optim.cosine_decay, optim.linear_schedule, optim.exponential_decay, optim.step_decay)
-}
-_OURS: dict[str, Callable[..., Any]] = {
-    f.__name__: f
-    for f in (
-        constant,
-        linear,
-        cosine,
-        polynomial,
-        warmup_stable_decay,
-        inverse_sqrt,
-        exponential,
-        one_cycle,
-    )
-}
-
-
-def from_config(config: Mapping[str, Any]) -> Schedule:
-    """The schedule of an mlx-lm ``lr_schedule`` mapping: ``name``, ``arguments``, ``warmup``, ``warmup_init``.
-
-    ``name`` is that of an ``mlx.optimizers`` schedule, which then starts where the warmup ends, as in mlx-lm (but at
-    step ``warmup``; mlx-lm starts it one later and has the peak twice); or it is one of this module, whose
-    horizon includes the warmup. ``arguments`` is a list in the order of that function's parameters.
-
-    >>> config = {"name": "cosine_decay", "arguments": [1.0, 100], "warmup": 10}
-    >>> [round(from_config(config)(step).item(), 6) for step in (0, 5, 10, 60, 110)]
-    [0.0, 0.5, 1.0, 0.5, 0.0]
-    """
-    if not isinstance(config, Mapping):
-        raise InputError(f"lr_schedule is {config!r}; it must be a mapping with a name and arguments")
-    if unknown := [key for key in config if key not in _CONFIG_KEYS]:
-        raise InputError(f"lr_schedule has the key {unknown[0]!r}; the keys are {', '.join(_CONFIG_KEYS)}")
-    name, arguments = config.get("name"), config.get("arguments")
-    if name not in (*_MLX, *_OURS):
-        raise InputError(f"lr_schedule: name is {name!r}; it must be one of {', '.join((*_MLX, *_OURS))}")
-    if not isinstance(arguments, Sequence) or isinstance(arguments, str) or not arguments:
-        raise InputError(f"lr_schedule: arguments is {arguments!r}; it must be a list that begins with a learning rate")
-    warmup = {key: config[key] for key in ("warmup", "warmup_init") if config.get(key) is not None}
-    function, keywords = (_MLX[name], {}) if name in _MLX else (_OURS[name], warmup)
-    try:
-        inspect.signature(function).bind(*arguments, **keywords)
-    except TypeError as error:
-        raise InputError(f"lr_schedule: arguments is {arguments!r}, which does not fit {name}: {error}") from None
-    try:
-        if name in _OURS:
-            return function(*arguments, **keywords)
-        for i, value in enumerate(arguments):
-            check_number(f"arguments[{i}]", value)
-        return _with_warmup(function(*arguments), arguments[0], **warmup)
-    except ValueError as error:  # MLX's own functions check some of their arguments, too
-        raise InputError(f"lr_schedule: {error}") from None
-
-
-def check_values(schedule: Schedule, updates: int) -> None:
-    """Raises ValueError, naming the update, if one of the first ``updates`` values is no learning rate.
-
-    At most some thousand of them are looked at, evenly spread, and the last one.
-    """
-    steps = sorted({*range(0, updates, max(1, updates // 4096)), updates - 1})
-    values = mx.broadcast_to(schedule(mx.array(steps, mx.float32)), (len(steps),))
-    bad = mx.logical_not((values >= 0) & mx.isfinite(values))
-    if mx.any(bad).item():
-        first = bad.tolist().index(True)  # type: ignore[union-attr]
-        raise InputError(
-            f"lr_schedule gives the learning rate {values[first].item():g} at update {steps[first]} of {updates};"
-            " change its arguments so that every rate is finite and at least 0"
-        )
-
-
-def _with_warmup(
+def with_warmup(
     decay: Callable[[mx.array], mx.array],
     peak: float,
     warmup: int = 0,
@@ -329,7 +233,7 @@ def _with_warmup(
     ramp: Callable[[mx.array], mx.array] = lambda t: t,
 ) -> Schedule:
     """``warmup_init`` to ``peak`` along ``ramp`` over ``warmup`` steps, then ``decay`` of the steps since."""
-    _count("warmup", warmup, 0)
+    check_count("warmup", warmup, 0)
     check_number("warmup_init", warmup_init)
 
     def schedule(step: Step) -> mx.array:
@@ -359,8 +263,8 @@ def _half_cosine(t: mx.array) -> mx.array:
 def _decay_length(peak: float, steps: int, end: float, warmup: int) -> int:
     check_number("peak", peak)
     check_number("end", end)
-    _count("steps", steps, 1)
-    _count("warmup", warmup, 0)
+    check_count("steps", steps, 1)
+    check_count("warmup", warmup, 0)
     if warmup >= steps:
         raise InputError(f"warmup is {warmup}; it must be less than steps = {steps}, which includes it")
     return steps - warmup
@@ -380,6 +284,6 @@ def _positive(name: str, value: float) -> None:
         raise InputError(f"{name} is {value!r}; it must be greater than 0")
 
 
-def _count(name: str, value: int, least: int) -> None:
+def check_count(name: str, value: int, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
         raise InputError(f"{name} is {value!r}; it must be a whole number of at least {least}")

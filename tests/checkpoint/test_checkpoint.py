@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 import compiled_adam as ca
 from compiled_adam.base import fingerprint
-from compiled_adam.checkpoint import checkpoint, durable
+from compiled_adam.checkpoint import checkpoint, durable, series
 from tests.nets import Net, batch, linear_net, masked_error, net, squared_error
 
 FILES = ["weights.safetensors", "optimizer.safetensors", "window.safetensors", "meta.json"]
@@ -151,10 +151,10 @@ def test_damage_is_found_and_named_and_the_checkpoint_before_is_used(name: str, 
         with pytest.warns(UserWarning, match=rf"0005.*{name}.*; trying the checkpoint before it"):
             assert ca.latest_checkpoint(tmp_path) == tmp_path / "0004", what
         with pytest.raises(ValueError, match="0005"):
-            checkpoint.prune(tmp_path, 1)  # the oldest is not deleted for a newest that is not whole
+            series.prune(tmp_path, 1)  # the oldest is not deleted for a newest that is not whole
         assert (tmp_path / "0004").exists()
         (newest / name).write_bytes(content)
-    assert checkpoint.prune(tmp_path, 1) == [tmp_path / "0004"]
+    assert series.prune(tmp_path, 1) == [tmp_path / "0004"]
 
 
 def test_every_bit_of_a_small_checkpoints_meta_counts(tmp_path: Path) -> None:
@@ -452,7 +452,7 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
             for iteration in range(2, 10):
                 ca.save_checkpoint(small / str(iteration), step, {"iteration": iteration})
         assert not list(small.glob(".*"))
-        for path in checkpoint.numbered(small):
+        for path in series.numbered(small):
             assert ca.load_checkpoint(path, step) == {"iteration": int(path.name)}
     finally:
         subprocess.run(["umount", small], check=True)
@@ -474,7 +474,7 @@ def test_extra_that_is_no_json(tmp_path: Path) -> None:
 
 def test_a_folder_is_locked_while_its_process_lives(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from compiled_adam.durable import locked\n"
+        "import sys, time; from pathlib import Path; from compiled_adam.checkpoint import locked\n"
         "with locked(Path(sys.argv[1])): print('locked', flush=True); time.sleep(100)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
@@ -571,7 +571,7 @@ def test_options_of_one_of_several_optimizers_may_change(tmp_path: Path) -> None
 def test_a_leftover_of_a_killed_save_goes_with_the_next_pruning(tmp_path: Path) -> None:
     (tmp_path / ".0000007.partial").mkdir()
     ca.save_checkpoint(tmp_path / "0000008", make())
-    checkpoint.prune(tmp_path, 1)
+    series.prune(tmp_path, 1)
     assert os.listdir(tmp_path) == ["0000008"]
 
 

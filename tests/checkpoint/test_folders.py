@@ -19,7 +19,7 @@ import mlx.nn as nn
 import pytest
 
 import compiled_adam as ca
-from compiled_adam.checkpoint import checkpoint, claims, durable, meta
+from compiled_adam.checkpoint import checkpoint, claims, durable, meta, series
 from tests.conftest import ROOT
 
 
@@ -119,11 +119,11 @@ def test_a_newest_that_is_pruned_while_it_is_checked(tmp_path: Path, monkeypatch
     def pruned(path: Path):
         if path.name == "1":
             save(run / "2", 2)
-            monkeypatch.setattr(checkpoint, "check_checkpoint", real)
-            assert checkpoint.prune(run, 1) == [run / "1"]
+            monkeypatch.setattr(series, "check_checkpoint", real)
+            assert series.prune(run, 1) == [run / "1"]
         return real(path)
 
-    monkeypatch.setattr(checkpoint, "check_checkpoint", pruned)
+    monkeypatch.setattr(series, "check_checkpoint", pruned)
     warnings: list[str] = []
     assert ca.latest_checkpoint(run, warn=warnings.append) == run / "2"
     assert not warnings  # nothing is damaged
@@ -348,7 +348,7 @@ def test_who_reads_a_growing_file_ends_when_it_is_removed(tmp_path: Path) -> Non
 CHILD = """
 import sys, time
 from pathlib import Path
-from compiled_adam import durable
+from compiled_adam.checkpoint import durable
 from tests.checkpoint.test_folders import save
 
 def wait(*_):
@@ -390,7 +390,7 @@ def test_killed_between_the_two_renamings(tmp_path: Path) -> None:
         assert load(folder) == 1
     for folder in (run, tmp_path / "runs"):
         assert ca.latest_checkpoint(folder) == folder / "000050" and load(ca.latest_checkpoint(folder)) == 1
-    assert checkpoint.numbered(run) == [run / "000040", run / "000050"]
+    assert series.numbered(run) == [run / "000040", run / "000050"]
     (run / "000040").unlink()
     # Whoever goes on, by a link or not, saves the next one and prunes: nothing is left over, and nothing lost.
     save(tmp_path / "link", 3)
@@ -401,11 +401,11 @@ def test_what_is_left_between_two_renamings_is_pruned_like_others(tmp_path: Path
     for value in (1, 2, 3):
         save(tmp_path / str(value), value)
     (tmp_path / "1").rename(tmp_path / ".1.old")
-    assert checkpoint.prune(tmp_path, 3) == [] and load(tmp_path / "1") == 1
+    assert series.prune(tmp_path, 3) == [] and load(tmp_path / "1") == 1
     (tmp_path / "2").rename(tmp_path / ".2.old")
     save(tmp_path / "2", 4)
     (tmp_path / ".3.old").mkdir()  # killed just before it was gone
-    assert checkpoint.prune(tmp_path, 2) == [tmp_path / "1"]
+    assert series.prune(tmp_path, 2) == [tmp_path / "1"]
     assert sorted(os.listdir(tmp_path)) == ["2", "3"] and load(tmp_path / "2") == 4
 
 
@@ -416,14 +416,14 @@ def test_leftovers_of_killed_writers_go_and_those_of_living_ones_stay(tmp_path: 
     def lives() -> None:
         (partial,) = run.glob(".*.partial")
         save(run / "2", 3)
-        assert checkpoint.prune(run, 5) == []
+        assert series.prune(run, 5) == []
         assert (partial / "meta.json").exists()
 
     killed_in("flush", run / "2", lambda: None)
     assert len(list(run.glob(".2.*.partial"))) == 1
     killed_in("_put", run / "2", lives)
     assert load(run / "2") == 3 and len(list(run.glob(".2.*.partial"))) == 1
-    checkpoint.prune(run, 5)
+    series.prune(run, 5)
     assert sorted(os.listdir(run)) == ["1", "2"]
 
 
@@ -437,18 +437,18 @@ def test_a_leftover_goes_with_the_next_save(tmp_path: Path) -> None:
 def test_another_process_prunes_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for value in range(5):
         save(tmp_path / str(value), value)
-    real = checkpoint.discard
+    real = series.discard
 
     def discard(path: Path) -> bool:
         if path.name == "1":
-            monkeypatch.setattr(checkpoint, "discard", real)
-            assert checkpoint.prune(tmp_path, 2) == [tmp_path / "1", tmp_path / "2"]
+            monkeypatch.setattr(series, "discard", real)
+            assert series.prune(tmp_path, 2) == [tmp_path / "1", tmp_path / "2"]
         return real(path)
 
-    monkeypatch.setattr(checkpoint, "discard", discard)
-    assert checkpoint.prune(tmp_path, 2) == [tmp_path / "0"]
+    monkeypatch.setattr(series, "discard", discard)
+    assert series.prune(tmp_path, 2) == [tmp_path / "0"]
     assert sorted(os.listdir(tmp_path)) == ["3", "4"]
-    assert checkpoint.prune(tmp_path / "none", 2) == []
+    assert series.prune(tmp_path / "none", 2) == []
 
 
 # What is in the way.

@@ -100,6 +100,9 @@ def test_a_file_that_may_not_be_written(tmp_path: Path) -> None:
         output.write(tmp_path / "a", b"new")
 
 
+open_file = open
+
+
 @pytest.mark.parametrize("failing", ["fsync", "write"])
 def test_a_full_disk_leaves_what_was_there(failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
@@ -109,7 +112,7 @@ def test_a_full_disk_leaves_what_was_there(failing: str, tmp_path: Path, monkeyp
     if failing == "fsync":
         monkeypatch.setattr(output.os, "fsync", full)
     else:
-        monkeypatch.setattr(output, "open", lambda *_: open("/dev/full", "wb"), raising=False)
+        monkeypatch.setattr(output, "open", lambda *_: open_file("/dev/full", "wb"), raising=False)
         monkeypatch.setattr(output.os, "fchmod", lambda *_: None)
     with pytest.raises(OSError, match="a could not be written: No space left on device; nothing of it was changed"):
         output.write(tmp_path / "a", b"new")

@@ -150,7 +150,7 @@ def test_an_unknown_error_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_worker_that_was_never_started(run, tmp_path: Path) -> None:
     (tmp_path / "hosts.json").write_text(json.dumps([[f"127.0.0.1:{port}"] for port in launch.free_ports(2)]))
-    program = "from compiled_adam.joining import join; join(0.05); print('joined')"
+    program = "from compiled_adam.distributed import join; join(0.05); print('joined')"
     ended = run("-c", program, MLX_HOSTFILE="hosts.json", MLX_RANK="0")
     assert ended.returncode == 1 and ended.stdout == ""
     assert "rank 0 of 2 (127.0.0.1:" in ended.stderr and "has waited 0.5 s for the other workers" in ended.stderr
@@ -160,7 +160,7 @@ def test_a_worker_that_was_never_started(run, tmp_path: Path) -> None:
 def test_they_join_and_their_clocks_are_stopped(tmp_path: Path) -> None:
     program = """
 import faulthandler
-from compiled_adam import joining
+from compiled_adam.distributed import joining
 stopped = []
 cancel = faulthandler.cancel_dump_traceback_later
 faulthandler.cancel_dump_traceback_later = lambda: stopped.append(cancel())

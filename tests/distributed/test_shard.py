@@ -132,7 +132,7 @@ def test_an_optimizer_that_was_sharded_can_be_used_again(tmp_path: Path) -> None
     program = """
 import mlx.core as mx, compiled_adam as ca
 from mlx.utils import tree_unflatten
-from compiled_adam import any_optimizer
+from compiled_adam.optimizers import any_optimizer
 from tests.nets import linear_net, squared_error, batch
 group, net, optimizer = mx.distributed.init(), linear_net(), ca.Adam(0.1)
 def made(sharded):

@@ -77,7 +77,7 @@ def test_when_it_ends_the_process(cut: bool, monkeypatch: pytest.MonkeyPatch) ->
 def test_it_ends_the_process(run: Callable) -> None:
     program = """
 import threading
-from compiled_adam import watchdog
+from compiled_adam.distributed import watchdog
 watchdog.Watchdog.why_end = lambda self: "another worker has ended"
 with watchdog.Watchdog(0.1, lambda: "the checkpoint is there"):
     threading.Event().wait()

@@ -25,7 +25,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 import compiled_adam as ca
 from compiled_adam import losses
 from compiled_adam.base.errors import InputError, TrainingStopped
-from compiled_adam.checkpoint import checkpoint, durable
+from compiled_adam.checkpoint import durable, series
 from compiled_adam.finetune import loop
 from compiled_adam.finetune.batches import Batches
 from compiled_adam.finetune.log import read
@@ -387,7 +387,7 @@ def test_a_signal_during_validation_does_not_wait_for_its_end(tiny_model: Path, 
 
 def test_the_second_ctrl_c_acts_at_once() -> None:
     code = (
-        "import time; from compiled_adam.stopping import asked_to_stop\n"
+        "import time; from compiled_adam.finetune.stopping import asked_to_stop\n"
         "with asked_to_stop() as asked:\n"
         "    print('ready', flush=True)\n"
         "    while asked.signal is None: time.sleep(0.01)\n"
@@ -741,7 +741,7 @@ def test_a_checkpoint_that_a_killed_save_left_under_another_name_is_put_aside_li
     assert not os.listdir(tmp_path / "checkpoints")
     aside = tmp_path / "previous-1" / "checkpoints"
     assert (aside / "0000004" / "meta.json").read_text() == ".0000004.old" and "previous-1" in said[0]
-    assert [path.name for path in checkpoint.numbered(aside)] == ["0000002", "0000004"]
+    assert [path.name for path in series.numbered(aside)] == ["0000002", "0000004"]
 
 
 # Loops of one's own.
