@@ -1,4 +1,4 @@
-"""``python -m bench.readme``: writes the tables and the picture of docs/benchmarks.md from the records in ``bench/results``."""
+"""``python -m bench.readme``: writes the tables of docs/benchmarks.md and its picture from ``bench/results``."""
 
 from __future__ import annotations
 

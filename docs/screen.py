@@ -1,4 +1,4 @@
-"""``python docs/screen.py``: runs `compiled-adam lora` in a terminal of its own, and draws what it shows as docs/lora.svg.
+"""``python docs/screen.py``: runs `compiled-adam lora` in a terminal of its own, and draws that as docs/lora.svg.
 
 The model is the demo's, which is trained a little first; the data are one of mlx-lm's manuals, in pieces of 200
 characters. Nothing is edited: the picture has what a person sees who types the command.
@@ -31,17 +31,24 @@ COLUMNS, ROWS = 104, 40
 
 
 def prepare(folder: Path) -> None:
-    """Makes ``folder``/model and ``folder``/data."""
+    """Makes ``folder``/model, which the demo has trained a little, and ``folder``/data."""
     from compiled_adam.commands import demo
 
     with contextlib.redirect_stdout(io.StringIO()):
         demo.run(folder / "demo", iterations=1)
     shutil.move(folder / "demo" / "model", folder / "model")
+    write_data(folder / "data")
+
+
+def write_data(folder: Path) -> None:
+    """Makes the files that ``--data`` reads, of text that the model has not seen."""
+    from compiled_adam.commands import demo
+
     text = demo.texts()[1]
     pieces = [json.dumps({"text": text[i : i + demo.CHUNK]}) for i in range(0, len(text), demo.CHUNK)]
-    (folder / "data").mkdir()
+    folder.mkdir()
     for name, part in (("train", [piece for i, piece in enumerate(pieces) if i % 5]), ("valid", pieces[::5])):
-        (folder / "data" / f"{name}.jsonl").write_text("\n".join(part) + "\n")
+        (folder / f"{name}.jsonl").write_text("\n".join(part) + "\n")
 
 
 def shown(folder: Path) -> str:
