@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 import types
-from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -73,9 +72,8 @@ def test_yaml_is_accepted(page: Path, tmp_path: Path) -> None:
 def test_examples_of_data_are_accepted(page: Path, tiny_model: Path, tmp_path: Path) -> None:
     from mlx_lm.utils import load_tokenizer
 
-    template = (
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
-    )
+    every = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+    template = every + "{% if add_generation_prompt %}a:{% endif %}"
     tokenizer = load_tokenizer(tiny_model, {"chat_template": template})
     for block in blocks(page, "json"):
         (tmp_path / "train.jsonl").write_text(block)
@@ -244,7 +242,7 @@ def test_the_folders_are_all_there() -> None:
 # Tables and figures.
 
 
-def rows(text: str, columns: int) -> list[list[str]]:
+def rows(text: str) -> list[list[str]]:
     """The cells of the table rows that begin with a flag."""
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `-")]
 
@@ -253,7 +251,7 @@ def test_every_flag_of_lora_is_there() -> None:
     text = FINE_TUNING.read_text()
     flags = {flag for action in lora_options.parser()._actions for flag in action.option_strings}
     assert len(flags) > 40
-    named = {flag for row in rows(text, 3) for flag in re.findall(r"`(--?[\w-]+)`", row[0])}
+    named = {flag for row in rows(text) for flag in re.findall(r"`(--?[\w-]+)`", row[0])}
     # mlx-lm 0.31, the last for Python 3.10, lacks one that is documented.
     assert flags <= named <= flags | {"--trust-remote-code"}
     assert all(key in text for key in ("optimizer_config", "lora_parameters", "lr_schedule"))
@@ -272,7 +270,7 @@ def test_the_defaults_are_the_programs() -> None:
     defaults = {**args, **settled, "optimizer": vars(lora_options.settings([]))["optimizer"], "help": False}
     actions = {flag: action.dest for action in lora_options.parser()._actions for flag in action.option_strings}
     actions["--trust-remote-code"] = "trust_remote_code"
-    for flags, default, _ in rows(FINE_TUNING.read_text(), 3):
+    for flags, default, _ in rows(FINE_TUNING.read_text()):
         name = actions[re.findall(r"`(--[\w-]+)`", flags)[0]]
         value = defaults.get(name)
         expected = {"off", "none"} if value is None or value is False else {"on"} if value is True else {f"`{value}`"}
