@@ -1,6 +1,7 @@
 # make demo   the main job on an embedded example      make test    the test suite
 # make check  everything CI asks for                   make bench   time the update on this machine
 # make test-fast  the tests that take little time       make test-long  those that take many minutes
+# make docs   the documentation as web pages, in build/site
 # make clean  remove what the above created
 
 PYTHON ?= python3
@@ -19,7 +20,7 @@ endif
 TEST := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest
 JOBS ?= 2
 
-.PHONY: demo test test-fast test-long check lint types doctest bench clean
+.PHONY: demo test test-fast test-long check lint types doctest bench docs clean
 .DEFAULT_GOAL := check
 
 .venv/installed: pyproject.toml
@@ -55,6 +56,15 @@ check: lint types test doctest
 
 bench: .venv/installed
 	$(BIN)/python -m bench
+
+# NO_MKDOCS_2_WARNING: the theme would advertise against MkDocs 2 at every build.
+.venv/docs-installed: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	@touch $@
+
+docs: .venv/docs-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "wrote build/site/index.html"
 
 clean:
 	rm -rf .venv demo .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist

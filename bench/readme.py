@@ -1,4 +1,4 @@
-"""``python -m bench.readme``: writes the tables and the picture of README.md from the records in ``bench/results``."""
+"""``python -m bench.readme``: writes the tables of docs/benchmarks.md and its picture from ``bench/results``."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from . import numerics, plots
 from .contenders import COMPILED, EAGER, OURS, STEP, TORCH
 
 ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "benchmarks.md"
 
 
-WORKLOADS = ("1000 x 64", "448 x (8x1024)", "95 M GPT-2")  # of which README has a row; the record has all
+WORKLOADS = ("1000 x 64", "448 x (8x1024)", "95 M GPT-2")  # of which the page has a row; the record has all
 
 
 def update_table(record: dict[str, Any]) -> str:
@@ -93,15 +94,15 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
-def rendered(readme: str) -> str:
-    """``readme`` with what stands between the markers of each table replaced by what the records say."""
+def rendered(page: str) -> str:
+    """``page`` with what stands between the markers of each table replaced by what the records say."""
     for name, table in TABLES.items():
         record = json.loads((Path(__file__).parent / "results" / f"{name}-linux-cpu.json").read_text())
         pattern = re.compile(rf"(<!-- {name} table -->\n).*?(\n<!-- end -->)", re.S)
-        readme, count = pattern.subn(lambda match: match[1] + table(record) + match[2], readme)  # noqa: B023
+        page, count = pattern.subn(lambda match: match[1] + table(record) + match[2], page)  # noqa: B023
         if count != 1:
-            raise InputError(f"README.md has {count} places for the {name} table; it must have one")
-    return readme
+            raise InputError(f"{PAGE.name} has {count} places for the {name} table; it must have one")
+    return page
 
 
 def picture() -> str:
@@ -114,5 +115,4 @@ def picture() -> str:
 
 if __name__ == "__main__":
     (ROOT / "docs" / "numerics.svg").write_text(picture())
-    path = ROOT / "README.md"
-    path.write_text(rendered(path.read_text()))
+    PAGE.write_text(rendered(PAGE.read_text()))

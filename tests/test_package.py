@@ -121,13 +121,13 @@ def test_readme_code_runs(number: int, run) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_readme_tables_are_the_records() -> None:
-    text = (ROOT / "README.md").read_text()
+def test_tables_are_the_records() -> None:
+    text = readme.PAGE.read_text()
     assert readme.rendered(text) == text, "run python -m bench.readme"
     assert "| 95 M GPT-2 | bfloat16 |" in text
 
 
-def test_readme_picture_is_of_the_record() -> None:
+def test_picture_is_of_the_record() -> None:
     # Matplotlib's versions draw a little differently, so only what is said is compared.
     def said(svg: str) -> list[str]:
         return re.findall(r">([^<>]*[a-zA-Z0-9%][^<>]*)</text>", svg)

@@ -94,7 +94,7 @@ def bytes_per_parameter(dtype: mx.Dtype, **options) -> float:
 
 
 def test_bytes_per_parameter() -> None:
-    # README's table.
+    # The table of docs/numerics.md.
     for dtype, compensated, expected in (
         (mx.float32, True, {"float32": 8, "bfloat16": 4, "8bit": 2.0625, "param": 8}),
         (mx.bfloat16, False, {"float32": 8, "bfloat16": 4, "8bit": 2.0625, "param": 4}),
