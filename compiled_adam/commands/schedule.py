@@ -15,11 +15,18 @@ from ..base import InputError
 from ..checkpoint import output
 from ..schedulers import picture as picture
 
-# The functions of `schedulers` that make a schedule from numbers.
+
+def _makes_a_schedule(function: object) -> bool:
+    return inspect.isfunction(function) and "warmup" in inspect.signature(function).parameters
+
+
+# The functions of `schedulers` that make a schedule from numbers, in the order in which they are defined there.
 SCHEDULES: dict[str, Callable[..., schedulers.Schedule]] = {
-    name: function
-    for name, function in vars(schedulers).items()
-    if inspect.isfunction(function) and not name.startswith("_") and "warmup" in inspect.signature(function).parameters
+    function.__name__: function
+    for function in sorted(
+        (each for name, each in vars(schedulers).items() if not name.startswith("_") and _makes_a_schedule(each)),
+        key=lambda function: function.__code__.co_firstlineno,
+    )
 }
 UPDATES = 1000  # what is drawn of a schedule that has no end
 

@@ -12,7 +12,6 @@ from mlx.utils import tree_flatten
 
 from ..base import Compiled, InputError, Places, Structure, is_evaluated, operations, undone_on_error
 from . import signature as batches
-from .loss import checked
 from .settings import LossFunction, Settings
 
 
@@ -72,7 +71,7 @@ class GradientGraphs:
                 before = [*parameters, *arrays[self._trainable :]]
                 before_it = operations(before)
                 self._arrays.write(before)
-                loss, aux, weight = checked(self._loss_fn(self._model, *args, **kwargs), self._settings.weighted)
+                loss, aux, weight = _taken_apart(self._loss_fn(self._model, *args, **kwargs), self._settings.weighted)
                 self._follow_structure()
                 after = self._arrays.read()
                 changed = [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a is not b]
@@ -112,3 +111,28 @@ class GradientGraphs:
                 f"loss_fn changed the structure of the model ({names});"
                 " what the forward pass assigns must exist before make_step, so create it in __init__"
             )
+
+
+def _taken_apart(output: Any, weighted: bool) -> tuple[mx.array, list[Any], mx.array]:
+    """What loss_fn returned as (loss, aux, weight); raises an error that says what to return instead."""
+    loss, *aux = output if isinstance(output, (tuple, list)) and output else (output,)
+    if not isinstance(loss, mx.array):
+        raise TypeError(
+            f"loss_fn returned {type(loss).__name__} as the loss; return an mx.array of shape (),"
+            " or a tuple that begins with one"
+        )
+    if loss.shape != ():
+        raise InputError(f"loss_fn returned a loss of shape {loss.shape}; reduce it to a scalar, as with .mean()")
+    if not mx.issubdtype(loss.dtype, mx.floating):
+        raise TypeError(f"loss_fn returned a loss of dtype {loss.dtype}; return a float")
+    if not weighted:
+        return loss, aux, mx.array(1.0)
+    if not aux:
+        raise InputError("weighted=True needs loss_fn to return (loss, weight, ...); it returned the loss alone")
+    weight = aux[0]
+    if isinstance(weight, bool) or not isinstance(weight, (mx.array, int, float)):
+        raise TypeError(f"loss_fn returned {type(weight).__name__} as the weight; return a 0-d array or a number")
+    weight = mx.array(weight, mx.float32)
+    if weight.shape != ():
+        raise InputError(f"loss_fn returned a weight of shape {weight.shape}; reduce it to a scalar, as with .sum()")
+    return loss, aux, weight
