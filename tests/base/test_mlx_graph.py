@@ -1,4 +1,4 @@
-"""What `base/mlx_graph.py` takes for granted of the text that MLX writes for a graph. A new MLX may need another file."""
+"""What `base/mlx_graph.py` takes for granted of the text that MLX writes for a graph; a new MLX may write another."""
 
 from __future__ import annotations
 
