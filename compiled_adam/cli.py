@@ -16,6 +16,7 @@ from types import FrameType
 
 from . import __version__
 from .base import InputError, TrainingStopped, lenient_streams, while_handling
+from .finetune.packages import needed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -179,19 +180,15 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _lora(arguments: argparse.Namespace) -> None:
-    try:
-        from .commands import lora  # here, because it imports mlx-lm
-    except ImportError as error:
-        raise ImportError(f"fine-tuning needs mlx-lm ({error}); pip install 'compiled-adam[lm]'") from error
+    with needed("fine-tuning", "mlx-lm", "lm"):
+        from .commands import lora
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     lora.main(arguments.rest)
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    try:
-        from .commands import plan  # here, because it imports mlx-lm
-    except ImportError as error:
-        raise ImportError(f"plan needs mlx-lm ({error}); pip install 'compiled-adam[lm]'") from error
+    with needed("plan", "mlx-lm", "lm"):
+        from .commands import plan
     plan.main(arguments.rest)
 
 
@@ -201,10 +198,8 @@ def _show_warning(message: Warning | str, *_: object) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    try:
-        from .commands import demo  # here, because it imports mlx-lm
-    except ImportError as error:
-        raise ImportError(f"the demo needs mlx-lm ({error}); pip install 'compiled-adam[lm]'") from error
+    with needed("the demo", "mlx-lm", "lm"):
+        from .commands import demo
     demo.run(arguments.out, arguments.pretraining, arguments.iters, arguments.seed)
 
 

@@ -7,6 +7,7 @@ import math
 import os
 import types
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,16 +27,19 @@ from ..base import InputError, fingerprint
 from ..checkpoint import check_exists
 from ..distributed import Workers, join
 from ..finetune import batches, data, model_files
-from ..finetune.adapters import WEIGHTS, check_folder, load_adapters, load_weights, other_scale, read_arrays
+from ..finetune.adapters import check_folder, load_adapters, load_weights, other_scale, read_arrays
 from ..finetune.console import TrainingProgress
-from ..finetune.log import LOG
-from ..finetune.lora_values import OPTIMIZERS, called
+from ..finetune.lora_values import OPTIMIZERS
+from ..finetune.names import LOG, WEIGHTS
+from ..finetune.options import called
+from ..finetune.saving import has_checkpoints
 from ..finetune.trainable import add_adapters, check_layers, unfreeze_last
-from ..finetune.trainer import has_checkpoints, train
+from ..finetune.trainer import train
 from ..finetune.validation import mean_loss, no_targets
 from ..step import losses
 from ..update import decay_matrices
-from .lora_options import KEPT, YAML_ONLY, check_together, settings
+from .lora_options import KEPT, check_together, settings
+from .lora_yaml import YAML_ONLY
 
 # Options that decide which numbers a run computes, beside the optimizer's and those that `train` knows.
 _OF_THE_RESULT = (
@@ -111,7 +115,7 @@ def _test_set(args: types.SimpleNamespace, dataset: Any) -> CacheDataset:
     if len(dataset) < args.batch_size:
         raise InputError(
             f"the test set has {len(dataset)} examples, fewer than batch_size={args.batch_size};"
-            " give it more, or use a smaller batch_size (--batch-size)"
+            f" give it more, or use a smaller {called('batch_size')}"
         )
     cached = CacheDataset(dataset)
     for index in range(len(cached)) if args.train else ():
@@ -133,7 +137,6 @@ def _train(
     if args.resume_adapter_file is not None:
         _begin_with(args, model)
     print_trainable_parameters(model)
-    folder = Path(args.adapter_path)
     padding = batches.multiple_of_32 if args.bucket is None else batches.geometric(args.bucket)
     cached = CacheDataset(train_set)
     if args.bucket is not None:
@@ -144,48 +147,40 @@ def _train(
             optimizer,
             cached,
             CacheDataset(valid_set),
-            TrainingArgs(
-                batch_size=args.batch_size,
-                iters=args.iters,
-                val_batches=args.val_batches,
-                steps_per_report=args.steps_per_report,
-                steps_per_eval=args.steps_per_eval,
-                steps_per_save=args.save_every,
-                max_seq_length=args.max_seq_length,
-                adapter_file=str(folder / "adapters.safetensors"),
-                grad_checkpoint=args.grad_checkpoint,
-                grad_accumulation_steps=args.grad_accumulation_steps,
-                clear_cache_threshold=args.clear_cache_threshold,
-            ),
+            _training_args(args),
             iterate_batches=partial(batches.Batches, padding=padding),
             training_callback=callback,
             max_traces=args.max_traces,
             log=True,
             keep_checkpoints=_checkpoints(args),
             keep_adapters=args.keep_checkpoints or None,
-            save_best=bool(args.save_best),
+            save_best=args.save_best,
             early_stop_patience=args.early_stop_patience,
             nonfinite_limit=args.nonfinite_limit,
             resume=args.resume,
-            settings={
-                "model": base,
-                **{name: getattr(args, name, None) for name in _OF_THE_RESULT},
-            },
+            settings={"model": base, **{name: getattr(args, name, None) for name in _OF_THE_RESULT}},
             allow=args.allow_change or (),
             adapter_config={name: value for name, value in vars(args).items() if name not in ("given", "in_file")},
             reduce_dtype=args.reduce_dtype,
-            shard_state=bool(args.shard_state),
+            shard_state=args.shard_state,
             worker_timeout=args.worker_timeout,
         )
     except BaseException:
-        # What ended the run is to be told, and not that it had no step yet.
+        # The error that ended the run is to be told, and not that the run had no step yet.
         with contextlib.suppress(InputError, OSError):
-            _report(args, folder)
+            _report(args)
         raise
-    _report(args, folder)
+    _report(args)
 
 
-def _report(args: types.SimpleNamespace, folder: Path) -> None:
+def _training_args(args: types.SimpleNamespace) -> TrainingArgs:
+    """mlx-lm's arguments of a training; two have other names on the command line."""
+    same = {field.name: getattr(args, field.name) for field in fields(TrainingArgs) if hasattr(args, field.name)}
+    return TrainingArgs(**same, steps_per_save=args.save_every, adapter_file=str(Path(args.adapter_path) / WEIGHTS))
+
+
+def _report(args: types.SimpleNamespace) -> None:
+    folder = Path(args.adapter_path)
     if args.report and (folder / LOG).exists():
         from .report import write
 
@@ -197,7 +192,7 @@ def _test(args: types.SimpleNamespace, model: nn.Module, test_set: Any) -> None:
     count = len(test_set) // args.batch_size
     count = count if args.test_batches == -1 else min(count, args.test_batches)
     with Workers(join(args.worker_timeout), args.worker_timeout) as workers:
-        workers.saved = lambda: "there is no test loss"
+        workers.saved = "there is no test loss"
         with TrainingProgress(count, quiet=not workers.first, what="test") as progress:
 
             def before_batch() -> None:

@@ -12,13 +12,17 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 
 from .. import schedulers
 from ..base import InputError, output
-from ..schedulers import picture as picture
+from ..finetune.packages import needed
+from ..schedulers import picture
 
-# The functions of `schedulers` that make a schedule from numbers.
+# The functions of `schedulers` that make a schedule from numbers, as the documentation orders them.
 SCHEDULES: dict[str, Callable[..., schedulers.Schedule]] = {
-    name: function
-    for name, function in vars(schedulers).items()
-    if inspect.isfunction(function) and not name.startswith("_") and "warmup" in inspect.signature(function).parameters
+    function.__name__: function
+    for function in (
+        *(schedulers.constant, schedulers.linear, schedulers.cosine, schedulers.polynomial),
+        *(schedulers.warmup_stable_decay, schedulers.inverse_sqrt, schedulers.exponential),
+        *(schedulers.step_decay, schedulers.one_cycle),
+    )
 }
 UPDATES = 1000  # what is drawn of a schedule that has no end
 
@@ -112,10 +116,8 @@ def _from_arguments(name: str, arguments: dict[str, Any]) -> Drawn:
 
 
 def _from_file(file: Path) -> Drawn:
-    try:
-        from .lora_options import settings  # here, because it imports mlx-lm
-    except ImportError as error:
-        raise ImportError(f"YAML of mlx-lm needs mlx-lm ({error}); pip install 'compiled-adam[lm]'") from error
+    with needed("YAML of mlx-lm", "mlx-lm", "lm"):
+        from .lora_options import settings
     found = settings(["--config", str(file)])
     if not found.lr_schedule:
         raise InputError(f"{file} has no lr_schedule; its learning rate is {found.learning_rate:g} throughout")

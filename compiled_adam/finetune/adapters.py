@@ -15,9 +15,10 @@ from ..base import InputError, Row, table
 from ..checkpoint import check_finite
 from .lora_values import lora_parameters
 from .model_files import check_safetensors
+from .names import CONFIG, WEIGHTS
+from .options import called
 from .trainable import add_adapters
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 _PEFT = "; the file has the names of Hugging Face's PEFT, and mlx-lm cannot read PEFT adapters"
 _ADAPTERS = ("lora_a", "lora_b", "m")  # the last parts of the names of what is trained in LoRA and DoRA
 
@@ -105,7 +106,7 @@ def check_folder(folder: str | Path) -> None:
     """Raises ValueError for what can be seen to be wrong with a folder of adapters without a model."""
     if not Path(folder).is_dir():
         raise InputError(
-            f"adapter_path (--adapter-path) is {str(folder)!r}, which is not a folder; give the folder of a run,"
+            f"{called('adapter_path')} is {str(folder)!r}, which is not a folder; give the folder of a run,"
             " or '' to test the model without adapters"
         )
     _read_config(Path(folder) / CONFIG)

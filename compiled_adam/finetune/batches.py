@@ -13,6 +13,7 @@ import numpy as np
 from mlx_lm.tuner.datasets import CacheDataset
 
 from ..base import InputError
+from .options import called
 
 Padding = Callable[[int], int]
 Batch = tuple[mx.array, mx.array]
@@ -40,7 +41,7 @@ def geometric(ratio: float) -> Padding:
     """
     if isinstance(ratio, bool) or not isinstance(ratio, numbers.Real) or not 1.01 <= ratio <= 1000:
         raise InputError(
-            f"bucket (--bucket) is {ratio!r}; the ratio of the lengths must be from 1.01 to 1000, such as 1.25"
+            f"{called('bucket')} is {ratio!r}; the ratio of the lengths must be from 1.01 to 1000, such as 1.25"
         )
 
     def padded(length: int) -> int:
@@ -87,7 +88,7 @@ class Batches:
         if len(dataset) < batch_size:
             raise InputError(
                 f"Dataset must have at least batch_size={batch_size} examples but only has {len(dataset)}; use a"
-                " smaller batch_size (--batch-size) or more data"
+                f" smaller {called('batch_size')} or more data"
             )
         rank, size = (0, 1) if comm_group is None else (comm_group.rank(), comm_group.size())
         if batch_size % size:

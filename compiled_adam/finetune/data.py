@@ -13,6 +13,7 @@ from typing import Any
 from mlx_lm.tuner.datasets import create_dataset, load_dataset
 
 from ..base import InputError
+from .options import called
 from .rows import Located, example
 
 NAMES = {"train": "train set", "valid": "validation set", "test": "test set"}
@@ -111,7 +112,7 @@ def _format(rows: Any, tokenizer: Any, config: Any, place: str) -> Any:
         )
     if getattr(config, "mask_prompt", False) and not ((prompt in first and completion in first) or chat in first):
         raise InputError(
-            f"{place} has only a text; mask_prompt (--mask-prompt) needs a prompt and a completion, or messages"
+            f"{place} has only a text; {called('mask_prompt')} needs a prompt and a completion, or messages"
         )
     return create_dataset(rows, tokenizer, config)
 

@@ -20,6 +20,7 @@ from mlx_lm.tuner.datasets import (
 )
 
 from ..base import InputError
+from .options import called
 
 _FORMATS = (ChatDataset, CompletionsDataset, ConcatenatedDataset, TextDataset)
 
@@ -141,9 +142,7 @@ def _check_conversation(messages: Any, what: str, mask_prompt: bool, place: str)
     if not messages:
         raise InputError(f"{place}: {what} is empty; remove the row, or give it messages")
     if mask_prompt and len(messages) < 2:
-        raise InputError(
-            f"{place}: {what} has only one message, but mask_prompt (--mask-prompt) needs a prompt before it"
-        )
+        raise InputError(f"{place}: {what} has only one message, but {called('mask_prompt')} needs a prompt before it")
     for number, message in enumerate(messages, 1):
         its = f"message {number}"
         if not isinstance(message, Mapping):

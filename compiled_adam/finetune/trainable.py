@@ -10,7 +10,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from ..base import InputError
-from .lora_values import called
+from .options import called
 
 _QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
 _DORA = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
@@ -32,7 +32,7 @@ def unfreeze_last(model: nn.Module, num_layers: int) -> None:
     if quantized:
         raise InputError(
             f"the model is quantized ({quantized[0].bits} bits), and full fine-tuning trains the weights themselves;"
-            " use fine_tune_type (--fine-tune-type) lora or dora, or a model that is not quantized, such as"
+            f" use {called('fine_tune_type')} lora or dora, or a model that is not quantized, such as"
             " mlx_lm.convert --dequantize makes of this one"
         )
     for layer in layers:

@@ -1,22 +1,27 @@
-"""The mean loss over a data set, by mlx-lm's rule, each worker with its part of every batch."""
+"""The mean loss over a data set, by mlx-lm's rule, and the validations of a run."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import islice
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+from mlx_lm.tuner.trainer import TrainingArgs
 
-from ..distributed import join
+from ..distributed import Workers, join
+from .options import called
+from .stopping import Asked
 
 
 def no_targets(max_seq_length: int) -> str:
-    """Why batches have no target, in all likelihood, and what to do; to be put after what follows from it."""
+    """The end of a message about batches without a target: the probable reason, and what to do."""
     return (
-        "no example has a token to predict. With mask_prompt (--mask-prompt) the prompts probably fill max_seq_length"
-        f" (--max-seq-length), {max_seq_length} tokens: raise it, shorten the prompts, or train on prompts too"
+        f"no example has a token to predict. With {called('mask_prompt')} the prompts probably fill"
+        f" {called('max_seq_length')}, {max_seq_length} tokens: raise it, shorten the prompts, or train on prompts too"
     )
 
 
@@ -57,3 +62,71 @@ def mean_loss(
     summed = mx.distributed.all_sum(mx.array([total, targets]), group=world, stream=mx.cpu)
     total, targets = cast(list[float], summed.tolist())
     return total / targets if targets else None
+
+
+class Best(NamedTuple):
+    """The lowest validation loss so far, its iteration, and the number of validations since then."""
+
+    loss: float | None = None
+    iteration: int | None = None
+    stale: int = 0
+
+    def after(self, iteration: int, loss: float) -> Best:
+        """The same after one more validation.
+
+        >>> Best().after(1, 2.0).after(3, math.nan)
+        Best(loss=2.0, iteration=1, stale=1)
+        """
+        if math.isfinite(loss) and (self.loss is None or loss < self.loss):
+            return Best(loss, iteration)
+        return self._replace(stale=self.stale + 1)
+
+
+class Interrupted(Exception):
+    """Raised in the middle of a validation, which may take minutes, when the run is asked to end."""
+
+
+class Validation:
+    """The validations of a run, each with ``args.val_batches`` batches; none without a data set."""
+
+    def __init__(
+        self,
+        dataset: Any,
+        loss: Callable[..., Any],
+        iterate_batches: Callable[..., Any],
+        args: TrainingArgs,
+        workers: Workers,
+        asked: Asked,
+    ) -> None:
+        self._dataset, self._loss, self._iterate_batches = dataset, loss, iterate_batches
+        self._args, self._workers, self._asked = args, workers, asked
+
+    def is_due(self, iteration: int) -> bool:
+        """Whether there is a validation before the step of ``iteration``: the first, the last, each steps_per_eval."""
+        regular = iteration == 1 or iteration % self._args.steps_per_eval == 0
+        return bool(self._dataset) and (regular or iteration == self._args.iters)
+
+    def measure(self, model: nn.Module, iteration: int) -> float | None:
+        """`mean_loss`, after which the model trains on. Raises `Interrupted` if the run is asked to end."""
+        args, random = self._args, np.random.get_state()
+        loss = mean_loss(
+            model,
+            self._dataset,
+            self._loss,
+            self._before_batch,
+            args.clear_cache_threshold,
+            batch_size=args.batch_size,
+            num_batches=args.val_batches,
+            max_seq_length=args.max_seq_length,
+            iterate_batches=self._iterate_batches,
+        )
+        model.train()
+        if iteration != 1 and iteration % args.steps_per_eval:
+            # Made only because the run ends here; if more iterations follow, they are those of a longer run.
+            np.random.set_state(random)
+        return loss
+
+    def _before_batch(self) -> None:
+        if self._asked.signal is not None and not self._workers.many:
+            raise Interrupted
+        self._workers.beat()

@@ -45,7 +45,8 @@ WITH_MLX_LMS_LOSS = """
 import sys
 from functools import partial
 from mlx_lm.tuner.trainer import default_loss
-from compiled_adam import cli, lora_command
+from compiled_adam import cli
+from compiled_adam.commands import lora as lora_command
 lora_command.train = partial(lora_command.train, loss=default_loss)
 sys.exit(cli.main(sys.argv[1:]))
 """

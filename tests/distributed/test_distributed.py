@@ -277,7 +277,7 @@ def test_a_killed_worker_stops_the_others_and_they_resume(fine: Fine) -> None:
     program = """
 import os, runpy, signal
 from mlx_lm.tuner.callbacks import TrainingCallback
-from compiled_adam import lora_command
+from compiled_adam.commands import lora as lora_command
 class Killing(TrainingCallback):
     def on_train_loss_report(self, info):
         if info["iteration"] == 8 and os.environ["MLX_RANK"] == "1":
@@ -302,7 +302,8 @@ def test_a_callback_that_fails_at_one_worker(fine: Fine) -> None:
     program = """
 import os, sys
 from mlx_lm.tuner.callbacks import TrainingCallback
-from compiled_adam import cli, lora_command
+from compiled_adam import cli
+from compiled_adam.commands import lora as lora_command
 class Failing(TrainingCallback):
     def on_train_loss_report(self, info):
         if info["iteration"] == 8:
