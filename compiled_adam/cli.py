@@ -128,24 +128,16 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--pretraining", type=int, default=100, help="iterations of training before that")
     demo.add_argument("--seed", type=int, default=0, help="of the weights and the order of the batches")
     demo.set_defaults(command=_demo)
-    lora = commands.add_parser(
-        "lora", help="fine-tune a model: mlx_lm.lora's flags and files (see lora --help)", add_help=False
-    )
-    lora.set_defaults(command=_lora)
-    plan = commands.add_parser(
-        "plan",
-        help="memory and communication of a job, from the model's config alone (see plan --help)",
-        add_help=False,
-    )
-    plan.set_defaults(command=_plan)
+    told = "fine-tune a model: mlx_lm.lora's flags and files (see lora --help)"
+    commands.add_parser("lora", help=told, add_help=False).set_defaults(command=_lora)
+    told = "memory and communication of a job, from the model's config alone (see plan --help)"
+    commands.add_parser("plan", help=told, add_help=False).set_defaults(command=_plan)
     report = commands.add_parser("report", help="draw the runs in one or more adapter folders as one HTML file")
     report.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="where `lora` wrote its adapters")
     report.add_argument("--out", type=Path, help="the file to write (default: report.html in the first folder)")
     report.set_defaults(command=_report)
-    schedule = commands.add_parser(
-        "schedule", help="draw a learning rate, here and as a picture (see schedule --help)", add_help=False
-    )
-    schedule.set_defaults(command=_schedule)
+    told = "draw a learning rate, here and as a picture (see schedule --help)"
+    commands.add_parser("schedule", help=told, add_help=False).set_defaults(command=_schedule)
     doctor = commands.add_parser("doctor", help="say whether this machine can train, how well, and what would help")
     doctor.add_argument("--json", action="store_true", help="the same for programs")
     doctor.set_defaults(command=_doctor)

@@ -33,7 +33,35 @@ class Option(NamedTuple):
     more: Mapping[str, Any] = {}  # further arguments of argparse
 
 
-N = {"metavar": "N"}
+_TRACES = "The number of batch shapes that stay compiled; the least recently used is dropped. Default: {default}."
+_PATIENCE = "Stop when the validation loss has not improved N times in a row. Default: never."
+_BUCKET = (
+    "Pad batches to lengths of a geometric series with this ratio (1.25 if none is given) instead of to multiples of"
+    " 32, so that fewer shapes are compiled. The padding that this costs is printed. Default: off."
+)
+_KEEP = (
+    "Keep the newest N checkpoints, and only N numbered adapter files; 0 writes no checkpoints. Default:"
+    f" {KEPT} checkpoints, and all adapter files like mlx_lm.lora."
+)
+_LIMIT = "Stop after N steps in a row whose loss or gradient is infinite or not a number. Default: {default}."
+_RESUME = (
+    "Go on from this checkpoint, as if the run had never stopped. Without PATH (or with auto): from the newest"
+    " undamaged checkpoint beside the adapters, or from the beginning if none was ever written. Default: start from the"
+    " beginning."
+)
+_ALLOW = "With --resume: a setting that may differ from the checkpoint's, such as learning_rate; repeatable."
+_REDUCE = (
+    "The dtype in which gradients are communicated. param, the dtype of the parameters, halves the bytes for"
+    " half-precision weights. Default: {default}."
+)
+_SHARD = (
+    "Spread the optimizer's state over the workers: each keeps the state of its part of the parameters. The results are"
+    " the same, in less memory, but new weights are communicated, too. Default: off."
+)
+_TIMEOUT = (
+    "Stop when the other workers are silent for this many seconds, or for five of the longest steps if that is more."
+    " Default: {default:g}."
+)
 GROUPS = {
     "optimizer, also as YAML keys; for adam and adamw": (
         Option("max_grad_norm", float, "Clip gradients to this global norm. Default: no clipping."),
@@ -46,75 +74,20 @@ GROUPS = {
         ),
     ),
     "training, also as YAML keys": (
-        Option(
-            "max_traces",
-            int,
-            "The number of batch shapes that stay compiled; the least recently used is dropped. Default: {default}.",
-        ),
-        Option(
-            "bucket",
-            float,
-            "Pad batches to lengths of a geometric series with this ratio (1.25 if none is given) instead of to"
-            " multiples of 32, so that fewer shapes are compiled. The padding that this costs is printed. Default:"
-            " off.",
-            {"nargs": "?", "const": 1.25, "metavar": "RATIO"},
-        ),
-        Option(
-            "keep_checkpoints",
-            int,
-            "Keep the newest N checkpoints, and only N numbered adapter files; 0 writes no checkpoints. Default:"
-            f" {KEPT} checkpoints, and all adapter files like mlx_lm.lora.",
-            N,
-        ),
+        Option("max_traces", int, _TRACES),
+        Option("bucket", float, _BUCKET, {"nargs": "?", "const": 1.25, "metavar": "RATIO"}),
+        Option("keep_checkpoints", int, _KEEP),
         Option("save_best", bool, "Keep the adapters with the lowest validation loss in best/. Default: off."),
-        Option(
-            "early_stop_patience",
-            int,
-            "Stop when the validation loss has not improved N times in a row. Default: never.",
-            N,
-        ),
-        Option(
-            "nonfinite_limit",
-            int,
-            "Stop after N steps in a row whose loss or gradient is infinite or not a number. Default: {default}.",
-            N,
-        ),
-        Option(
-            "resume",
-            str,
-            "Go on from this checkpoint, as if the run had never stopped. Without PATH (or with auto): from the newest"
-            " undamaged checkpoint beside the adapters, or from the beginning if none was ever written. Default: start"
-            " from the beginning.",
-            {"nargs": "?", "const": "auto", "metavar": "PATH"},
-        ),
-        Option(
-            "allow_change",
-            str,
-            "With --resume: a setting that may differ from the checkpoint's, such as learning_rate; repeatable.",
-            {"action": "append", "metavar": "NAME"},
-        ),
+        Option("early_stop_patience", int, _PATIENCE),
+        Option("nonfinite_limit", int, _LIMIT),
+        Option("resume", str, _RESUME, {"nargs": "?", "const": "auto", "metavar": "PATH"}),
+        Option("allow_change", str, _ALLOW, {"action": "append", "metavar": "NAME"}),
         Option("report", bool, "Draw the run into report.html beside the adapters when it ends. Default: off."),
     ),
     "several workers, also as YAML keys; for processes that mlx.launch starts, which share every batch": (
-        Option(
-            "reduce_dtype",
-            DTYPES,
-            "The dtype in which gradients are communicated. param, the dtype of the parameters, halves the bytes for"
-            " half-precision weights. Default: {default}.",
-        ),
-        Option(
-            "shard_state",
-            bool,
-            "Spread the optimizer's state over the workers: each keeps the state of its part of the parameters. The"
-            " results are the same, in less memory, but new weights are communicated, too. Default: off.",
-        ),
-        Option(
-            "worker_timeout",
-            float,
-            "Stop when the other workers are silent for this many seconds, or for five of the longest steps if that is"
-            " more. Default: {default:g}.",
-            {"metavar": "SECONDS"},
-        ),
+        Option("reduce_dtype", DTYPES, _REDUCE),
+        Option("shard_state", bool, _SHARD),
+        Option("worker_timeout", float, _TIMEOUT, {"metavar": "SECONDS"}),
     ),
 }
 # Defaults are those of `train`, but for these. None: not asked for; then the optimizer's own default holds, or `KEPT`.
@@ -186,6 +159,8 @@ def _kind(kind: Any) -> dict[str, Any]:
     """The arguments of argparse for a ``kind`` of `Option`."""
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction, "default": None}
+    if kind is int:
+        return {"type": int, "metavar": "N"}
     return {"type": kind} if isinstance(kind, type) else {"choices": kind}
 
 

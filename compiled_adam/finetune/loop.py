@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +22,22 @@ from .stopping import Asked, is_out_of_memory
 from .validation import Best, Interrupted, Validation
 
 
+@dataclass(eq=False)
 class TrainingLoop:
     """The loop, and what it knows between two iterations."""
 
-    def __init__(
-        self,
-        step: TrainStep,
-        batches: Any,
-        validation: Validation,
-        args: TrainingArgs,
-        options: TrainOptions,
-        folder: RunFolder,
-        reporting: Reporting,
-        asked: Asked,
-    ) -> None:
-        self.step, self.batches, self.validation = step, batches, validation
-        self.args, self.options = args, options
-        self.folder, self.reporting, self.asked = folder, reporting, asked
-        self.iteration = 0  # the last one that is finished
-        self.best = Best()
-        self._begun: dict[str, Any] | None = None  # while an iteration is not finished, `_place` before it
+    step: TrainStep
+    batches: Any
+    validation: Validation
+    args: TrainingArgs
+    options: TrainOptions
+    folder: RunFolder
+    reporting: Reporting
+    asked: Asked
+    iteration: int = field(default=0, init=False)  # the last one that is finished
+    best: Best = field(default=Best(), init=False)
+    # While an iteration is not finished, `_place` before it.
+    begun: dict[str, Any] | None = field(default=None, init=False)
 
     def resume(self, checkpoint: str | Path) -> None:
         """Goes on from a checkpoint, or from the newest whole one for "auto"."""
@@ -101,7 +98,7 @@ class TrainingLoop:
         args = self.args
         while self.iteration < args.iters and self.asked.agreed is None and not self._failed_too_often():
             iteration = self.iteration + 1
-            self._begun = self._place()
+            self.begun = self._place()
             try:
                 batch = next(self.batches)
             except StopIteration:
@@ -111,8 +108,8 @@ class TrainingLoop:
                 if (patience := self.options.early_stop_patience) is not None and self.best.stale >= patience:
                     return self._stopped_early(iteration)
             self.step.vote = self.asked.vote()
-            ready = self.reporting.put(iteration, self.step(*batch))
-            self.iteration, self._begun = iteration, None
+            ready = self.reporting.reader.put(iteration, self.step(*batch))
+            self.iteration, self.begun = iteration, None
             self.reporting.take(ready)
             if args.clear_cache_threshold and mx.get_cache_memory() > args.clear_cache_threshold:
                 mx.clear_cache()
@@ -122,7 +119,7 @@ class TrainingLoop:
             if iteration % args.steps_per_save == 0:
                 self.reporting.drain()
                 self.folder.save_numbered(self._state())
-                self.reporting.restart_clock()
+                self.reporting.reader.restart_clock()
         self.reporting.drain()
         return None
 
@@ -135,7 +132,7 @@ class TrainingLoop:
             self.best = self.best.after(iteration, loss)
             if self.options.save_best and self.best.iteration == iteration:
                 self.folder.save_best(self.iteration)
-        self.reporting.restart_clock()
+        self.reporting.reader.restart_clock()
 
     def _stopped_early(self, iteration: int) -> str:
         loss, at, stale = self.best
@@ -149,7 +146,7 @@ class TrainingLoop:
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint has of the loop, as JSON can hold it."""
-        return {"iteration": self.iteration, **(self._begun or self._place()), **self.reporting.state()}
+        return {"iteration": self.iteration, **(self.begun or self._place()), **self.reporting.state()}
 
     def _failed_too_often(self) -> bool:
         limit = self.options.nonfinite_limit
@@ -181,7 +178,7 @@ class TrainingLoop:
         # Other workers are somewhere else, and cannot take part in saving.
         problems = [] if self.asked.many else self.folder.save_all(self._state())[0]
         changed = ""
-        if isinstance(error, InputError) and self.folder.can_be_resumed():
+        if isinstance(error, InputError) and self.folder.resumable:
             changed = """; after a change of the data it also needs allow=["data"] or --allow-change data"""
         self.reporting.line(f"iteration {self.iteration + 1}: {error}; {self.folder.outcome(problems)}{changed}")
 

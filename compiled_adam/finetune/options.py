@@ -11,26 +11,19 @@ from typing import Any
 from ..base import InputError
 from ..distributed import check_timeout
 
-# The least value of each whole number, and the values below it that have a meaning of their own.
-WHOLE: dict[str, tuple[int, dict[int, str]]] = {
-    "num_layers": (1, {-1: "for all layers"}),
-    "batch_size": (1, {}),
-    "iters": (1, {}),
-    "val_batches": (1, {-1: "for the whole validation set"}),
-    "test_batches": (1, {-1: "for the whole test set"}),
-    "steps_per_report": (1, {}),
-    "steps_per_eval": (1, {}),
-    "save_every": (1, {}),
-    "steps_per_save": (1, {}),
-    "grad_accumulation_steps": (1, {}),
-    "max_seq_length": (2, {}),
-    "seed": (0, {}),
-    "clear_cache_threshold": (0, {}),
-    "max_traces": (1, {}),
-    "keep_checkpoints": (0, {}),
-    "keep_adapters": (1, {}),
-    "early_stop_patience": (1, {}),
-    "nonfinite_limit": (1, {}),
+# The least value of each whole number.
+WHOLE = {
+    **dict.fromkeys(("num_layers", "batch_size", "iters", "val_batches", "test_batches", "steps_per_report"), 1),
+    **dict.fromkeys(("steps_per_eval", "save_every", "steps_per_save", "grad_accumulation_steps", "max_traces"), 1),
+    **dict.fromkeys(("keep_adapters", "early_stop_patience", "nonfinite_limit"), 1),
+    **dict.fromkeys(("seed", "clear_cache_threshold", "keep_checkpoints"), 0),
+    "max_seq_length": 2,
+}
+# The meaning of -1, where it has one.
+_ALL = {
+    "num_layers": "for all layers",
+    "val_batches": "for the whole validation set",
+    "test_batches": "for the whole test set",
 }
 # The flags whose names differ from the names of the arguments.
 _FLAGS = {"keep_adapters": "--keep-checkpoints", "steps_per_save": "--save-every"}
@@ -45,18 +38,15 @@ def called(name: str) -> str:
     return f"{name} ({_FLAGS.get(name) or '--' + name.replace('_', '-')})"
 
 
-def check_whole(name: str, value: object) -> None:
+def check_whole(name: str, value: Any) -> None:
     """Raises ValueError if ``value`` is not a whole number in the range of the option ``name``."""
-    least, others = WHOLE[name]
-    most = 2**32 - 1 if name == "seed" else sys.maxsize
-    too_large = False
-    if isinstance(value, int) and not isinstance(value, bool):
-        if value in others or least <= value <= most:
-            return
-        too_large = value > most
-    bounded = name == "seed" or too_large
+    least, most = WHOLE[name], 2**32 - 1 if name == "seed" else sys.maxsize
+    number = isinstance(value, int) and not isinstance(value, bool)
+    if number and (least <= value <= most or (value == -1 and name in _ALL)):
+        return
+    bounded = name == "seed" or (number and value > most)
     allowed = f"a whole number from {least} to {most}" if bounded else f"a whole number of at least {least}"
-    allowed += "".join(f", or {other} {meaning}" for other, meaning in others.items())
+    allowed += f", or -1 {_ALL[name]}" if name in _ALL else ""
     raise InputError(f"{called(name)} is {value!r}; it must be {allowed}")
 
 

@@ -6,6 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
+def install(extra: str) -> str:
+    """The command that installs an extra of this package."""
+    return f"pip install 'compiled-adam[{extra}]'"
+
+
 @contextmanager
 def needed(purpose: str, package: str, extra: str) -> Iterator[None]:
     """A context for an import of ``package``; if the import fails, the error says which ``extra`` to install.
@@ -15,6 +20,4 @@ def needed(purpose: str, package: str, extra: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise ImportError(
-            f"{purpose} needs {package} ({error}); install it with `pip install 'compiled-adam[{extra}]'`"
-        ) from error
+        raise ImportError(f"{purpose} needs {package} ({error}); install it with `{install(extra)}`") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,37 +58,34 @@ def put_aside(folder: Path, checkpoints: list[Path], files: list[Path]) -> str |
     return f"what an earlier run left is in {aside}{newest}"
 
 
+@dataclass(eq=False)
 class RunFolder:
     """Saves the weights and checkpoints of a run beside ``adapters``; the first worker writes, all call the methods.
 
-    The ``state`` that methods take is what a checkpoint has of the training loop; it has the ``iteration``.
+    The ``state`` that methods take is what a checkpoint has of the training loop; it has the ``iteration``. ``line``
+    prints a line.
     """
 
-    def __init__(
-        self,
-        adapters: Path,
-        step: TrainStep,
-        options: TrainOptions,
-        settings: dict[str, Any],
-        workers: Workers,
-        line: Callable[[str], None],
-    ) -> None:
-        self.adapters, self.path, self.step = adapters, adapters.parent, step
-        self._options, self._settings, self._workers, self._line = options, settings, workers, line
-        self._numbered: list[str] = []  # the numbered adapter files that this run wrote, the oldest first
-        self._resumable = ""  # the end of sentences about what is saved
+    adapters: Path
+    step: TrainStep
+    options: TrainOptions
+    settings: dict[str, Any]
+    workers: Workers
+    line: Callable[[str], None]
+    adapter_files: list[str] = field(default_factory=list, init=False)  # the numbered ones of this run, oldest first
+    resumable: str = field(default="", init=False)  # the end of sentences about what is saved, after a checkpoint
+
+    @property
+    def path(self) -> Path:
+        return self.adapters.parent
 
     @property
     def saved(self) -> str:
         """A sentence: what there is to go on from."""
-        return self._workers.saved
-
-    def can_be_resumed(self) -> bool:
-        """Whether this run has written a checkpoint."""
-        return bool(self._resumable)
+        return self.workers.saved
 
     def _warn(self, message: str) -> None:
-        self._line(f"warning: {message}")
+        self.line(f"warning: {message}")
 
     # Saving.
 
@@ -107,7 +105,7 @@ class RunFolder:
             try:
                 save()
             except Exception as error:
-                if self._workers.many and isinstance(error, RuntimeError):
+                if self.workers.many and isinstance(error, RuntimeError):
                     raise  # no connection any more
                 known = isinstance(error, (OSError, InputError)) or is_lost_evaluation(error)
                 problems.append(str(error) if known else repr(error))
@@ -126,28 +124,28 @@ class RunFolder:
 
     def save_best(self, iteration: int) -> None:
         """Saves the weights in the folder `BEST`; ``iteration`` is the last one that is finished."""
-        self._try(partial(self._workers.first_does, self._write_best), iteration)
+        self._try(partial(self.workers.first_does, self._write_best), iteration)
 
     def _try(self, save: Callable[[], None], iteration: int) -> None:
         """A save that fails in the middle of a run (disk full, weights not finite) is reported; what is there stays."""
         try:
             save()
         except (OSError, InputError) as error:
-            self._line(f"iter {iteration:>5}  not saved: {error}; training goes on, {self.saved}")
+            self.line(f"iter {iteration:>5}  not saved: {error}; training goes on, {self.saved}")
 
     def _save_numbered_adapters(self, iteration: int) -> None:
         file = self.path / f"{iteration:07d}_adapters.safetensors"
         self._save_adapters(iteration, file)
-        self._numbered = [name for name in self._numbered if name != file.name] + [file.name]
-        while self._options.keep_adapters is not None and len(self._numbered) > self._options.keep_adapters:
-            superfluous = self.path / self._numbered.pop(0)
-            if self._workers.first:
+        self.adapter_files = [name for name in self.adapter_files if name != file.name] + [file.name]
+        while self.options.keep_adapters is not None and len(self.adapter_files) > self.options.keep_adapters:
+            superfluous = self.path / self.adapter_files.pop(0)
+            if self.workers.first:
                 superfluous.unlink(missing_ok=True)
-        self._line(f"iter {iteration:>5}  saved {file}")
+        self.line(f"iter {iteration:>5}  saved {file}")
 
     def _save_adapters(self, iteration: int, *more: Path) -> None:
-        self._workers.first_does(partial(self._write_adapters, [self.adapters, *more]))
-        self._workers.saved = f"{self.adapters} has the weights after iteration {iteration}{self._resumable}"
+        self.workers.first_does(partial(self._write_adapters, [self.adapters, *more]))
+        self.workers.saved = f"{self.adapters} has the weights after iteration {iteration}{self.resumable}"
 
     def _write_adapters(self, files: list[Path]) -> None:
         weights = self._weights()
@@ -169,53 +167,53 @@ class RunFolder:
                 shutil.copy(self.path / CONFIG, folder)
 
     def _save_checkpoint(self, state: dict[str, Any]) -> None:
-        if not self._options.keep_checkpoints:
+        if not self.options.keep_checkpoints:
             return
-        arrays = self._workers.together(partial(self.step.state_dict, everywhere=False))
-        self._workers.first_does(partial(self._write_checkpoint, arrays, {**state, "adapters": self._numbered}))
+        arrays = self.workers.together(partial(self.step.state_dict, everywhere=False))
+        self.workers.first_does(partial(self._write_checkpoint, arrays, {**state, "adapters": self.adapter_files}))
         self._note_checkpoint(state["iteration"])
 
     def _write_checkpoint(self, arrays: dict[str, dict[str, mx.array]], extra: dict[str, Any]) -> None:
         checkpoints = self.path / CHECKPOINTS
         folder = checkpoints / f"{extra['iteration']:07d}"
-        write_checkpoint(folder, self.step, arrays, extra, settings=self._settings)
+        write_checkpoint(folder, self.step, arrays, extra, settings=self.settings)
         self._note_checkpoint(extra["iteration"])  # now, since another worker may have ended
         try:
-            prune(checkpoints, self._options.keep_checkpoints)
+            prune(checkpoints, self.options.keep_checkpoints)
         except (OSError, InputError) as error:
             self._warn(f"{folder} is saved, but older checkpoints were not removed: {error}")
 
     def _note_checkpoint(self, iteration: int) -> None:
-        self._resumable = f', and resume="auto" or --resume goes on from iteration {iteration}'
-        self._workers.saved = f"there is a checkpoint in {self.path / CHECKPOINTS}{self._resumable}"
+        self.resumable = f', and resume="auto" or --resume goes on from iteration {iteration}'
+        self.workers.saved = f"there is a checkpoint in {self.path / CHECKPOINTS}{self.resumable}"
 
     # Resuming.
 
     def load(self, checkpoint: str | Path) -> tuple[str, dict[str, Any]]:
         """Continues the step from a checkpoint, or from the newest whole one for "auto"; returns its path and state."""
         # The other workers get it from the first one, and need not have its files.
-        path, read = self._workers.all_do(partial(self._read, checkpoint)) or ("", None)
+        path, read = self.workers.all_do(partial(self._read, checkpoint)) or ("", None)
         mine = None if read is None else [path, read.extra, read.convert, read.own_rate]
-        path, extra, convert, own_rate = self._workers.first_does(lambda: mine)
-        state = self._workers.share({} if read is None else read.state, self.step.keeps)
-        self._workers.all_do(partial(Contents(state, extra, convert, own_rate).into, self.step))
+        path, extra, convert, own_rate = self.workers.first_does(lambda: mine)
+        state = self.workers.share({} if read is None else read.state, self.step.keeps)
+        self.workers.all_do(partial(Contents(state, extra, convert, own_rate).into, self.step))
         return path, extra
 
     def _read(self, checkpoint: str | Path) -> tuple[str, Contents] | None:
         """The path and the contents of the checkpoint; None at all workers but the first."""
-        if not self._workers.first:
+        if not self.workers.first:
             return None
         auto = checkpoint == "auto"
         path = latest_checkpoint(self.path / CHECKPOINTS, warn=self._warn) if auto else Path(checkpoint)
-        settings, allow = self._settings, self._options.allow
+        settings, allow = self.settings, self.options.allow
         return str(path), read_checkpoint(path, self.step, settings=settings, allow=allow, warn=self._warn)
 
     def go_on(self, path: str, iteration: int, adapters: list[str]) -> None:
         """This run goes on from the checkpoint ``path``, whose run had written the numbered ``adapters``."""
-        self._numbered = adapters
-        self._workers.saved = f"{path} has the state after iteration {iteration}"
-        self._line(f"iter {iteration:>5}  resumed from {path}")
-        self._workers.first_does(partial(self._put_aside_after, iteration))
+        self.adapter_files = adapters
+        self.workers.saved = f"{path} has the state after iteration {iteration}"
+        self.line(f"iter {iteration:>5}  resumed from {path}")
+        self.workers.first_does(partial(self._put_aside_after, iteration))
 
     def _put_aside_after(self, iteration: int) -> None:
         # They are damaged, or of a run that this one leaves: neither may be taken for this run's.
@@ -231,4 +229,4 @@ class RunFolder:
 
     def _tell(self, sentence: str | None) -> None:
         if sentence:
-            self._line(sentence)
+            self.line(sentence)

@@ -34,6 +34,7 @@ from .batches import Batches
 from .console import TrainingProgress
 from .log import RunLog
 from .loop import TrainingLoop
+from .metrics import StepReader
 from .names import CHECKPOINTS, CONFIG, LOG
 from .options import WHOLE, TrainOptions, called, check_whole
 from .reporting import Reporting
@@ -151,7 +152,9 @@ class Job:
             asked = stack.enter_context(asked_to_stop(workers.many))
             progress = stack.enter_context(TrainingProgress(args.iters, quiet=not workers.first))
             validation = Validation(self.val_dataset, self.loss, self.iterate_batches, args, workers, asked)
-            reporting = Reporting(step, progress, callback, workers, asked, args.max_seq_length)
+            reporting = Reporting(
+                StepReader(step), progress, callback or TrainingCallback(), workers, asked, args.max_seq_length
+            )
             saved = RunFolder(Path(args.adapter_file), step, options, settings, workers, progress.line)
             loop = TrainingLoop(step, batches, validation, args, options, saved, reporting, asked)
             if resume is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple, cast
 
@@ -86,39 +87,35 @@ class Interrupted(Exception):
     """Raised in the middle of a validation, which may take minutes, when the run is asked to end."""
 
 
+@dataclass(eq=False)
 class Validation:
     """The validations of a run, each with ``args.val_batches`` batches; none without a data set."""
 
-    def __init__(
-        self,
-        dataset: Any,
-        loss: Callable[..., Any],
-        iterate_batches: Callable[..., Any],
-        args: TrainingArgs,
-        workers: Workers,
-        asked: Asked,
-    ) -> None:
-        self._dataset, self._loss, self._iterate_batches = dataset, loss, iterate_batches
-        self._args, self._workers, self._asked = args, workers, asked
+    dataset: Any
+    loss: Callable[..., Any]
+    iterate_batches: Callable[..., Any]
+    args: TrainingArgs
+    workers: Workers
+    asked: Asked
 
     def is_due(self, iteration: int) -> bool:
         """Whether there is a validation before the step of ``iteration``: the first, the last, each steps_per_eval."""
-        regular = iteration == 1 or iteration % self._args.steps_per_eval == 0
-        return bool(self._dataset) and (regular or iteration == self._args.iters)
+        regular = iteration == 1 or iteration % self.args.steps_per_eval == 0
+        return bool(self.dataset) and (regular or iteration == self.args.iters)
 
     def measure(self, model: nn.Module, iteration: int) -> float | None:
         """`mean_loss`, after which the model trains on. Raises `Interrupted` if the run is asked to end."""
-        args, random = self._args, np.random.get_state()
+        args, random = self.args, np.random.get_state()
         loss = mean_loss(
             model,
-            self._dataset,
-            self._loss,
+            self.dataset,
+            self.loss,
             self._before_batch,
             args.clear_cache_threshold,
             batch_size=args.batch_size,
             num_batches=args.val_batches,
             max_seq_length=args.max_seq_length,
-            iterate_batches=self._iterate_batches,
+            iterate_batches=self.iterate_batches,
         )
         model.train()
         if iteration != 1 and iteration % args.steps_per_eval:
@@ -127,6 +124,6 @@ class Validation:
         return loss
 
     def _before_batch(self) -> None:
-        if self._asked.signal is not None and not self._workers.many:
+        if self.asked.signal is not None and not self.workers.many:
             raise Interrupted
-        self._workers.beat()
+        self.workers.beat()
