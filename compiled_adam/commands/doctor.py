@@ -42,7 +42,7 @@ class Finding(NamedTuple):
 
 
 def examine() -> list[Finding]:
-    """Every finding, in the order of what depends on what; takes some seconds, most of them a compiler's."""
+    """Every finding; each depends on those before it. Takes some seconds, most of them in a compiler."""
     checks: dict[str, Callable[[], Finding]] = {
         "MLX": _mlx,
         "device": _device,
@@ -65,7 +65,7 @@ def training_works(findings: list[Finding]) -> bool:
 
 
 def lines(findings: list[Finding]) -> list[str]:
-    """The findings for a person: one line each, and what to do below it.
+    """The findings for a person: a line for each, and the advice below it.
 
     >>> print("\\n".join(lines([Finding("MLX", "ok", "1.0"), Finding("matmul", "advice", "slow", "use another")])))
     ok      MLX         1.0
@@ -80,7 +80,7 @@ def lines(findings: list[Finding]) -> list[str]:
 
 
 def _made(name: str, check: Callable[[], Finding]) -> Finding:
-    """A check that raises has found something too."""
+    """The finding of a check; an error of the check is a finding, too."""
     try:
         return check()
     except Exception as error:

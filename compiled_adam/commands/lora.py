@@ -49,7 +49,7 @@ _OF_THE_RESULT = (
 
 
 def main(argv: Sequence[str]) -> None:
-    """Runs the command line ``argv``; raises ValueError or OSError for what cannot be done.
+    """Runs the command line ``argv``; raises ValueError or OSError if that is not possible.
 
     Of several workers, as ``mlx.launch`` starts them, the first one prints and reports.
     """
@@ -90,7 +90,7 @@ def run(args: types.SimpleNamespace) -> None:
 
 
 def _check_files(args: types.SimpleNamespace) -> None:
-    """Raises ValueError for files that are not there or cannot be read; leaves out weights that a checkpoint has."""
+    """Raises ValueError for files that are missing or damaged; drops resume_adapter_file if there is a checkpoint."""
     if not args.train and args.adapter_path:
         check_folder(args.adapter_path)
     alone = join(args.worker_timeout).size() == 1  # other workers may not have the checkpoints, and all begin alike
@@ -111,7 +111,7 @@ def _check_files(args: types.SimpleNamespace) -> None:
 
 
 def _test_set(args: types.SimpleNamespace, dataset: Any) -> CacheDataset:
-    """Tokenized before a training: what is wrong with it must not show at the end of a long one."""
+    """The test set. It is tokenized before a training, so that an error does not come at the end of a long one."""
     if len(dataset) < args.batch_size:
         raise InputError(
             f"the test set has {len(dataset)} examples, fewer than batch_size={args.batch_size};"
@@ -216,7 +216,7 @@ def _test(args: types.SimpleNamespace, model: nn.Module, test_set: Any) -> None:
 
 
 def make_trainable(args: types.SimpleNamespace, model: nn.Module) -> None:
-    """Freezes a model, but for what the job trains: adapters that are added, or its last layers."""
+    """Freezes a model, except for the parameters that the job trains: new adapters, or the last layers."""
     model.freeze()
     check_layers(model, args.num_layers)
     if args.fine_tune_type == "full":

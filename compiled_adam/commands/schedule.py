@@ -28,7 +28,7 @@ UPDATES = 1000  # what is drawn of a schedule that has no end
 
 
 class Drawn(NamedTuple):
-    """What is drawn: a schedule, what it is called, and until which update."""
+    """A schedule to draw, its title, and the last update."""
 
     schedule: schedulers.Schedule
     label: str
@@ -36,7 +36,7 @@ class Drawn(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> None:
-    """Draws what the command line says; raises ValueError for what no schedule is made of."""
+    """Draws the schedule of the command line ``argv``; raises ValueError if its values make no schedule."""
     name = argv[0] if argv and not argv[0].startswith("-") else None
     if name is None:
         arguments = parser().parse_args(argv)

@@ -1,4 +1,4 @@
-"""Batches of a data set in mlx-lm's order, padded, that know their place and can go on from it."""
+"""Padded batches of a data set in mlx-lm's order, with a position that can be saved and restored."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class Batches:
         self._order = np.random.permutation(len(self.members))
 
     def position(self) -> dict[str, Any]:
-        """Where this is, as JSON can hold it: `restore` of it gives the batches that come next."""
+        """The place in the data set, for JSON. After `restore` of it the same batches follow."""
         return {
             "epoch_start": self._epoch_start,
             "next": self._next,
@@ -138,7 +138,7 @@ class Batches:
         is in does not exist any more: the next epoch begins, and a warning says so.
 
         Raises:
-            ValueError: it is no position. Nothing is changed then.
+            ValueError: ``position`` was not made by `position`. Nothing is changed then.
         """
         found, count = _Position.of(position), len(self.members)
         # Positions of version 0.1 do not say how many batches there were.
@@ -162,7 +162,7 @@ class Batches:
         return map(self._example, range(len(self._dataset)))
 
     def forecast(self) -> Forecast:
-        """What an epoch's shapes are; tokenizes the whole data set."""
+        """The number of shapes in an epoch, and its padding; tokenizes the whole data set."""
         shapes, tokens, padded = set(), 0, 0
         for members in self.members:
             lengths = [min(len(self._example(i)[0]), self._longest) for i in members]
@@ -199,14 +199,14 @@ class Batches:
 
 
 class Forecast(NamedTuple):
-    """What to expect of the shapes of a run that sees its whole data set."""
+    """The shapes of a run that sees its whole data set."""
 
     traces: int  # different batch shapes
     overhead: float  # padding, as a part of the tokens
 
 
 class _Position(NamedTuple):
-    """What `Batches.position` gave, checked."""
+    """A position that `Batches.position` made, checked."""
 
     epoch_start: Any  # NumPy's random state from which the order was drawn; None before the first batch
     next: int

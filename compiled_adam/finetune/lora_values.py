@@ -1,4 +1,4 @@
-"""What the values of a fine-tuning job may be: the ranges of its numbers, and the keys inside its mappings."""
+"""Checks of the values of a fine-tuning job: the ranges of its numbers, and the keys inside its mappings."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def as_float(value: Any) -> Any:
 
 
 def check(args: types.SimpleNamespace) -> None:
-    """Raises ValueError, naming it, for a value that no job can have; see `lora_options.settings`."""
+    """Raises ValueError that names a value which no job can have; see `lora_options.settings`."""
     for name, value in vars(args).items():
         if name in WHOLE and value is not None:
             check_whole(name, value)
@@ -92,7 +92,7 @@ def lora_parameters(given: Mapping[str, Any], *, needed: bool = True) -> dict[st
     """The checked ``lora_parameters`` of a job; ``needed``: whether rank, scale and dropout must all be there.
 
     Raises:
-        ValueError: an unknown key, a key that is missing, or a value out of its range, naming it.
+        ValueError: an unknown key, a key that is missing, or a value out of its range. The message names it.
     """
     known = (*_LORA, "keys")
     if unknown := [key for key in given if key not in known]:

@@ -1,4 +1,4 @@
-"""Loading a model: its files are looked at first, so that one that is missing or damaged is named."""
+"""Loading a model. Its files are checked first, so that the message names the one that is missing or damaged."""
 
 from __future__ import annotations
 

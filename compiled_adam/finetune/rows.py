@@ -1,7 +1,7 @@
-"""The rows of a data set: what mlx-lm's formats need them to be, and where each is from.
+"""The rows of a data set: the checks of mlx-lm's formats, and the place of each row in its file.
 
-mlx-lm looks at the first row only, to choose the format. What is wrong with another one is an IndexError, a KeyError or
-worse when the row is tokenized. `Located` says which row it is, and what is wrong with it.
+mlx-lm looks at the first row only, to choose the format. A wrong row later in the file becomes an IndexError, a
+KeyError or worse when it is tokenized. `Located` says which row is wrong, and why.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Why a run ends before its last iteration, and how it is told to."""
+"""The reasons why a run ends before its last iteration: signals, and errors of MLX."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Asked:
         self._elected: int | None = None
 
     def vote(self) -> float:
-        """The own signal as a number whose sum over the workers tells whether any of them got one."""
+        """The signal of this worker as a number. The sum over all workers tells whether any of them got one."""
         return _VOTES.get(self.signal or 0, 0.0)
 
     def count(self, votes: float) -> None:
