@@ -199,17 +199,7 @@ def _test(args: types.SimpleNamespace, model: nn.Module, test_set: Any) -> None:
                 workers.beat()
                 progress.advance()
 
-            loss = mean_loss(
-                model,
-                test_set,
-                losses.next_token,
-                before_batch,
-                args.clear_cache_threshold,
-                batch_size=args.batch_size,
-                num_batches=args.test_batches,
-                max_seq_length=args.max_seq_length,
-                iterate_batches=batches.Batches,
-            )
+            loss = mean_loss(model, test_set, losses.next_token, batches.Batches, args, count, before_batch)
         if loss is None:
             raise InputError(f"there is no test loss: {no_targets(args.max_seq_length)}")
         print(f"Test loss {loss:.3f}, Test ppl {math.inf if loss >= 700 else math.exp(loss):.3f}.")

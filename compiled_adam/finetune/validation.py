@@ -30,26 +30,23 @@ def mean_loss(
     model: nn.Module,
     dataset: Any,
     loss: Callable[..., Any],
-    before_batch: Callable[[], None],
-    clear_cache_threshold: int = 0,
-    *,
-    batch_size: int,
-    num_batches: int,
-    max_seq_length: int,
     iterate_batches: Callable[..., Any],
+    args: Any,
+    num_batches: int,
+    before_batch: Callable[[], None],
 ) -> float | None:
     """The mean over all targets, of all workers; None if there is none. Leaves the model in its ``eval`` mode.
 
     Args:
         model, dataset, loss, iterate_batches: as in `compiled_adam.train`.
-        before_batch: is called before each batch; it may raise.
-        clear_cache_threshold: clear the allocator's cache when it has more bytes. Default 0: never.
-        batch_size, max_seq_length: of all workers together.
+        args: has ``batch_size`` and ``max_seq_length``, of all workers together, and ``clear_cache_threshold``.
         num_batches: how many batches are measured at most; -1 for all.
+        before_batch: is called before each batch; it may raise.
     """
     model.eval()
     world = join()
-    batches = iterate_batches(dataset=dataset, batch_size=batch_size, max_seq_length=max_seq_length, comm_group=world)
+    sizes = {"batch_size": args.batch_size, "max_seq_length": args.max_seq_length}
+    batches = iterate_batches(dataset=dataset, comm_group=world, **sizes)
     total, targets = 0.0, 0.0
     for batch in islice(batches, None if num_batches == -1 else num_batches):
         before_batch()
@@ -58,7 +55,7 @@ def mean_loss(
         # A batch, or a worker's part of one, may have no target: the mean of nothing may be 0/0, and must not count.
         if (weight := float(count)) > 0:
             total, targets = total + weight * mean.item(), targets + weight
-        if clear_cache_threshold and mx.get_cache_memory() > clear_cache_threshold:
+        if args.clear_cache_threshold and mx.get_cache_memory() > args.clear_cache_threshold:
             mx.clear_cache()
     summed = mx.distributed.all_sum(mx.array([total, targets]), group=world, stream=mx.cpu)
     total, targets = cast(list[float], summed.tolist())
@@ -105,18 +102,8 @@ class Validation:
 
     def measure(self, model: nn.Module, iteration: int) -> float | None:
         """`mean_loss`, after which the model trains on. Raises `Interrupted` if the run is asked to end."""
-        args, random = self.args, np.random.get_state()
-        loss = mean_loss(
-            model,
-            self.dataset,
-            self.loss,
-            self._before_batch,
-            args.clear_cache_threshold,
-            batch_size=args.batch_size,
-            num_batches=args.val_batches,
-            max_seq_length=args.max_seq_length,
-            iterate_batches=self.iterate_batches,
-        )
+        args, batches, random = self.args, self.iterate_batches, np.random.get_state()
+        loss = mean_loss(model, self.dataset, self.loss, batches, args, args.val_batches, self._before_batch)
         model.train()
         if iteration != 1 and iteration % args.steps_per_eval:
             # Made only because the run ends here; if more iterations follow, they are those of a longer run.
