@@ -1,4 +1,4 @@
-"""The fine-tuning loop: iterates, and ends in a way that nothing is lost."""
+"""The fine-tuning loop: it iterates, and saves everything at its end."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .validation import Best, Interrupted, Validation
 
 @dataclass(eq=False)
 class TrainingLoop:
-    """The loop, and what it knows between two iterations."""
+    """The loop, and its state between two iterations."""
 
     step: TrainStep
     batches: Any
@@ -62,7 +62,7 @@ class TrainingLoop:
         except KeyboardInterrupt as error:
             if str(error):
                 raise
-            # The second Ctrl-C, which waits for nothing.
+            # The second Ctrl-C: nothing is finished or saved.
             raise KeyboardInterrupt(f"stopped at once in iteration {self.iteration + 1}; {self.folder.saved}") from None
 
     def _run(self) -> None:
@@ -94,7 +94,7 @@ class TrainingLoop:
             raise TrainingStopped(f"the training is over, but {outcome}")
 
     def _iterations(self) -> str | None:
-        """Returns why it ended early in a way that is not an error."""
+        """Runs the iterations; returns a sentence if they ended early without an error."""
         args = self.args
         while self.iteration < args.iters and self.asked.agreed is None and not self._failed_too_often():
             iteration = self.iteration + 1
@@ -140,12 +140,12 @@ class TrainingLoop:
         return f"iter {iteration:>5}  stopped early: {stale} validations without a lower loss{than}"
 
     def _place(self) -> dict[str, Any]:
-        """What an iteration changes beside the step: where in the data it is, and what validations have found."""
+        """The position in the data and the best validation loss, which an iteration changes beside the step."""
         position = self.batches.position() if isinstance(self.batches, Batches) else None
         return {"data": position, "best": self.best._asdict()}
 
     def _state(self) -> dict[str, Any]:
-        """What a checkpoint has of the loop, as JSON can hold it."""
+        """The state of the loop for a checkpoint, as JSON can hold it."""
         return {"iteration": self.iteration, **(self.begun or self._place()), **self.reporting.state()}
 
     def _failed_too_often(self) -> bool:
@@ -155,9 +155,9 @@ class TrainingLoop:
     # Ends.
 
     def _raise_unless_asked(self, error: Exception) -> None:
-        """Raises an error of an iteration, after saving; but not one that comes of the signal that ends the run."""
+        """Saves, and raises the error of an iteration; but not an error that the signal to stop has caused."""
         if is_out_of_memory(error):
-            # What the device was computing is lost, and the weights with it.
+            # The arrays that the device was computing are lost, and the weights with them.
             raise TrainingStopped(
                 f"out of memory in iteration {self.iteration + 1}: {error}; {self.folder.saved}. Use a smaller"
                 f" {called('batch_size')} or {called('max_seq_length')}, or {called('grad_checkpoint')}"
@@ -174,7 +174,7 @@ class TrainingLoop:
             self._end_as_asked(self.asked.signal, self.folder.saved)
 
     def _tell_of_failure(self, error: Exception) -> None:
-        """Saves what can be saved, and says what that is: the error itself is not about it."""
+        """Saves as much as possible, and prints what was saved, because the error itself does not say that."""
         # Other workers are somewhere else, and cannot take part in saving.
         problems = [] if self.asked.many else self.folder.save_all(self._state())[0]
         changed = ""

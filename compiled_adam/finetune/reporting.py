@@ -1,4 +1,4 @@
-"""What a run tells: lines for a person, the log, and the dictionaries for callbacks."""
+"""The reports of a run: lines for a person, the log, and the dictionaries for callbacks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .validation import no_targets
 
 @dataclass(eq=False)
 class Reporting:
-    """Takes the results of steps and validations, and tells them to the terminal, the ``log`` and the callback."""
+    """Sends the results of steps and validations to the terminal, the ``log`` and the callback."""
 
     reader: StepReader
     progress: TrainingProgress
@@ -53,8 +53,8 @@ class Reporting:
         for entry in entries:
             self.asked.count(entry.pop("votes", 0.0))
             self.unaccounted.append(entry)
-            # With other workers, whose losses are not known here, that is done for many steps at once; but soon for
-            # those that fail, which the gradient's norm says to all alike.
+            # Workers exchange their losses for many steps at once. But a step that failed is accounted for soon; all
+            # workers know it from the norm of the gradient.
             if not self.workers.many or not math.isfinite(entry["grad_norm"] or 0.0):
                 self._account()
 
@@ -67,7 +67,7 @@ class Reporting:
             self.failures = failures(self.failures, entry)
 
     def report(self) -> None:
-        """Tells what was summed since the last report."""
+        """Reports the sums since the last report."""
         info = self.sums.close()
         self.progress.report(info)
         if not info["trained_tokens"] and not self.told:
@@ -77,7 +77,7 @@ class Reporting:
         self.callback.on_train_loss_report(info)
 
     def validation(self, iteration: int, loss: float | None, seconds: float) -> None:
-        """Tells the validation ``loss`` before ``iteration``; None if no example has a token to predict."""
+        """Reports the validation ``loss`` before ``iteration``; None if no example has a token to predict."""
         said = f"no validation loss: {no_targets(self.max_seq_length)}" if loss is None else ""
         self.line(f"iter {iteration:>5}  {said or f'validation loss {loss:.4f}'}")
         known = math.nan if loss is None else loss
@@ -86,7 +86,7 @@ class Reporting:
         self.callback.on_val_loss_report({"iteration": iteration - 1, "val_loss": known, "val_time": seconds})
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint has of this, as JSON can hold it."""
+        """The state for a checkpoint, as JSON can hold it."""
         return {"report": self.sums.sums, "failures": self.failures}
 
     def restore(self, state: dict[str, Any]) -> None:

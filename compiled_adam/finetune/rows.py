@@ -11,13 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jinja2 import TemplateError
-from mlx_lm.tuner.datasets import (
-    CacheDataset,
-    ChatDataset,
-    CompletionsDataset,
-    ConcatenatedDataset,
-    TextDataset,
-)
+from mlx_lm.tuner.datasets import CacheDataset, ChatDataset, CompletionsDataset, ConcatenatedDataset, TextDataset
 
 from ..base import InputError
 from .options import called

@@ -1,4 +1,4 @@
-"""The folder of a run: adapters, numbered adapters, the best weights, and checkpoints that a run goes on from."""
+"""The folder of a run: adapters, numbered adapters, the best weights, and checkpoints to resume from."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from .stopping import is_lost_evaluation
 def has_checkpoints(folder: Path) -> bool:
     """Whether a run has ever written a checkpoint beside the adapters in ``folder``, damaged or not."""
     checkpoints = folder / CHECKPOINTS
-    # The second is what a replacement leaves that was killed between its two renamings.
+    # A replacement that was killed between its two renamings leaves the second kind of name.
     return bool(numbered(checkpoints)) or any(checkpoints.glob(".[0-9]*.old"))
 
 
@@ -81,7 +81,7 @@ class RunFolder:
 
     @property
     def saved(self) -> str:
-        """A sentence: what there is to go on from."""
+        """A sentence: the newest files from which the run can be continued."""
         return self.workers.saved
 
     def _warn(self, message: str) -> None:
@@ -90,11 +90,12 @@ class RunFolder:
     # Saving.
 
     def save_all(self, state: dict[str, Any], flush: bool = False) -> tuple[list[str], Exception | None]:
-        """Saves the checkpoint and then the adapters, each whether or not the other can be; returns what went wrong,
-        and the first error that is a fault of the program.
+        """Saves the checkpoint and then the adapters, even if one of them fails.
 
-        With ``flush`` a partly filled window is applied between them: to the adapters, which are the result, but not to
-        the checkpoint, which more iterations can follow as if this had not been the last one.
+        With ``flush`` a partly filled window is applied between them. So the adapters have it, which are the result;
+        but not the checkpoint, so that more iterations can follow as if this had not been the last one.
+
+        Returns the messages of all errors, and the first error that is a fault of the program.
         """
         problems: list[str] = []
         fault: Exception | None = None
@@ -113,12 +114,12 @@ class RunFolder:
         return problems, fault
 
     def outcome(self, problems: list[str]) -> str:
-        """What `save_all` could not save, and what there is."""
+        """A sentence: what `save_all` could not save, and the files that exist."""
         return "; ".join([*(f"not saved: {problem}" for problem in problems), self.saved])
 
     def save_numbered(self, state: dict[str, Any]) -> None:
         """Saves in the middle of a run: the adapters, also under the number of the iteration, and a checkpoint."""
-        # Adapters first: who resumes from the checkpoint of an iteration does not write its adapters again.
+        # Adapters first: a run that resumes from the checkpoint of an iteration does not write its adapters again.
         self._try(partial(self._save_numbered_adapters, state["iteration"]), state["iteration"])
         self._try(partial(self._save_checkpoint, state), state["iteration"])
 
@@ -127,7 +128,7 @@ class RunFolder:
         self._try(partial(self.workers.first_does, self._write_best), iteration)
 
     def _try(self, save: Callable[[], None], iteration: int) -> None:
-        """A save that fails in the middle of a run (disk full, weights not finite) is reported; what is there stays."""
+        """Saves; if that fails (disk full, weights not finite), prints why, and the run goes on."""
         try:
             save()
         except (OSError, InputError) as error:
@@ -216,11 +217,11 @@ class RunFolder:
         self.workers.first_does(partial(self._put_aside_after, iteration))
 
     def _put_aside_after(self, iteration: int) -> None:
-        # They are damaged, or of a run that this one leaves: neither may be taken for this run's.
+        # They are damaged, or from the run that this one continues; later they must not be taken for this run's own.
         self._tell(put_aside(self.path, [p for p in self._checkpoints() if int(p.name) > iteration], []))
 
     def begin_anew(self) -> None:
-        """Puts aside the checkpoints and the log of an earlier run, which must not be taken for this one's."""
+        """Puts aside the checkpoints and the log of an earlier run, so that they are not taken for this run's own."""
         log = self.path / LOG
         self._tell(put_aside(self.path, self._checkpoints(), [log] if is_log(log) else []))
 

@@ -88,20 +88,8 @@ def train(
         OSError: another process is training in the folder of the adapters.
     """
     options = TrainOptions(
-        max_traces=max_traces,
-        log=log,
-        keep_checkpoints=keep_checkpoints,
-        keep_adapters=keep_adapters,
-        save_best=save_best,
-        early_stop_patience=early_stop_patience,
-        nonfinite_limit=nonfinite_limit,
-        resume=resume,
-        settings=settings,
-        allow=allow,
-        adapter_config=adapter_config,
-        reduce_dtype=reduce_dtype,
-        shard_state=shard_state,
-        worker_timeout=worker_timeout,
+        *(max_traces, log, keep_checkpoints, keep_adapters, save_best, early_stop_patience, nonfinite_limit, resume),
+        *(settings, allow, adapter_config, reduce_dtype, shard_state, worker_timeout),
     )
     job = Job(model, optimizer, train_dataset, val_dataset, loss, iterate_batches, args or TrainingArgs(), options)
     job.run(training_callback)
@@ -109,7 +97,7 @@ def train(
 
 @dataclass
 class Job:
-    """Everything that a call of `train` was given, and the run that is made of it."""
+    """The arguments of a call of `train`, checked, and the run that they make."""
 
     model: nn.Module
     optimizer: optim.Optimizer
@@ -215,7 +203,7 @@ class Job:
             )
 
     def _settings(self, batches: Any, first: bool) -> dict[str, Any]:
-        """What a resumed run must share; with digests of the examples if there are ``batches`` to read them from."""
+        """The settings that a resumed run must have, too; with digests of the examples unless ``batches`` is None."""
         args = self.args
         data: dict[str, Any] = {}
         if batches is not None:
@@ -224,7 +212,7 @@ class Job:
             validated = Batches(self.val_dataset, 1, args.max_seq_length).rows() if self.val_dataset else None
             data["data"] = fingerprint.of_rows(batches.rows())
             data["validation data"] = None if validated is None else fingerprint.of_rows(validated)
-        # What decides which batches come, and after which of them a window ends.
+        # The arguments decide which batches come, and after which of them a window ends.
         return {
             **(self.options.settings or {}),
             **data,
@@ -232,11 +220,11 @@ class Job:
             "max_seq_length": args.max_seq_length,
             "examples": len(self.train_dataset),
             "validation": [args.steps_per_eval, args.val_batches, len(self.val_dataset)] if self.val_dataset else None,
-            "grad_checkpoint": args.grad_checkpoint,  # which asks for dropout's random numbers twice
+            "grad_checkpoint": args.grad_checkpoint,  # it draws the random numbers of dropout twice
         }
 
     def _alike(self, settings: dict[str, Any], resumed: bool) -> dict[str, Any]:
-        """What decides where workers meet, and that the parts they take are of the same batches."""
+        """The values that must be equal at all workers: they decide when workers meet, and which batches they share."""
         names = ("keep_checkpoints", "keep_adapters", "save_best", "early_stop_patience", "nonfinite_limit", "log")
         return {
             **{name: value for name, value in asdict(self.args).items() if name != "adapter_file"},

@@ -35,12 +35,12 @@ def mean_loss(
     num_batches: int,
     before_batch: Callable[[], None],
 ) -> float | None:
-    """The mean over all targets, of all workers; None if there is none. Leaves the model in its ``eval`` mode.
+    """The mean loss over all targets of all workers; None without a target. Leaves the model in its ``eval`` mode.
 
     Args:
         model, dataset, loss, iterate_batches: as in `compiled_adam.train`.
         args: has ``batch_size`` and ``max_seq_length``, of all workers together, and ``clear_cache_threshold``.
-        num_batches: how many batches are measured at most; -1 for all.
+        num_batches: the largest number of batches; -1 for all.
         before_batch: is called before each batch; it may raise.
     """
     model.eval()
