@@ -74,11 +74,19 @@ def train(
 ) -> None:
     """Fine-tunes ``model`` in place: the call, the defaults and the adapter files of ``mlx_lm.tuner.trainer.train``.
 
-    `TrainOptions` documents the keyword arguments. Accumulation weights micro-batches by their tokens, and applies the
-    last, partly filled window. The allocator's cache is cleared only beyond a ``clear_cache_threshold`` above 0.
+    Accumulation weights micro-batches by their tokens, and applies the last, partly filled window. The cache of the
+    allocator is cleared only beyond a ``clear_cache_threshold`` above 0. Weights that are not finite are never saved.
     Reports have three more keys: ``grad_norm`` (of the last update, or None), ``skipped_steps`` and ``traces`` (so far,
-    one for each batch shape). Weights that are not finite are never saved. The default ``loss`` does not train the one
-    token of padding that mlx-lm's trains; `Batches` has mlx-lm's order.
+    one for each batch shape).
+
+    Args:
+        model, optimizer: as in mlx-lm; the learning rate counts updates, not iterations.
+        train_dataset, val_dataset, args: as in mlx-lm; None for no validation, and for the defaults of mlx-lm.
+        loss: ``loss(model, *batch)`` returns the mean loss over tokens, and the number of tokens, which may be 0.
+            Default: `losses.next_token`. mlx-lm's `default_loss` also trains one token of padding.
+        iterate_batches: called as mlx-lm calls it; all workers must get the same number of batches. Default: `Batches`.
+        training_callback: gets ``on_train_loss_report(info)`` and ``on_val_loss_report(info)``.
+        max_traces, ...: see `TrainOptions`.
 
     Raises:
         ValueError: unusable arguments or checkpoints, or workers that were started with different options.
