@@ -16,6 +16,7 @@ from types import FrameType
 
 from . import __version__
 from .base import InputError, TrainingStopped, lenient_streams, while_handling
+from .finetune.packages import needed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,8 +65,9 @@ def _run(argv: Sequence[str] | None, interrupts: _Interrupts) -> int:
 
 
 class _Interrupts:
-    """A context in which Ctrl-C raises KeyboardInterrupt as ever, and SIGTERM SystemExit(143), so that what is open is
-    closed; a second SIGTERM ends the process at once. ``seen`` says whether there was a Ctrl-C."""
+    """A context in which Ctrl-C raises KeyboardInterrupt as usual, and SIGTERM raises SystemExit(143).
+
+    So open files are closed. A second SIGTERM ends the process at once. ``seen`` says whether there was a Ctrl-C."""
 
     seen = False
 
@@ -86,7 +88,7 @@ class _Interrupts:
             signal.signal(number, handler)
 
     def soon(self) -> bool:
-        """Whether there was one, or is in a moment: a signal to all processes does not reach them at the same time."""
+        """Whether there was a Ctrl-C, or comes in a moment: a signal does not reach all processes at the same time."""
         with contextlib.suppress(KeyboardInterrupt):
             time.sleep(0.0 if self.seen else 0.1)
         return self.seen
@@ -101,8 +103,8 @@ class _Interrupts:
 
 
 def _is_told(error: Exception) -> bool:
-    """Whether an error is about something that a user can mend, so that its message alone says enough."""
-    missing_package = isinstance(error, ImportError) and "install" in str(error)  # with what to install
+    """Whether a user can mend the cause of an error, so that its message is shown without a traceback."""
+    missing_package = isinstance(error, ImportError) and "install" in str(error)  # the message says what to install
     return isinstance(error, (InputError, OSError, TrainingStopped)) or missing_package
 
 
@@ -124,29 +126,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--out", type=Path, default=Path("demo"), help="the folder for the model and the adapters")
     demo.add_argument("--iters", type=int, default=100, help="iterations of each fine-tuning")
-    demo.add_argument("--pretraining", type=int, default=100, help="iterations of training before that")
-    demo.add_argument("--seed", type=int, default=0, help="of the weights and the order of the batches")
+    demo.add_argument("--pretraining", type=int, default=100, help="iterations of the training before the fine-tuning")
+    demo.add_argument("--seed", type=int, default=0, help="the seed of the weights and of the order of the batches")
     demo.set_defaults(command=_demo)
-    lora = commands.add_parser(
-        "lora", help="fine-tune a model: mlx_lm.lora's flags and files (see lora --help)", add_help=False
-    )
-    lora.set_defaults(command=_lora)
-    plan = commands.add_parser(
-        "plan",
-        help="memory and communication of a job, from the model's config alone (see plan --help)",
-        add_help=False,
-    )
-    plan.set_defaults(command=_plan)
+    told = "fine-tune a model: mlx_lm.lora's flags and files (see lora --help)"
+    commands.add_parser("lora", help=told, add_help=False).set_defaults(command=_lora)
+    told = "memory and communication of a job, from the model's config alone (see plan --help)"
+    commands.add_parser("plan", help=told, add_help=False).set_defaults(command=_plan)
     report = commands.add_parser("report", help="draw the runs in one or more adapter folders as one HTML file")
-    report.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="where `lora` wrote its adapters")
+    report.add_argument(
+        "folders", type=Path, nargs="+", metavar="FOLDER", help="a folder of adapters that `lora` wrote"
+    )
     report.add_argument("--out", type=Path, help="the file to write (default: report.html in the first folder)")
     report.set_defaults(command=_report)
-    schedule = commands.add_parser(
-        "schedule", help="draw a learning rate, here and as a picture (see schedule --help)", add_help=False
-    )
-    schedule.set_defaults(command=_schedule)
+    told = "draw a learning rate, here and as a picture (see schedule --help)"
+    commands.add_parser("schedule", help=told, add_help=False).set_defaults(command=_schedule)
     doctor = commands.add_parser("doctor", help="say whether this machine can train, how well, and what would help")
-    doctor.add_argument("--json", action="store_true", help="the same for programs")
+    doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
     doctor.set_defaults(command=_doctor)
     return parser
 
@@ -179,19 +175,15 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _lora(arguments: argparse.Namespace) -> None:
-    try:
-        from .commands import lora  # here, because it imports mlx-lm
-    except ImportError as error:
-        raise ImportError(f"fine-tuning needs mlx-lm ({error}); pip install 'compiled-adam[lm]'") from error
+    with needed("fine-tuning", "mlx-lm", "lm"):
+        from .commands import lora
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     lora.main(arguments.rest)
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    try:
-        from .commands import plan  # here, because it imports mlx-lm
-    except ImportError as error:
-        raise ImportError(f"plan needs mlx-lm ({error}); pip install 'compiled-adam[lm]'") from error
+    with needed("plan", "mlx-lm", "lm"):
+        from .commands import plan
     plan.main(arguments.rest)
 
 
@@ -201,10 +193,8 @@ def _show_warning(message: Warning | str, *_: object) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    try:
-        from .commands import demo  # here, because it imports mlx-lm
-    except ImportError as error:
-        raise ImportError(f"the demo needs mlx-lm ({error}); pip install 'compiled-adam[lm]'") from error
+    with needed("the demo", "mlx-lm", "lm"):
+        from .commands import demo
     demo.run(arguments.out, arguments.pretraining, arguments.iters, arguments.seed)
 
 

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -20,6 +21,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..base import kernels
+from ..finetune.packages import install
 from ..optimizers import AdamW
 from ..step import make_step
 from . import blas
@@ -40,7 +42,7 @@ class Finding(NamedTuple):
 
 
 def examine() -> list[Finding]:
-    """Every finding, in the order of what depends on what; takes some seconds, most of them a compiler's."""
+    """Every finding; each depends on those before it. Takes some seconds, most of them in a compiler."""
     checks: dict[str, Callable[[], Finding]] = {
         "MLX": _mlx,
         "device": _device,
@@ -50,7 +52,11 @@ def examine() -> list[Finding]:
     }
     if _on_cpu():
         checks["matmul"] = _matmul
-    checks |= {"processes": _processes, "mlx-lm": _mlx_lm, "matplotlib": _matplotlib}
+    checks |= {
+        "processes": _processes,
+        "mlx-lm": partial(_package, "mlx-lm", "lm", "`lora`, `demo` and `train`"),
+        "matplotlib": partial(_package, "matplotlib", "plot", "`report` and pictures of schedules"),
+    }
     return [_made(name, check) for name, check in checks.items()]
 
 
@@ -59,7 +65,7 @@ def training_works(findings: list[Finding]) -> bool:
 
 
 def lines(findings: list[Finding]) -> list[str]:
-    """The findings for a person: one line each, and what to do below it.
+    """The findings for a person: a line for each, and the advice below it.
 
     >>> print("\\n".join(lines([Finding("MLX", "ok", "1.0"), Finding("matmul", "advice", "slow", "use another")])))
     ok      MLX         1.0
@@ -74,7 +80,7 @@ def lines(findings: list[Finding]) -> list[str]:
 
 
 def _made(name: str, check: Callable[[], Finding]) -> Finding:
-    """A check that raises has found something too."""
+    """The finding of a check; an error of the check is a finding, too."""
     try:
         return check()
     except Exception as error:
@@ -115,7 +121,7 @@ def _device() -> Finding:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found = f"{name}, {cores} cores, {_gb(memory)}"
     if shutil.which("nvidia-smi"):
-        return Finding("device", "advice", found, "for the NVIDIA GPU, pip install 'compiled-adam[cuda13]' (or cuda12)")
+        return Finding("device", "advice", found, f"for the NVIDIA GPU, {install('cuda13')} (or cuda12)")
     return Finding("device", "ok", found)
 
 
@@ -138,9 +144,9 @@ def _compile() -> Finding:
     mx.eval(x)  # before the first evaluation of a process, MLX would trace once more
     start = time.perf_counter()
     with _empty_kernel_cache():
-        values = [compiled(x).tolist() for _ in range(2)][-1]
+        values = cast(list[float], [compiled(x).tolist() for _ in range(2)][-1])
     seconds = time.perf_counter() - start
-    if values != [0.0, _near(math.tanh(1.5) - 0.25)]:
+    if values[0] != 0.0 or not math.isclose(values[1], math.tanh(1.5) - 0.25, abs_tol=1e-5):
         return Finding("mx.compile", "broken", f"a compiled function gave {values}", _remedy(""))
     if traced == 1:
         by = f" by {shutil.which('g++')}" if _on_cpu() else ""
@@ -155,15 +161,6 @@ def _compile() -> Finding:
         )
     why = "unset MLX_DISABLE_COMPILE" if "MLX_DISABLE_COMPILE" in os.environ else "see whether g++ --version works"
     return Finding("mx.compile", "advice", "compiles nothing; steps are slower", why)
-
-
-class _near(float):
-    """A float that equals what differs by rounding only."""
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, float) and abs(self - other) < 1e-5
-
-    __hash__ = float.__hash__
 
 
 @contextmanager
@@ -253,18 +250,10 @@ def _processes() -> Finding:
     return Finding("processes", "advice", "no distributed backend", "training runs in one process; install Open MPI")
 
 
-def _mlx_lm() -> Finding:
-    return _package("mlx-lm", "mlx_lm", "lm", "`lora`, `demo` and `train`")
-
-
-def _matplotlib() -> Finding:
-    return _package("matplotlib", "matplotlib", "plot", "`report` and pictures of schedules")
-
-
-def _package(name: str, module: str, extra: str, purpose: str) -> Finding:
+def _package(name: str, extra: str, purpose: str) -> Finding:
     try:
-        importlib.import_module(module)
+        importlib.import_module(name.replace("-", "_"))
     except Exception as error:
         found = "not installed" if isinstance(error, ModuleNotFoundError) else f"cannot be imported: {error}"
-        return Finding(name, "advice", found, f"for {purpose}: pip install 'compiled-adam[{extra}]'")
+        return Finding(name, "advice", found, f"for {purpose}: {install(extra)}")
     return Finding(name, "ok", version(name))

@@ -7,6 +7,7 @@ import math
 import os
 import types
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,16 +27,19 @@ from ..base import InputError, fingerprint
 from ..checkpoint import check_exists
 from ..distributed import Workers, join
 from ..finetune import batches, data, model_files
-from ..finetune.adapters import WEIGHTS, check_folder, load_adapters, load_weights, other_scale, read_arrays
+from ..finetune.adapters import check_folder, load_adapters, load_weights, other_scale, read_arrays
 from ..finetune.console import TrainingProgress
-from ..finetune.log import LOG
-from ..finetune.lora_values import OPTIMIZERS, called
+from ..finetune.lora_values import OPTIMIZERS
+from ..finetune.names import LOG, WEIGHTS
+from ..finetune.options import called
+from ..finetune.saving import has_checkpoints
 from ..finetune.trainable import add_adapters, check_layers, unfreeze_last
-from ..finetune.trainer import has_checkpoints, train
+from ..finetune.trainer import train
 from ..finetune.validation import mean_loss, no_targets
 from ..step import losses
 from ..update import decay_matrices
-from .lora_options import KEPT, YAML_ONLY, check_together, settings
+from .lora_options import KEPT, check_together, settings
+from .lora_yaml import YAML_ONLY
 
 # Options that decide which numbers a run computes, beside the optimizer's and those that `train` knows.
 _OF_THE_RESULT = (
@@ -45,7 +49,7 @@ _OF_THE_RESULT = (
 
 
 def main(argv: Sequence[str]) -> None:
-    """Runs the command line ``argv``; raises ValueError or OSError for what cannot be done.
+    """Runs the command line ``argv``; raises ValueError or OSError if that is not possible.
 
     Of several workers, as ``mlx.launch`` starts them, the first one prints and reports.
     """
@@ -86,7 +90,7 @@ def run(args: types.SimpleNamespace) -> None:
 
 
 def _check_files(args: types.SimpleNamespace) -> None:
-    """Raises ValueError for files that are not there or cannot be read; leaves out weights that a checkpoint has."""
+    """Raises ValueError for files that are missing or damaged; drops resume_adapter_file if there is a checkpoint."""
     if not args.train and args.adapter_path:
         check_folder(args.adapter_path)
     alone = join(args.worker_timeout).size() == 1  # other workers may not have the checkpoints, and all begin alike
@@ -107,11 +111,11 @@ def _check_files(args: types.SimpleNamespace) -> None:
 
 
 def _test_set(args: types.SimpleNamespace, dataset: Any) -> CacheDataset:
-    """Tokenized before a training: what is wrong with it must not show at the end of a long one."""
+    """The test set. It is tokenized before a training, so that an error does not come at the end of a long one."""
     if len(dataset) < args.batch_size:
         raise InputError(
             f"the test set has {len(dataset)} examples, fewer than batch_size={args.batch_size};"
-            " give it more, or use a smaller batch_size (--batch-size)"
+            f" give it more, or use a smaller {called('batch_size')}"
         )
     cached = CacheDataset(dataset)
     for index in range(len(cached)) if args.train else ():
@@ -133,7 +137,6 @@ def _train(
     if args.resume_adapter_file is not None:
         _begin_with(args, model)
     print_trainable_parameters(model)
-    folder = Path(args.adapter_path)
     padding = batches.multiple_of_32 if args.bucket is None else batches.geometric(args.bucket)
     cached = CacheDataset(train_set)
     if args.bucket is not None:
@@ -144,48 +147,40 @@ def _train(
             optimizer,
             cached,
             CacheDataset(valid_set),
-            TrainingArgs(
-                batch_size=args.batch_size,
-                iters=args.iters,
-                val_batches=args.val_batches,
-                steps_per_report=args.steps_per_report,
-                steps_per_eval=args.steps_per_eval,
-                steps_per_save=args.save_every,
-                max_seq_length=args.max_seq_length,
-                adapter_file=str(folder / "adapters.safetensors"),
-                grad_checkpoint=args.grad_checkpoint,
-                grad_accumulation_steps=args.grad_accumulation_steps,
-                clear_cache_threshold=args.clear_cache_threshold,
-            ),
+            _training_args(args),
             iterate_batches=partial(batches.Batches, padding=padding),
             training_callback=callback,
             max_traces=args.max_traces,
             log=True,
             keep_checkpoints=_checkpoints(args),
             keep_adapters=args.keep_checkpoints or None,
-            save_best=bool(args.save_best),
+            save_best=args.save_best,
             early_stop_patience=args.early_stop_patience,
             nonfinite_limit=args.nonfinite_limit,
             resume=args.resume,
-            settings={
-                "model": base,
-                **{name: getattr(args, name, None) for name in _OF_THE_RESULT},
-            },
+            settings={"model": base, **{name: getattr(args, name, None) for name in _OF_THE_RESULT}},
             allow=args.allow_change or (),
             adapter_config={name: value for name, value in vars(args).items() if name not in ("given", "in_file")},
             reduce_dtype=args.reduce_dtype,
-            shard_state=bool(args.shard_state),
+            shard_state=args.shard_state,
             worker_timeout=args.worker_timeout,
         )
     except BaseException:
-        # What ended the run is to be told, and not that it had no step yet.
+        # The error that ended the run is to be told, and not that the run had no step yet.
         with contextlib.suppress(InputError, OSError):
-            _report(args, folder)
+            _report(args)
         raise
-    _report(args, folder)
+    _report(args)
 
 
-def _report(args: types.SimpleNamespace, folder: Path) -> None:
+def _training_args(args: types.SimpleNamespace) -> TrainingArgs:
+    """mlx-lm's arguments of a training; two have other names on the command line."""
+    same = {field.name: getattr(args, field.name) for field in fields(TrainingArgs) if hasattr(args, field.name)}
+    return TrainingArgs(**same, steps_per_save=args.save_every, adapter_file=str(Path(args.adapter_path) / WEIGHTS))
+
+
+def _report(args: types.SimpleNamespace) -> None:
+    folder = Path(args.adapter_path)
     if args.report and (folder / LOG).exists():
         from .report import write
 
@@ -197,31 +192,21 @@ def _test(args: types.SimpleNamespace, model: nn.Module, test_set: Any) -> None:
     count = len(test_set) // args.batch_size
     count = count if args.test_batches == -1 else min(count, args.test_batches)
     with Workers(join(args.worker_timeout), args.worker_timeout) as workers:
-        workers.saved = lambda: "there is no test loss"
+        workers.saved = "there is no test loss"
         with TrainingProgress(count, quiet=not workers.first, what="test") as progress:
 
             def before_batch() -> None:
                 workers.beat()
                 progress.advance()
 
-            loss = mean_loss(
-                model,
-                test_set,
-                losses.next_token,
-                before_batch,
-                args.clear_cache_threshold,
-                batch_size=args.batch_size,
-                num_batches=args.test_batches,
-                max_seq_length=args.max_seq_length,
-                iterate_batches=batches.Batches,
-            )
+            loss = mean_loss(model, test_set, losses.next_token, batches.Batches, args, count, before_batch)
         if loss is None:
             raise InputError(f"there is no test loss: {no_targets(args.max_seq_length)}")
         print(f"Test loss {loss:.3f}, Test ppl {math.inf if loss >= 700 else math.exp(loss):.3f}.")
 
 
 def make_trainable(args: types.SimpleNamespace, model: nn.Module) -> None:
-    """Freezes a model, but for what the job trains: adapters that are added, or its last layers."""
+    """Freezes a model, except for the parameters that the job trains: new adapters, or the last layers."""
     model.freeze()
     check_layers(model, args.num_layers)
     if args.fine_tune_type == "full":

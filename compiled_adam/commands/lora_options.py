@@ -1,48 +1,99 @@
-"""The options of ``compiled-adam lora``: mlx-lm's own parser and YAML keys, and what this command has beside them."""
+"""The options of ``compiled-adam lora``: mlx-lm's own, and the ones that only this command has."""
 
 from __future__ import annotations
 
 import argparse
-import difflib
-import math
+import dataclasses
+import inspect
 import types
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import yaml
 from mlx_lm import lora as mlx_lm_lora
 
 from ..base import InputError
 from ..distributed import DTYPES
 from ..finetune import lora_values
-from ..finetune.lora_values import FEATURES, called
+from ..finetune.lora_values import FEATURES
+from ..finetune.options import TrainOptions, called
+from ..optimizers import AdamW
 from ..update import POLICIES
+from .lora_yaml import YAML_ONLY, read, size
 
-# What this command has beside mlx-lm's options; None is what was not asked for, see `make_optimizer` and `_train`.
-OURS: dict[str, Any] = {
-    "max_grad_norm": None,
-    "skip_nonfinite": None,
-    "moments": None,
-    "weight_decay": None,
-    "bias_correction": None,
-    "decay_matrices_only": None,
-    "max_traces": 64,
-    "bucket": None,
-    "keep_checkpoints": None,
-    "save_best": None,
-    "early_stop_patience": None,
-    "nonfinite_limit": 20,
-    "resume": None,
-    "allow_change": None,
-    "report": None,
-    "reduce_dtype": "float32",
-    "shard_state": None,
-    "worker_timeout": 60.0,
-}
 KEPT = 2  # checkpoints, unless --keep-checkpoints says otherwise
-# Keys that mlx-lm reads from YAML only.
-YAML_ONLY = {"hf_dataset", *FEATURES}
+
+
+class Option(NamedTuple):
+    """An option that mlx-lm does not have; its ``help`` may name the ``{default}``."""
+
+    name: str
+    kind: Any  # int, float or str; bool for a switch; a collection of choices
+    help: str
+    more: Mapping[str, Any] = {}  # further arguments of argparse
+
+
+_TRACES = "The number of batch shapes that stay compiled; the least recently used is dropped. Default: {default}."
+_PATIENCE = "Stop when the validation loss has not improved N times in a row. Default: never."
+_BUCKET = (
+    "Pad batches to lengths of a geometric series with this ratio (1.25 if none is given) instead of to multiples of"
+    " 32, so that fewer shapes are compiled. The padding that this costs is printed. Default: off."
+)
+_KEEP = (
+    "Keep the newest N checkpoints, and only N numbered adapter files; 0 writes no checkpoints. Default:"
+    f" {KEPT} checkpoints, and all adapter files like mlx_lm.lora."
+)
+_LIMIT = "Stop after N steps in a row whose loss or gradient is infinite or not a number. Default: {default}."
+_RESUME = (
+    "Go on from this checkpoint, as if the run had never stopped. Without PATH (or with auto): from the newest"
+    " undamaged checkpoint beside the adapters, or from the beginning if none was ever written. Default: start from the"
+    " beginning."
+)
+_ALLOW = "With --resume: a setting that may differ from the checkpoint's, such as learning_rate; repeatable."
+_REDUCE = (
+    "The dtype in which gradients are communicated. param, the dtype of the parameters, halves the bytes for"
+    " half-precision weights. Default: {default}."
+)
+_SHARD = (
+    "Spread the optimizer's state over the workers: each keeps the state of its part of the parameters. The results are"
+    " the same, in less memory, but new weights are communicated, too. Default: off."
+)
+_TIMEOUT = (
+    "Stop when the other workers are silent for this many seconds, or for five of the longest steps if that is more."
+    " Default: {default:g}."
+)
+GROUPS = {
+    "optimizer, also as YAML keys; for adam and adamw": (
+        Option("max_grad_norm", float, "Clip gradients to this global norm. Default: no clipping."),
+        Option("skip_nonfinite", bool, "Skip updates whose gradients are infinite or not a number. Default: on."),
+        Option("moments", POLICIES, "The format in which the moments are stored. Default: {default}."),
+        Option("weight_decay", float, "Weight decay for adamw. Default: {default}."),
+        Option("bias_correction", bool, "Adam's bias correction. Default: on, unlike mlx_lm.lora, where it is off."),
+        Option(
+            "decay_matrices_only", bool, "No weight decay for biases, norms and embeddings, in adamw. Default: off."
+        ),
+    ),
+    "training, also as YAML keys": (
+        Option("max_traces", int, _TRACES),
+        Option("bucket", float, _BUCKET, {"nargs": "?", "const": 1.25, "metavar": "RATIO"}),
+        Option("keep_checkpoints", int, _KEEP),
+        Option("save_best", bool, "Keep the adapters with the lowest validation loss in best/. Default: off."),
+        Option("early_stop_patience", int, _PATIENCE),
+        Option("nonfinite_limit", int, _LIMIT),
+        Option("resume", str, _RESUME, {"nargs": "?", "const": "auto", "metavar": "PATH"}),
+        Option("allow_change", str, _ALLOW, {"action": "append", "metavar": "NAME"}),
+        Option("report", bool, "Draw the run into report.html beside the adapters when it ends. Default: off."),
+    ),
+    "several workers, also as YAML keys; for processes that mlx.launch starts, which share every batch": (
+        Option("reduce_dtype", DTYPES, _REDUCE),
+        Option("shard_state", bool, _SHARD),
+        Option("worker_timeout", float, _TIMEOUT, {"metavar": "SECONDS"}),
+    ),
+}
+# Defaults are those of `train`, but for these. None: not asked for; then the optimizer's own default holds, or `KEPT`.
+_OTHER_DEFAULTS = {"keep_checkpoints": None, "nonfinite_limit": 20}
+_DEFAULTS = {**{field.name: field.default for field in dataclasses.fields(TrainOptions)}, **_OTHER_DEFAULTS}
+OURS: dict[str, Any] = {option.name: _DEFAULTS.get(option.name) for group in GROUPS.values() for option in group}
 # Options of mlx-lm that a test does not read.
 _OF_TRAINING = (
     *("fine_tune_type", "optimizer", "num_layers", "iters", "val_batches", "learning_rate", "steps_per_report"),
@@ -51,15 +102,19 @@ _OF_TRAINING = (
 
 
 def settings(argv: Sequence[str], made: argparse.ArgumentParser | None = None) -> types.SimpleNamespace:
-    """Command line before YAML before defaults, as in mlx-lm; ValueError for an unknown YAML key, or a bad value.
+    """The values of a job: from the command line, else from the YAML file, else the defaults, as in mlx-lm.
 
-    ``made`` is a `parser` with more options; default: without. ``given`` has the names of the options that the command
-    line has, ``in_file`` those of the YAML file.
+    ``made`` is a `parser`, maybe with more options. ``given`` has the names of the options on the command line, and
+    ``in_file`` those in the YAML file.
+
+    Raises ValueError for an unknown key in the file, or a value that no job can have.
     """
-    found = vars((made or parser()).parse_args(argv))
+    made = made or parser()
+    found = vars(made.parse_args(argv))
     given = sorted(name for name in found if found[name] is not None)
     defaults = {**mlx_lm_lora.CONFIG_DEFAULTS, **OURS}
-    config = _read(found["config"], {*defaults, *found, *YAML_ONLY} - {"config"}) if found["config"] else {}
+    known = {*defaults, *found, *YAML_ONLY} - {"config"}
+    config = read(found["config"], known, parser()._actions) if found["config"] else {}
     for values in (config, defaults):
         for key, value in values.items():
             if found.get(key) is None:
@@ -69,108 +124,14 @@ def settings(argv: Sequence[str], made: argparse.ArgumentParser | None = None) -
     return args
 
 
-class _OnlyOnce(mlx_lm_lora.yaml_loader):
-    """mlx-lm's loader, which would take the last of two equal keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if twice := [key for key in keys if keys.count(key) > 1 and key != "<<"]:
-            raise yaml.YAMLError(f"the key {twice[0]!r} is there twice; remove one of them")
-        return super().construct_mapping(node, deep)
-
-
-def _read(file: str, known: Set[str]) -> dict[str, Any]:
-    """The options in a YAML file, checked."""
-    try:
-        with open(file) as stream:
-            config = yaml.load(stream, _OnlyOnce) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{file} is not a mapping of options to values")
-    if unknown := sorted(str(key) for key in config.keys() - known):
-        near = difflib.get_close_matches(unknown[0].replace("-", "_"), known, 1)
-        hint = f"is {near[0]} meant? " if near else ""
-        raise InputError(f"{file} has the unknown key {unknown[0]!r}; {hint}--help lists the options")
-    return {key: value for key, value in _checked(config, file).items() if value is not None}
-
-
-def _checked(config: dict[str, Any], file: str) -> dict[str, Any]:
-    """The values of a YAML file as the parser would have made them; ValueError for one that it would refuse."""
-    checked = dict(config)
-    for action in parser()._actions:
-        value = config.get(action.dest)
-        if value is None:
-            continue
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        wrong = None
-        if action.dest == "resume" and isinstance(value, bool):
-            checked["resume"] = "auto" if value else None
-        elif action.dest == "allow_change" and isinstance(value, str):
-            checked["allow_change"] = [value]
-        elif action.dest == "clear_cache_threshold":
-            if not number and not isinstance(value, str):
-                wrong = "a size such as 4GB"
-            else:
-                try:
-                    checked[action.dest] = _size(str(value))
-                except argparse.ArgumentTypeError:
-                    wrong = "a size such as 500MB or 4GB"
-        elif action.nargs == 0:
-            wrong = None if isinstance(value, bool) else "true or false"
-        elif action.type is int:
-            if number and math.isfinite(value) and value == int(value):
-                checked[action.dest] = int(value)
-            else:
-                wrong = "a whole number"
-        elif action.type is float:
-            wrong = None if number else "a number"
-            if isinstance(value, str) and _is_float(value):
-                wrong = "a number, without quotes"
-        elif action.dest == "optimizer" and isinstance(value, str) and value.lower() in lora_values.OPTIMIZERS:
-            checked["optimizer"] = value.lower()  # as mlx-lm does
-        elif action.choices is not None:
-            wrong = None if value in list(action.choices) else f"one of {', '.join(map(str, action.choices))}"
-        elif action.dest == "allow_change":
-            wrong = None if isinstance(value, list) else "a list of names"
-        elif not isinstance(value, str):
-            wrong = "text"
-        if wrong:
-            raise InputError(f"{file}: {action.dest} is {value!r}; it must be {wrong}")
-    for key in FEATURES:
-        if config.get(key) is not None and not isinstance(config[key], str):
-            raise InputError(f"{file}: {key} is {config[key]!r}; it must be text")
-    for key in ("optimizer_config", "lora_parameters", "lr_schedule", "hf_dataset"):
-        value, kinds = config.get(key), (dict, list) if key == "hf_dataset" else dict
-        if value is not None and not isinstance(value, kinds):
-            raise InputError(f"{file}: {key} is {value!r}; it must be a mapping")
-    return checked
-
-
-def _is_float(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _size(text: str) -> int:
-    """Bytes from a text such as 4GB, as mlx-lm reads it."""
-    try:
-        return int(mlx_lm_lora._parse_size(text))
-    except (KeyError, ValueError, ArithmeticError):  # the last of text without a number
-        raise argparse.ArgumentTypeError(f"it must be a size such as 500MB or 4GB, not {text!r}") from None
-
-
 def parser() -> argparse.ArgumentParser:
-    """mlx-lm's own parser, and our options; what is not given is None, so that YAML can say it."""
+    """mlx-lm's own parser, and our options. An option that is not given is None, so that the YAML file can have it."""
     made = mlx_lm_lora.build_parser()
     made.prog = "compiled-adam lora"
     made.description = "Fine-tuning with mlx-lm's models, data sets and files, on a compiled step."
     made.epilog = (
-        "Ctrl-C and SIGTERM finish the step and save. Beside the adapters are log.jsonl, a line of JSON for every step,"
-        " and checkpoints, from which --resume goes on exactly."
+        "Ctrl-C and SIGTERM finish the step and save. The folder of the adapters also has log.jsonl, with a line of"
+        " JSON for each step, and checkpoints, from which --resume goes on exactly."
     )
     for action in made._actions:
         if action.dest in ("clear_cache_threshold", "trust_remote_code"):
@@ -178,109 +139,29 @@ def parser() -> argparse.ArgumentParser:
         if action.dest == "optimizer":
             action.type = str.lower
         if action.dest == "clear_cache_threshold":
-            action.type = _size
+            action.type = size
             action.help = (
                 "After a step, give the allocator's cached memory back to the system if it is more than this"
                 " (such as 4GB). Memory in the cache is used again by the next step without asking the system, so a"
                 " small threshold makes steps slow; set one if other programs need the memory. Default: 0, never"
                 " (mlx_lm.lora: after every step)."
             )
-    switch = {"action": argparse.BooleanOptionalAction, "default": None}
-    ours = made.add_argument_group("optimizer, also as YAML keys; for adam and adamw")
-    ours.add_argument("--max-grad-norm", type=float, help="Clip gradients to this global norm. Default: no clipping.")
-    ours.add_argument(
-        "--skip-nonfinite", **switch, help="Skip updates whose gradients are infinite or not a number. Default: on."
-    )
-    ours.add_argument("--moments", choices=POLICIES, help="How the moments are stored. Default: float32.")
-    ours.add_argument("--weight-decay", type=float, help="Weight decay for adamw. Default: 0.01.")
-    ours.add_argument(
-        "--bias-correction", **switch, help="Adam's bias correction. Default: on, unlike mlx_lm.lora, where it is off."
-    )
-    ours.add_argument(
-        "--decay-matrices-only",
-        **switch,
-        help="No weight decay for biases, norms and embeddings, in adamw. Default: off.",
-    )
-    loop = made.add_argument_group("training, also as YAML keys")
-    loop.add_argument(
-        "--max-traces",
-        type=int,
-        help="How many batch shapes stay compiled; the least recently used is dropped. Default: 64.",
-    )
-    loop.add_argument(
-        "--bucket",
-        type=float,
-        nargs="?",
-        const=1.25,
-        metavar="RATIO",
-        help="Pad batches to lengths of a geometric series with this ratio (1.25 if none is given) instead of to"
-        " multiples of 32, so that fewer shapes are compiled; says what that costs in padding. Default: off.",
-    )
-    loop.add_argument(
-        "--keep-checkpoints",
-        type=int,
-        metavar="N",
-        help="Keep the newest N checkpoints, and only N numbered adapter files; 0 writes no checkpoints. Default:"
-        f" {KEPT} checkpoints, and all adapter files like mlx_lm.lora.",
-    )
-    loop.add_argument(
-        "--save-best", **switch, help="Keep the adapters with the lowest validation loss in best/. Default: off."
-    )
-    loop.add_argument(
-        "--early-stop-patience",
-        type=int,
-        metavar="N",
-        help="End after N validations in a row without a new lowest loss. Default: never.",
-    )
-    loop.add_argument(
-        "--nonfinite-limit",
-        type=int,
-        metavar="N",
-        help="Stop after N steps in a row whose loss or gradient is infinite or not a number. Default: 20.",
-    )
-    loop.add_argument(
-        "--resume",
-        nargs="?",
-        const="auto",
-        metavar="PATH",
-        help="Go on from this checkpoint, as if the run had never stopped. Without PATH (or with auto): from the newest"
-        " undamaged checkpoint beside the adapters, or from the beginning if none was ever written. Default: start from"
-        " the beginning.",
-    )
-    loop.add_argument(
-        "--allow-change",
-        action="append",
-        metavar="NAME",
-        help="With --resume: a setting that may differ from the checkpoint's, such as learning_rate; repeatable.",
-    )
-    loop.add_argument(
-        "--report", **switch, help="Draw the run into report.html beside the adapters when it ends. Default: off."
-    )
-    workers = made.add_argument_group(
-        "several workers, also as YAML keys; for processes that mlx.launch starts, which share every batch"
-    )
-    workers.add_argument(
-        "--reduce-dtype",
-        choices=DTYPES,
-        help="The dtype in which gradients are communicated; param, the parameters' dtype, halves the bytes for"
-        " half-precision weights."
-        " Default: float32.",
-    )
-    workers.add_argument(
-        "--shard-state",
-        **switch,
-        help="Spread the optimizer's state over the workers: each keeps the state of its part of the parameters. The"
-        " results are the same, in less memory, but new weights are communicated, too. Default: off.",
-    )
-    workers.add_argument(
-        "--worker-timeout",
-        type=float,
-        metavar="SECONDS",
-        help="Stop when the other workers are silent for so many seconds, or for five of the longest steps if that is"
-        " more."
-        " Default: 60.",
-    )
+    of_adamw = {name: each.default for name, each in inspect.signature(AdamW).parameters.items()}
+    for title, options in GROUPS.items():
+        group = made.add_argument_group(title)
+        for option in options:
+            text = option.help.format(default=of_adamw.get(option.name, OURS[option.name]))
+            group.add_argument(f"--{option.name.replace('_', '-')}", help=text, **_kind(option.kind), **option.more)
     return made
+
+
+def _kind(kind: Any) -> dict[str, Any]:
+    """The arguments of argparse for a ``kind`` of `Option`."""
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction, "default": None}
+    if kind is int:
+        return {"type": int, "metavar": "N"}
+    return {"type": kind} if isinstance(kind, type) else {"choices": kind}
 
 
 def check_together(args: types.SimpleNamespace) -> list[str]:

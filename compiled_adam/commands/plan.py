@@ -1,7 +1,7 @@
-"""``compiled-adam plan``: what a job of ``compiled-adam lora`` needs, computed from the model's config.json alone.
+"""``compiled-adam plan``: the memory and communication of a job, computed from the model's config.json alone.
 
-The model is built of mlx-lm's classes, whose arrays are lazy: their shapes are all that is read, so that a model of any
-size is planned in a second and in no memory.
+The model is built from mlx-lm's classes. Their arrays are lazy, and only the shapes are read. So the plan of a model of
+any size takes a second and almost no memory.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MOST_WORKERS = 1 << 16
 
 
 class State(NamedTuple):
-    """What an optimizer keeps, in bytes."""
+    """The bytes of an optimizer's state."""
 
     moments: int
     residuals: int
@@ -53,7 +53,7 @@ class Plan(NamedTuple):
     workers: int
 
     def total(self, policy: str) -> int:
-        """Everything at once, which is when an update happens."""
+        """The bytes during an update, when everything is in memory at once."""
         return self.weights + self.gradients + self.window + self.exchange + sum(self.states[policy])
 
     def traffic(self) -> float:
@@ -161,7 +161,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def describe(made: Plan, link: float) -> list[str]:
-    """Lines about everything that is the same for all policies; ``link`` in GB/s."""
+    """Lines about the needs that are the same for all policies; ``link`` is in GB/s."""
     lines = [
         f"{_count(made.parameters)} parameters, {made.dtype} where not quantized; {_count(made.trainable)} trained,"
         f" in {_layers(made.layers)}",
@@ -179,7 +179,7 @@ def describe(made: Plan, link: float) -> list[str]:
 
 
 def table(made: Plan, memory: float, name: str) -> Table:
-    """A row for each policy, with what is left of the ``memory``."""
+    """A row for each policy, with the rest of the ``memory``; ``name`` is the name of that memory."""
     rows = Table()
     for column in ("moments", "bytes of moments", "of residuals", "total", f"left of {name}"):
         rows.add_column(column, justify="right" if column != "moments" else "left")
@@ -222,9 +222,17 @@ def _parser() -> argparse.ArgumentParser:
     ours.add_argument(
         "planned", metavar="MODEL", help="A folder with a config.json, that file, or a cached model's name."
     )
-    ours.add_argument("--workers", type=int, default=1, metavar="N", help="Processes that share a batch. Default: 1.")
     ours.add_argument(
-        "--link", type=float, default=5.0, metavar="GB/S", help="Between workers, each way. Default: 5, Thunderbolt 4."
+        "--workers", type=int, default=1, metavar="N", help="Processes that share a batch. Default: %(default)s."
     )
-    ours.add_argument("--memory", type=float, metavar="GB", help="Of each worker. Default: this machine's.")
+    ours.add_argument(
+        "--link",
+        type=float,
+        default=5.0,
+        metavar="GB/S",
+        help="The bandwidth between workers in each direction. Default: %(default)g, Thunderbolt 4.",
+    )
+    ours.add_argument(
+        "--memory", type=float, metavar="GB", help="The memory of each worker. Default: the memory of this machine."
+    )
     return made

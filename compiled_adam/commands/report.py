@@ -11,18 +11,15 @@ from typing import Any, NamedTuple
 
 from ..base import InputError
 from ..checkpoint import output
-from ..finetune.log import LOG, is_number, read
+from ..finetune.log import is_number, read
+from ..finetune.names import CONFIG, LOG
+from ..finetune.packages import needed
 
-try:
+with needed("drawing", "matplotlib", "plot"):
     import matplotlib
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-except ImportError as error:
-    raise ImportError(
-        f"drawing needs matplotlib ({error}); install it with `pip install 'compiled-adam[plot]'`"
-    ) from error
 
-CONFIG = "adapter_config.json"
 OF_A_STEP = ("tokens", "grad_norm", "learning_rate", "skipped", "traces", "seconds", "memory")  # what is drawn
 # A picture for a phone's width; two to three stand beside each other on a desk.
 SIZE = (5.2, 3.2)

@@ -13,26 +13,23 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 from .. import schedulers
 from ..base import InputError
 from ..checkpoint import output
-from ..schedulers import picture as picture
+from ..finetune.packages import needed
+from ..schedulers import picture
 
-
-def _makes_a_schedule(function: object) -> bool:
-    return inspect.isfunction(function) and "warmup" in inspect.signature(function).parameters
-
-
-# The functions of `schedulers` that make a schedule from numbers, in the order in which they are defined there.
+# The functions of `schedulers` that make a schedule from numbers, as the documentation orders them.
 SCHEDULES: dict[str, Callable[..., schedulers.Schedule]] = {
     function.__name__: function
-    for function in sorted(
-        (each for name, each in vars(schedulers).items() if not name.startswith("_") and _makes_a_schedule(each)),
-        key=lambda function: function.__code__.co_firstlineno,
+    for function in (
+        *(schedulers.constant, schedulers.linear, schedulers.cosine, schedulers.polynomial),
+        *(schedulers.warmup_stable_decay, schedulers.inverse_sqrt, schedulers.exponential),
+        *(schedulers.step_decay, schedulers.one_cycle),
     )
 }
 UPDATES = 1000  # what is drawn of a schedule that has no end
 
 
 class Drawn(NamedTuple):
-    """What is drawn: a schedule, what it is called, and until which update."""
+    """A schedule to draw, its title, and the last update."""
 
     schedule: schedulers.Schedule
     label: str
@@ -40,7 +37,7 @@ class Drawn(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> None:
-    """Draws what the command line says; raises ValueError for what no schedule is made of."""
+    """Draws the schedule of the command line ``argv``; raises ValueError if its values make no schedule."""
     name = argv[0] if argv and not argv[0].startswith("-") else None
     if name is None:
         arguments = parser().parse_args(argv)
@@ -120,10 +117,8 @@ def _from_arguments(name: str, arguments: dict[str, Any]) -> Drawn:
 
 
 def _from_file(file: Path) -> Drawn:
-    try:
-        from .lora_options import settings  # here, because it imports mlx-lm
-    except ImportError as error:
-        raise ImportError(f"YAML of mlx-lm needs mlx-lm ({error}); pip install 'compiled-adam[lm]'") from error
+    with needed("YAML of mlx-lm", "mlx-lm", "lm"):
+        from .lora_options import settings
     found = settings(["--config", str(file)])
     if not found.lr_schedule:
         raise InputError(f"{file} has no lr_schedule; its learning rate is {found.learning_rate:g} throughout")

@@ -163,13 +163,13 @@ class Workers:
     def __init__(self, group: Group, timeout: float) -> None:
         self.group, self.rank, self.size = group, group.rank(), group.size()
         self.first, self.many = self.rank == 0, self.size > 1
-        self.saved: Callable[[], str] = lambda: "nothing was saved"
+        self.saved = "nothing was saved"
         self._watchdog = Watchdog(timeout, self._explain)
         self._open = ExitStack()
 
     def _explain(self) -> str:
         return (
-            f"{self.saved()}. See what that worker said, then start all workers again, with"
+            f"{self.saved}. See what that worker said, then start all workers again, with"
             ' resume="auto" or --resume if there is a checkpoint'
         )
 

@@ -1,4 +1,4 @@
-"""Files of trained weights, and whether they fit a model: what mlx-lm loads without a word is counted or refused."""
+"""Loading trained weights into a model. Arrays that do not fit are reported or refused; mlx-lm ignores them."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ from ..base import InputError, Row, table
 from ..checkpoint import check_finite
 from .lora_values import lora_parameters
 from .model_files import check_safetensors
+from .names import CONFIG, WEIGHTS
+from .options import called
 from .trainable import add_adapters
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 _PEFT = "; the file has the names of Hugging Face's PEFT, and mlx-lm cannot read PEFT adapters"
-_ADAPTERS = ("lora_a", "lora_b", "m")  # the last parts of the names of what is trained in LoRA and DoRA
+_ADAPTERS = ("lora_a", "lora_b", "m")  # the last parts of the names of parameters of LoRA and DoRA
 
 
 def load_weights(model: nn.Module, file: str | Path, *, wanted: Collection[str], allowed: Collection[str]) -> str:
-    """Puts the arrays of a file into a model, in the dtype they have; returns a line that says how many.
+    """Puts the arrays of a file into a model without a change of dtype; returns a line that says how many.
 
     Args:
-        model: where they go, by the paths of its parameters.
+        model: gets the arrays, by the paths of its parameters.
         file: a .safetensors or .npz file.
-        wanted: the paths that the file should have, such as all that are trained; some may be missing.
-        allowed: the paths that it may have. Others are left out, as mlx-lm does, if at least one is wanted.
+        wanted: the paths that the file should have, such as those of all trained parameters. Some may be missing.
+        allowed: the paths that are used. Others are ignored, as in mlx-lm, if the file has at least one wanted path.
 
     Raises:
         ValueError: the file cannot be read, nothing of it fits, or an array has another shape or kind of dtype, or
-            values that are not finite. The model is as it was then.
+            values that are not finite. The model is unchanged then.
     """
     arrays = read_arrays(Path(file))
     parameters = dict(tree_flatten(model.parameters()))
@@ -102,10 +103,10 @@ def other_scale(file: str | Path, parameters: Mapping[str, Any] | None) -> str |
 
 
 def check_folder(folder: str | Path) -> None:
-    """Raises ValueError for what can be seen to be wrong with a folder of adapters without a model."""
+    """Raises ValueError if a folder of adapters cannot be used with any model."""
     if not Path(folder).is_dir():
         raise InputError(
-            f"adapter_path (--adapter-path) is {str(folder)!r}, which is not a folder; give the folder of a run,"
+            f"{called('adapter_path')} is {str(folder)!r}, which is not a folder; give the folder of a run,"
             " or '' to test the model without adapters"
         )
     _read_config(Path(folder) / CONFIG)

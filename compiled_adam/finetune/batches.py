@@ -1,4 +1,4 @@
-"""Batches of a data set in mlx-lm's order, padded, that know their place and can go on from it."""
+"""Padded batches of a data set in mlx-lm's order, with a position that can be saved and restored."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 from mlx_lm.tuner.datasets import CacheDataset
 
 from ..base import InputError
+from .options import called
 
 Padding = Callable[[int], int]
 Batch = tuple[mx.array, mx.array]
@@ -40,7 +41,7 @@ def geometric(ratio: float) -> Padding:
     """
     if isinstance(ratio, bool) or not isinstance(ratio, numbers.Real) or not 1.01 <= ratio <= 1000:
         raise InputError(
-            f"bucket (--bucket) is {ratio!r}; the ratio of the lengths must be from 1.01 to 1000, such as 1.25"
+            f"{called('bucket')} is {ratio!r}; the ratio of the lengths must be from 1.01 to 1000, such as 1.25"
         )
 
     def padded(length: int) -> int:
@@ -87,7 +88,7 @@ class Batches:
         if len(dataset) < batch_size:
             raise InputError(
                 f"Dataset must have at least batch_size={batch_size} examples but only has {len(dataset)}; use a"
-                " smaller batch_size (--batch-size) or more data"
+                f" smaller {called('batch_size')} or more data"
             )
         rank, size = (0, 1) if comm_group is None else (comm_group.rank(), comm_group.size())
         if batch_size % size:
@@ -122,7 +123,7 @@ class Batches:
         self._order = np.random.permutation(len(self.members))
 
     def position(self) -> dict[str, Any]:
-        """Where this is, as JSON can hold it: `restore` of it gives the batches that come next."""
+        """The place in the data set, for JSON. After `restore` of it the same batches follow."""
         return {
             "epoch_start": self._epoch_start,
             "next": self._next,
@@ -137,7 +138,7 @@ class Batches:
         is in does not exist any more: the next epoch begins, and a warning says so.
 
         Raises:
-            ValueError: it is no position. Nothing is changed then.
+            ValueError: ``position`` was not made by `position`. Nothing is changed then.
         """
         found, count = _Position.of(position), len(self.members)
         # Positions of version 0.1 do not say how many batches there were.
@@ -161,7 +162,7 @@ class Batches:
         return map(self._example, range(len(self._dataset)))
 
     def forecast(self) -> Forecast:
-        """What an epoch's shapes are; tokenizes the whole data set."""
+        """The number of shapes in an epoch, and its padding; tokenizes the whole data set."""
         shapes, tokens, padded = set(), 0, 0
         for members in self.members:
             lengths = [min(len(self._example(i)[0]), self._longest) for i in members]
@@ -198,14 +199,14 @@ class Batches:
 
 
 class Forecast(NamedTuple):
-    """What to expect of the shapes of a run that sees its whole data set."""
+    """The shapes of a run that sees its whole data set."""
 
     traces: int  # different batch shapes
     overhead: float  # padding, as a part of the tokens
 
 
 class _Position(NamedTuple):
-    """What `Batches.position` gave, checked."""
+    """A position that `Batches.position` made, checked."""
 
     epoch_start: Any  # NumPy's random state from which the order was drawn; None before the first batch
     next: int

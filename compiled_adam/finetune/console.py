@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live line on a terminal, plain lines in a pipe."""
+"""The output of a run for a person: a progress bar on a terminal, plain lines in a pipe."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..base import lenient
 
 
 class TrainingProgress:
-    """A context in which a loop of ``total`` steps, in a word ``what``, advances a bar and reports lines that stay."""
+    """A context with a progress bar of ``total`` steps, labelled ``what``, and lines that stay above the bar."""
 
     def __init__(self, total: int, quiet: bool = False, what: str = "train") -> None:
         # A run goes on if its reader leaves (``| head``), or the disk is full.

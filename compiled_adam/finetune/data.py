@@ -13,16 +13,17 @@ from typing import Any
 from mlx_lm.tuner.datasets import create_dataset, load_dataset
 
 from ..base import InputError
+from .options import called
 from .rows import Located, example
 
 NAMES = {"train": "train set", "valid": "validation set", "test": "test set"}
 
 
 def load(args: types.SimpleNamespace, tokenizer: Any) -> tuple[Any, Any, Any]:
-    """Train, validation and test set of a job, each a `Located`, or empty where it has no use for one.
+    """The train, validation and test set of a job, each a `Located`; a set that the job does not use is empty.
 
     Raises:
-        ValueError: a file, line or row that cannot be used, by its place; a set that is missing.
+        ValueError: a file, line or row cannot be used, or a set is missing. The message says where it is.
     """
     needed = [*(["train", "valid"] if args.train else []), *(["test"] if args.test else [])]
     folder = Path(args.data)
@@ -111,13 +112,13 @@ def _format(rows: Any, tokenizer: Any, config: Any, place: str) -> Any:
         )
     if getattr(config, "mask_prompt", False) and not ((prompt in first and completion in first) or chat in first):
         raise InputError(
-            f"{place} has only a text; mask_prompt (--mask-prompt) needs a prompt and a completion, or messages"
+            f"{place} has only a text; {called('mask_prompt')} needs a prompt and a completion, or messages"
         )
     return create_dataset(rows, tokenizer, config)
 
 
 def _from_hub(args: types.SimpleNamespace, tokenizer: Any, needed: list[str]) -> dict[str, Any]:
-    """By mlx-lm; its rows are checked when they are tokenized, for there may be many."""
+    """The data sets as mlx-lm loads them. Rows are checked when they are tokenized, because there may be many."""
     sets = getattr(args, "hf_dataset", None) or []
     sets = [sets] if isinstance(sets, dict) else sets
     what = " and ".join(str(each.get("path")) for each in sets) or args.data

@@ -12,8 +12,6 @@ from typing import IO, Any
 from ..base import InputError
 from ..checkpoint import output
 
-LOG = "log.jsonl"  # its name beside the adapters
-
 
 class RunLog:
     """Appends to ``file``, whose lines after iteration ``keep`` are dropped first: they are about to happen again.

@@ -1,4 +1,4 @@
-"""What the values of a fine-tuning job may be: the ranges of its numbers, and the keys inside its mappings."""
+"""Checks of the values of a fine-tuning job: the ranges of its numbers, and the keys inside its mappings."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from mlx_lm.tuner.callbacks import SUPPORT_CALLBACK
 from .. import schedulers
 from ..base import InputError
 from ..distributed import check_timeout
-from ..optimizers import Adam, AdamW, options
+from ..optimizers import Adam, AdamW
+from ..optimizers import options as optimizer_options
 from . import batches
+from .options import WHOLE, called, check_whole
 
 OPTIMIZERS: dict[str, Callable[..., optim.Optimizer]] = {
     "adam": Adam,
@@ -25,31 +27,6 @@ OPTIMIZERS: dict[str, Callable[..., optim.Optimizer]] = {
     "sgd": optim.SGD,
     "adafactor": optim.Adafactor,
 }
-# The least value of each whole number, and what else it may be.
-_WHOLE: dict[str, tuple[int, dict[int, str]]] = {
-    "num_layers": (1, {-1: "for all layers"}),
-    "batch_size": (1, {}),
-    "iters": (1, {}),
-    "val_batches": (1, {-1: "for the whole validation set"}),
-    "test_batches": (1, {-1: "for the whole test set"}),
-    "steps_per_report": (1, {}),
-    "steps_per_eval": (1, {}),
-    "save_every": (1, {}),
-    "steps_per_save": (1, {}),
-    "grad_accumulation_steps": (1, {}),
-    "max_seq_length": (2, {}),
-    "seed": (0, {}),
-    "clear_cache_threshold": (0, {}),
-    "max_traces": (1, {}),
-    "keep_checkpoints": (0, {}),
-    "keep_adapters": (1, {}),
-    "early_stop_patience": (1, {}),
-    "nonfinite_limit": (1, {}),
-}
-_FLAGS = {
-    "keep_adapters": "--keep-checkpoints",
-    "steps_per_save": "--save-every",
-}  # where the name of the flag is not that of the argument
 _LARGEST_RANK = 1 << 16
 _LORA = {
     "rank": f"a whole number from 1 to {_LARGEST_RANK}",
@@ -67,30 +44,6 @@ _SIGNED = ("decay_rate",)
 _ELSEWHERE = ("self", "learning_rate", "decay_filter")
 
 
-def called(name: str) -> str:
-    """An option in the words of both interfaces.
-
-    >>> called("batch_size")
-    'batch_size (--batch-size)'
-    """
-    return f"{name} ({_FLAGS.get(name) or '--' + name.replace('_', '-')})"
-
-
-def check_whole(name: str, value: object) -> None:
-    """Raises ValueError for a whole number that is out of its range."""
-    least, others = _WHOLE[name]
-    most = 2**32 - 1 if name == "seed" else sys.maxsize
-    too_large = False
-    if isinstance(value, int) and not isinstance(value, bool):
-        if value in others or least <= value <= most:
-            return
-        too_large = value > most
-    bounded = name == "seed" or too_large
-    allowed = f"a whole number from {least} to {most}" if bounded else f"a whole number of at least {least}"
-    allowed += "".join(f", or {other} {meaning}" for other, meaning in others.items())
-    raise InputError(f"{called(name)} is {value!r}; it must be {allowed}")
-
-
 def as_float(value: Any) -> Any:
     """A whole number that MLX's 64 bits cannot hold, as a float; anything else as it is.
 
@@ -101,18 +54,17 @@ def as_float(value: Any) -> Any:
 
 
 def check(args: types.SimpleNamespace) -> None:
-    """Raises ValueError, naming it, for a value that no job can have; see `lora_options.settings`."""
-    for name in _WHOLE.keys() & vars(args).keys():
-        value = getattr(args, name)
-        if value is not None:
+    """Raises ValueError that names a value which no job can have; see `lora_options.settings`."""
+    for name, value in vars(args).items():
+        if name in WHOLE and value is not None:
             check_whole(name, value)
     for name in ("learning_rate", "max_grad_norm", "weight_decay"):
         setattr(args, name, as_float(getattr(args, name)))
-    options.learning_rate(args.learning_rate, called("learning_rate"))
+    optimizer_options.learning_rate(args.learning_rate, called("learning_rate"))
     if args.max_grad_norm is not None and not 0 < args.max_grad_norm < math.inf:
         raise InputError(f"{called('max_grad_norm')} is {args.max_grad_norm!r}; it must be a number above 0")
     if args.weight_decay is not None:
-        options.check_number(called("weight_decay"), args.weight_decay)
+        optimizer_options.check_number(called("weight_decay"), args.weight_decay)
     check_timeout(args.worker_timeout)
     if not SUPPORT_CALLBACK.keys() >= set(_names(args.report_to)):
         raise InputError(
@@ -140,7 +92,7 @@ def lora_parameters(given: Mapping[str, Any], *, needed: bool = True) -> dict[st
     """The checked ``lora_parameters`` of a job; ``needed``: whether rank, scale and dropout must all be there.
 
     Raises:
-        ValueError: an unknown key, a key that is missing, or a value out of its range, naming it.
+        ValueError: an unknown key, a key that is missing, or a value out of its range. The message names it.
     """
     known = (*_LORA, "keys")
     if unknown := [key for key in given if key not in known]:
@@ -224,12 +176,12 @@ def _check_like(what: str, value: Any, default: Any) -> None:
         if not isinstance(value, list) or len(value) != len(default):
             raise InputError(f"{what} is {value!r}; it must be a list of {len(default)} numbers")
         for each in value:
-            options.check_number(what, each)
+            optimizer_options.check_number(what, each)
     elif isinstance(default, int) and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
         raise InputError(f"{what} is {value!r}; it must be a whole number of at least 1")
     elif not (value is None and default is None):
         signed = what.endswith(_SIGNED) and isinstance(value, (int, float)) and not isinstance(value, bool)
-        options.check_number(what, abs(value) if signed else value)
+        optimizer_options.check_number(what, abs(value) if signed else value)
 
 
 def _check_hf_dataset(given: Any, test: bool) -> None:

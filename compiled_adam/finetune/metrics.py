@@ -1,4 +1,4 @@
-"""From steps to numbers: results are read one step late, logged, and summed up between two training reports."""
+"""The numbers of a run: the results of steps, which are read one step late, and their sums between two reports."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class StepReader:
 
 
 class Report:
-    """What is summed between two training reports."""
+    """The sums between two training reports."""
 
     def __init__(self) -> None:
         # Only what JSON can hold: checkpoints have it, so that a resumed run reports what it would have reported.

@@ -16,8 +16,8 @@ from mlx_lm.utils import _get_classes
 from ..base import InputError
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-# What mlx-lm builds layers of, for most models under these names; a list has one for each layer. A model of more layers
-# would be built for hours before anything else is found wrong.
+# The sizes that most models have under these names; a list has one size for each layer. A model with more layers would
+# be built for hours before another error is found.
 LAYERS, SIZE = 10_000, 1 << 26
 SIZES = {
     "num_hidden_layers": LAYERS,
@@ -25,8 +25,8 @@ SIZES = {
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), SIZE),
 }
 MOST = 1 << 48  # elements of one array; MLX counts bytes in 64 bits
-# mlx-lm's classes check nothing, and read nothing but the config: these are what its values lead to in arithmetic, as
-# keys, names, and shapes of arrays.
+# mlx-lm's classes do not check the config. Wrong values raise one of these errors: in arithmetic, as keys, as names and
+# as shapes of arrays.
 _OF_VALUES = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, AssertionError)
 
 
@@ -54,7 +54,7 @@ def read(name: str) -> dict[str, Any]:
 
 
 def check(config: Mapping[str, Any]) -> None:
-    """Raises InputError if a size is no number, or no size, and names it."""
+    """Raises InputError that names a size which is not a whole number in its range."""
     if not isinstance(config.get("model_type"), str):
         raise InputError(f"the config's model_type is {config.get('model_type')!r}; it must be the name of a model")
     for part in ("text_config", "quantization"):

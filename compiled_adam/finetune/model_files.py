@@ -1,4 +1,4 @@
-"""Loading a model: its files are looked at first, so that one that is missing or damaged is named."""
+"""Loading a model. Its files are checked first, so that the message names the one that is missing or damaged."""
 
 from __future__ import annotations
 
@@ -30,9 +30,7 @@ def load(model: str, trust_remote_code: bool | None) -> tuple[nn.Module, Any]:
             loaded = utils.load(model, tokenizer_config={"trust_remote_code": True})
         else:
             loaded = utils.load(
-                model,
-                tokenizer_config={"trust_remote_code": trust_remote_code},
-                trust_remote_code=trust_remote_code,
+                model, tokenizer_config={"trust_remote_code": trust_remote_code}, trust_remote_code=trust_remote_code
             )
     except HFValidationError as error:
         raise InputError(f"model is {model!r}, which is no folder here and no name on Hugging Face: {error}") from None

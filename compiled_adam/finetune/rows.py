@@ -1,7 +1,7 @@
-"""The rows of a data set: what mlx-lm's formats need them to be, and where each is from.
+"""The rows of a data set: the checks of mlx-lm's formats, and the place of each row in its file.
 
-mlx-lm looks at the first row only, to choose the format. What is wrong with another one is an IndexError, a KeyError or
-worse when the row is tokenized. `Located` says which row it is, and what is wrong with it.
+mlx-lm looks at the first row only, to choose the format. A wrong row later in the file becomes an IndexError, a
+KeyError or worse when it is tokenized. `Located` says which row is wrong, and why.
 """
 
 from __future__ import annotations
@@ -11,15 +11,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jinja2 import TemplateError
-from mlx_lm.tuner.datasets import (
-    CacheDataset,
-    ChatDataset,
-    CompletionsDataset,
-    ConcatenatedDataset,
-    TextDataset,
-)
+from mlx_lm.tuner.datasets import CacheDataset, ChatDataset, CompletionsDataset, ConcatenatedDataset, TextDataset
 
 from ..base import InputError
+from .options import called
 
 _FORMATS = (ChatDataset, CompletionsDataset, ConcatenatedDataset, TextDataset)
 
@@ -141,9 +136,7 @@ def _check_conversation(messages: Any, what: str, mask_prompt: bool, place: str)
     if not messages:
         raise InputError(f"{place}: {what} is empty; remove the row, or give it messages")
     if mask_prompt and len(messages) < 2:
-        raise InputError(
-            f"{place}: {what} has only one message, but mask_prompt (--mask-prompt) needs a prompt before it"
-        )
+        raise InputError(f"{place}: {what} has only one message, but {called('mask_prompt')} needs a prompt before it")
     for number, message in enumerate(messages, 1):
         its = f"message {number}"
         if not isinstance(message, Mapping):

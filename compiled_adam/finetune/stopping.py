@@ -1,4 +1,4 @@
-"""Why a run ends before its last iteration, and how it is told to."""
+"""The reasons why a run ends before its last iteration: signals, and errors of MLX."""
 
 from __future__ import annotations
 
@@ -12,20 +12,50 @@ from typing import Any
 
 from ..base import say
 
+# A sum of fewer than 1024 votes for SIGINT is below one vote for SIGTERM.
+_VOTES = {int(signal.SIGINT): 1.0, int(signal.SIGTERM): 1024.0}
+
 
 class Asked:
-    """Whether somebody asked the run to end: ``signal`` is None, SIGINT (Ctrl-C) or SIGTERM."""
+    """Whether somebody asked the run to end: ``signal`` is None, SIGINT (Ctrl-C) or SIGTERM.
 
-    signal: int | None = None
+    Several workers get their signals at different times. Each step sums their votes, so that all stop after the same.
+    """
+
+    def __init__(self, many: bool) -> None:
+        self.many = many
+        self.signal: int | None = None
+        self._elected: int | None = None
+
+    def vote(self) -> float:
+        """The signal of this worker as a number. The sum over all workers tells whether any of them got one."""
+        return _VOTES.get(self.signal or 0, 0.0)
+
+    def count(self, votes: float) -> None:
+        """Takes a sum of `vote`: SIGTERM if any worker got that, else SIGINT.
+
+        >>> asked = Asked(many=True)
+        >>> asked.count(2.0)
+        >>> asked.agreed == signal.SIGINT
+        True
+        """
+        numbers = (int(signal.SIGTERM), int(signal.SIGINT))
+        self._elected = next((number for number in numbers if votes >= _VOTES[number]), self._elected)
+
+    @property
+    def agreed(self) -> int | None:
+        """The signal to stop for, which all workers know."""
+        return self._elected if self.many else self.signal
 
 
 @contextmanager
-def asked_to_stop() -> Iterator[Asked]:
+def asked_to_stop(many: bool = False) -> Iterator[Asked]:
     """Notes the first Ctrl-C or SIGTERM, so that a step can be finished and saved; a second one acts at once.
 
-    In another thread than the main one, where Python cannot handle signals, nothing is noted.
+    ``many`` says whether there are other workers. In another thread than the main one, where Python cannot handle
+    signals, nothing is noted.
     """
-    asked = Asked()
+    asked = Asked(many)
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
@@ -45,26 +75,6 @@ def asked_to_stop() -> Iterator[Asked]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-_VOTES = {
-    int(signal.SIGINT): 1.0,
-    int(signal.SIGTERM): 1024.0,
-}  # sums of fewer than 1024 of the one are below the other
-
-
-def vote(number: int | None) -> float:
-    """A signal as a number whose sum over workers tells whether any of them got one."""
-    return _VOTES.get(number or 0, 0.0)
-
-
-def elected(votes: float) -> int | None:
-    """The signal that a sum of `vote` stands for: SIGTERM if any worker got that.
-
-    >>> elected(0.0), elected(vote(signal.SIGINT) + vote(None)) == signal.SIGINT
-    (None, True)
-    """
-    return next((number for number in (int(signal.SIGTERM), int(signal.SIGINT)) if votes >= _VOTES[number]), None)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,4 +1,4 @@
-"""What of a model is trained: adapters that are added to its layers, or the last layers themselves."""
+"""The trained parameters of a model: adapters that are added to its layers, or the last layers themselves."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from ..base import InputError
-from .lora_values import called
+from .options import called
 
 _QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
 _DORA = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
@@ -32,7 +32,7 @@ def unfreeze_last(model: nn.Module, num_layers: int) -> None:
     if quantized:
         raise InputError(
             f"the model is quantized ({quantized[0].bits} bits), and full fine-tuning trains the weights themselves;"
-            " use fine_tune_type (--fine-tune-type) lora or dora, or a model that is not quantized, such as"
+            f" use {called('fine_tune_type')} lora or dora, or a model that is not quantized, such as"
             " mlx_lm.convert --dequantize makes of this one"
         )
     for layer in layers:
@@ -43,7 +43,8 @@ def add_adapters(model: nn.Module, num_layers: int, parameters: Mapping[str, Any
     """Adds LoRA or DoRA adapters to the last ``num_layers`` layers, or to all for -1, as mlx-lm does.
 
     Raises:
-        ValueError: one of ``parameters["keys"]`` fits no layer, or one that has no adapters; with what is possible.
+        ValueError: one of ``parameters["keys"]`` fits no layer, or a layer that cannot have adapters. The message lists
+            the possible keys.
     """
     inside = {path: module for layer in _last(model, num_layers) for path, module in layer.named_modules()}
     whole = dict(model.named_modules())
@@ -75,14 +76,14 @@ def _adaptable(module: Any, dora: bool) -> bool:
 
 
 def _possible(model: nn.Module, inside: Mapping[str, nn.Module], dora: bool) -> list[str]:
-    """What keys can be: paths inside the layers that are trained, and paths of what is outside of all layers."""
+    """The possible keys: paths inside the trained layers, and paths of modules outside of all layers."""
     layers = {id(module) for layer in model.layers for _, module in layer.named_modules()}
     outside = {path: module for path, module in model.named_modules() if id(module) not in layers}
     return sorted(path for path, module in {**inside, **outside}.items() if _adaptable(module, dora))
 
 
 def _among(key: str, possible: list[str]) -> str:
-    """What to write instead: those that end like a key first."""
+    """The end of a message with the possible keys; those with the same last part as ``key`` come first."""
     last = key.rsplit(".", 1)[-1]
     ordered = sorted(possible, key=lambda path: not path.endswith(last))
     shown = ordered[:20]

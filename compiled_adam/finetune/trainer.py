@@ -1,10 +1,18 @@
-"""Fine-tuning with mlx-lm's models, data sets and files, on a compiled step; it can be stopped and resumed."""
+"""Fine-tuning with mlx-lm's models, data sets and files, on a compiled step; a run can be stopped and resumed.
+
+With ``mlx.launch`` each worker takes its part of every batch of ``batch_size``, and all workers together are one run,
+with the results of a single process. The first worker prints, logs and saves. It also reads the checkpoint of a resumed
+run, which any number of workers can continue. All workers have the same random state, so their dropout masks are the
+same where shapes are the same. Callbacks are called at every worker.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +20,30 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 
-try:
+from .packages import needed
+
+with needed("fine-tuning", "mlx-lm", "lm"):
     from mlx_lm.tuner import trainer as mlx_lm_trainer
     from mlx_lm.tuner.callbacks import TrainingCallback
-    from mlx_lm.utils import save_config
-except ImportError as error:
-    raise ImportError(
-        f"fine-tuning needs mlx-lm ({error}); install it with `pip install 'compiled-adam[lm]'`"
-    ) from error
 
 from ..base import InputError, fingerprint, random_state
-from ..checkpoint import locked, numbered
-from ..distributed import Workers, check_timeout, join
-from ..step import losses, make_step
+from ..checkpoint import locked, output
+from ..distributed import Workers, join
+from ..step import TrainStep, losses, make_step
 from .batches import Batches
 from .console import TrainingProgress
-from .log import LOG, RunLog
-from .loop import CHECKPOINTS, CONFIG, Options, TrainingLoop, Validation
-from .lora_values import called, check_whole
+from .log import RunLog
+from .loop import TrainingLoop
+from .metrics import StepReader
+from .names import CHECKPOINTS, CONFIG, LOG
+from .options import WHOLE, TrainOptions, called, check_whole
+from .reporting import Reporting
 from .rows import located
+from .saving import RunFolder, has_checkpoints
 from .stopping import asked_to_stop
+from .validation import Validation
 
+TrainingArgs = mlx_lm_trainer.TrainingArgs
 _MANY = 5000  # examples, whose tokenizing takes seconds
 
 
@@ -41,212 +52,207 @@ def train(
     optimizer: optim.Optimizer,
     train_dataset: Any,
     val_dataset: Any = None,
-    args: mlx_lm_trainer.TrainingArgs | None = None,
+    args: TrainingArgs | None = None,
     loss: Callable[..., Any] = losses.next_token,
     iterate_batches: Callable[..., Any] = Batches,
     training_callback: TrainingCallback | None = None,
     *,
-    max_traces: int = 64,
-    log: bool = False,
-    keep_checkpoints: int = 0,
-    keep_adapters: int | None = None,
-    save_best: bool = False,
-    early_stop_patience: int | None = None,
-    nonfinite_limit: int | None = None,
-    resume: str | Path | None = None,
-    settings: Mapping[str, Any] | None = None,
-    allow: Collection[str] = (),
-    adapter_config: Mapping[str, Any] | None = None,
-    reduce_dtype: str = "float32",
-    shard_state: bool = False,
-    worker_timeout: float = 60.0,
+    max_traces: int = TrainOptions.max_traces,
+    log: bool = TrainOptions.log,
+    keep_checkpoints: int = TrainOptions.keep_checkpoints,
+    keep_adapters: int | None = TrainOptions.keep_adapters,
+    save_best: bool = TrainOptions.save_best,
+    early_stop_patience: int | None = TrainOptions.early_stop_patience,
+    nonfinite_limit: int | None = TrainOptions.nonfinite_limit,
+    resume: str | Path | None = TrainOptions.resume,
+    settings: Mapping[str, Any] | None = TrainOptions.settings,
+    allow: Collection[str] = TrainOptions.allow,
+    adapter_config: Mapping[str, Any] | None = TrainOptions.adapter_config,
+    reduce_dtype: str = TrainOptions.reduce_dtype,
+    shard_state: bool = TrainOptions.shard_state,
+    worker_timeout: float = TrainOptions.worker_timeout,
 ) -> None:
     """Fine-tunes ``model`` in place: the call, the defaults and the adapter files of ``mlx_lm.tuner.trainer.train``.
 
-    What differs: accumulation weights micro-batches by their tokens and applies the last, partly filled window;
-    the allocator's cache is cleared only beyond a ``clear_cache_threshold`` above 0, not after every step; reports
-    have three more keys: ``grad_norm`` (of the last update, None before the first), ``skipped_steps`` and
-    ``traces`` (gradient traces so far, one for each batch shape); weights that are not finite are never saved; after
-    Ctrl-C or SIGTERM the step is finished and everything saved.
-
-    Under ``mlx.launch`` each worker takes its part of every batch of ``batch_size``, and all together are one run, the
-    same as a single process's. The first worker prints, logs, saves, and reads the checkpoint of a resumed run, which
-    any number of workers can continue. All workers have the same random state, so their dropout masks are the same
-    where shapes are the same. Callbacks are called at every worker.
+    Accumulation weights micro-batches by their tokens, and applies the last, partly filled window. The cache of the
+    allocator is cleared only beyond a ``clear_cache_threshold`` above 0. Weights that are not finite are never saved.
+    Reports have three more keys: ``grad_norm`` (of the last update, or None), ``skipped_steps`` and ``traces`` (so far,
+    one for each batch shape).
 
     Args:
-        model: an mlx-lm model whose adapter or unfrozen parameters are trained.
-        optimizer: any MLX optimizer; its learning rate counts updates, not iterations.
-        train_dataset: what ``iterate_batches`` takes, by default mlx-lm's ``CacheDataset``.
-        val_dataset: the same for validation at the first, the last and every ``steps_per_eval``-th iteration.
-        args: ``mlx_lm.tuner.trainer.TrainingArgs``; None means its defaults.
-        loss: ``loss(model, *batch)`` returns the mean loss over tokens and the number of tokens. A batch of 0 tokens
-            adds nothing to the gradient. Default: `losses.next_token`; mlx-lm's `default_loss` also trains one token of
-            padding.
-        iterate_batches: makes the batches, called as mlx-lm calls it; every worker must get the same number of them.
-            Default: `Batches`, which has mlx-lm's order.
+        model, optimizer: as in mlx-lm; the learning rate counts updates, not iterations.
+        train_dataset, val_dataset, args: as in mlx-lm; None for no validation, and for the defaults of mlx-lm.
+        loss: ``loss(model, *batch)`` returns the mean loss over tokens, and the number of tokens, which may be 0.
+            Default: `losses.next_token`. mlx-lm's `default_loss` also trains one token of padding.
+        iterate_batches: called as mlx-lm calls it; all workers must get the same number of batches. Default: `Batches`.
         training_callback: gets ``on_train_loss_report(info)`` and ``on_val_loss_report(info)``.
-
-        max_traces: how many batch shapes stay compiled, as in `make_step`. Default 64.
-        log: whether to write ``log.jsonl`` beside the adapters, a line for every step. Default False.
-        keep_checkpoints: how many checkpoints to resume from stay in ``checkpoints`` beside the adapters; one is
-            written whenever the adapters are saved. Default 0: none is written.
-        keep_adapters: how many of the numbered adapter files stay. Default None: all, as in mlx-lm.
-        save_best: whether to keep the weights with the lowest validation loss in ``best``. Default False.
-        early_stop_patience: end after so many validations in a row without a new lowest loss. Default None: never.
-        nonfinite_limit: end after so many steps in a row whose loss or gradient is not finite. Default None: never.
-        resume: a checkpoint's folder, or "auto" for the newest undamaged checkpoint in ``checkpoints``. With "auto" the
-            run starts from the beginning, and says so, if no checkpoint was ever written there. Default None.
-        settings: names and values that results depend on and a resumed run must share. Default None. If checkpoints
-            are written or read, ``data`` and ``validation data`` are added: digests of all tokenized examples. For
-            that, all examples are tokenized before the first step.
-        allow: names of settings that may differ from the checkpoint's, as in `load_checkpoint`.
-        adapter_config: what mlx-lm needs to load the adapters, for ``adapter_config.json`` beside them. It is written
-            after all checks, just before the training. Default None: not written.
-        reduce_dtype: what gradients are communicated in between workers, as in `make_step`. Default "float32".
-        shard_state: whether the optimizer's state is spread over the workers, as in `make_step`. Default False.
-        worker_timeout: seconds without an answer after which a worker that waits for the others ends its process, with
-            a message and exit code 1; more if steps are long, see `Watchdog`. (One that died is noticed at once.)
+        max_traces, ...: see `TrainOptions`.
 
     Raises:
-        ValueError: unusable arguments, as in `make_step`; a checkpoint that does not exist, is damaged or does not fit;
-            workers that were started with different options.
-        TrainingStopped: out of memory, ``nonfinite_limit`` was reached, another worker ended, or the last save failed.
-            The message says what was saved. Other errors are raised as they are, after a line that says what was saved.
-        KeyboardInterrupt, SystemExit(143): after Ctrl-C or SIGTERM, when everything is saved.
+        ValueError: unusable arguments or checkpoints, or workers that were started with different options.
+        TrainingStopped: the run could not go on. The message says why, and what was saved. After other errors, which
+            are raised as they are, a line says that. After Ctrl-C or SIGTERM the step is finished and saved, and
+            KeyboardInterrupt or SystemExit(143) is raised.
         OSError: another process is training in the folder of the adapters.
     """
-    args = mlx_lm_trainer.TrainingArgs() if args is None else args
-    train_dataset, val_dataset = located(train_dataset, "train set"), located(val_dataset, "validation set")
-    check_timeout(worker_timeout)
-    if resume is not None and not (isinstance(resume, (str, Path)) and str(resume)):
-        raise InputError(f"{called('resume')} is {resume!r}; it must be a checkpoint's folder, 'auto' or None")
-    numbers = {
-        "max_traces": max_traces,
-        "keep_checkpoints": keep_checkpoints,
-        "keep_adapters": keep_adapters,
-        "early_stop_patience": early_stop_patience,
-        "nonfinite_limit": nonfinite_limit,
-    }
-    for name in (
-        *("batch_size", "iters", "val_batches", "grad_accumulation_steps", "steps_per_report", "steps_per_eval"),
-        *("steps_per_save", "max_seq_length", "clear_cache_threshold"),
-    ):
-        check_whole(name, getattr(args, name))
-    for name, number in numbers.items():
-        if number is not None or name in ("max_traces", "keep_checkpoints"):
-            check_whole(name, number)
-    for name, value in (("save_best", save_best), ("early_stop_patience", early_stop_patience)):
-        if value and not val_dataset:
-            raise InputError(f"{called(name)} needs a validation loss, but there is no validation set")
-    if (limit := mx.device_info().get("max_recommended_working_set_size")) is not None:
-        mx.set_wired_limit(int(limit))  # Metal: keeps weights from being paged out between steps
-    if args.grad_checkpoint:
-        mlx_lm_trainer.grad_checkpoint(model.layers[0])
+    options = TrainOptions(
+        *(max_traces, log, keep_checkpoints, keep_adapters, save_best, early_stop_patience, nonfinite_limit, resume),
+        *(settings, allow, adapter_config, reduce_dtype, shard_state, worker_timeout),
+    )
+    job = Job(model, optimizer, train_dataset, val_dataset, loss, iterate_batches, args or TrainingArgs(), options)
+    job.run(training_callback)
 
-    folder = Path(args.adapter_file).parent
-    with ExitStack() as stack:
-        world = join(worker_timeout)
-        workers = stack.enter_context(Workers(world, worker_timeout))
-        workers.first_does(lambda: _make(folder))
-        anew = resume == "auto" and not workers.first_does(lambda: has_checkpoints(folder))
-        resume = None if anew else resume
-        step = make_step(
-            model,
-            loss,
-            optimizer,
-            accumulate=args.grad_accumulation_steps,
-            weighted=True,
-            max_traces=max_traces,
-            group=world,
-            reduce_dtype=reduce_dtype,
-            shard_state=shard_state,
-        )
-        batches = iter(
-            iterate_batches(
-                dataset=train_dataset,
-                batch_size=args.batch_size,
-                max_seq_length=args.max_seq_length,
-                loop=True,
-                comm_group=world,
+
+@dataclass
+class Job:
+    """The arguments of a call of `train`, checked, and the run that they make."""
+
+    model: nn.Module
+    optimizer: optim.Optimizer
+    train_dataset: Any
+    val_dataset: Any
+    loss: Callable[..., Any]
+    iterate_batches: Callable[..., Any]
+    args: TrainingArgs
+    options: TrainOptions
+
+    def __post_init__(self) -> None:
+        self.train_dataset = located(self.train_dataset, "train set")
+        self.val_dataset = located(self.val_dataset, "validation set")
+        for name, value in vars(self.args).items():
+            if name in WHOLE:
+                check_whole(name, value)
+        if not self.val_dataset:
+            self.options.check_validation()
+        self.folder = Path(self.args.adapter_file).parent
+
+    def run(self, callback: TrainingCallback | None) -> None:
+        """Trains, and saves at the end."""
+        if (limit := mx.device_info().get("max_recommended_working_set_size")) is not None:
+            mx.set_wired_limit(int(limit))  # Metal: keeps weights from being paged out between steps
+        if self.args.grad_checkpoint:
+            mlx_lm_trainer.grad_checkpoint(self.model.layers[0])
+        args, options = self.args, self.options
+        with ExitStack() as stack:
+            workers = stack.enter_context(Workers(join(options.worker_timeout), options.worker_timeout))
+            workers.first_does(self._make_folder)
+            anew = options.resume == "auto" and not workers.first_does(partial(has_checkpoints, self.folder))
+            resume = None if anew else options.resume
+            step, batches = self._step(workers), self._batches(workers)
+            durable = bool(options.keep_checkpoints) or resume is not None
+            self._check_batches(batches, durable)
+            settings = self._settings(batches if durable else None, workers.first)
+            workers.check_alike(self._alike(settings, resume is not None))
+            if options.log or durable:
+                stack.enter_context(workers.all_do(partial(_lock, self.folder, workers.first)))
+            asked = stack.enter_context(asked_to_stop(workers.many))
+            progress = stack.enter_context(TrainingProgress(args.iters, quiet=not workers.first))
+            validation = Validation(self.val_dataset, self.loss, self.iterate_batches, args, workers, asked)
+            reporting = Reporting(
+                StepReader(step), progress, callback or TrainingCallback(), workers, asked, args.max_seq_length
             )
-        )
-        if (keep_checkpoints or resume is not None) and not isinstance(batches, Batches):
-            raise InputError("a checkpoint needs batches that know their position: use compiled_adam's iterate_batches")
-        if val_dataset and isinstance(batches, Batches) and len(val_dataset) < args.batch_size:
-            raise InputError(
-                f"the validation set has {len(val_dataset)} examples, fewer than batch_size={args.batch_size};"
-                " give it more, or use a smaller batch_size (--batch-size)"
-            )
-        data: dict[str, str | None] = {}
-        if (keep_checkpoints or resume is not None) and isinstance(batches, Batches):
-            if workers.first and len(train_dataset) > _MANY:
-                print(f"tokenizing {len(train_dataset):,} examples, to notice when a resumed run has other data")
-            validated = Batches(val_dataset, 1, args.max_seq_length).rows() if val_dataset else None
-            data["data"] = fingerprint.of_rows(batches.rows())
-            data["validation data"] = None if validated is None else fingerprint.of_rows(validated)
-        # What decides which batches come, and after which of them a window ends.
-        settings = (
-            dict(settings or {})
-            | data
-            | {
-                "batch_size": args.batch_size,
-                "max_seq_length": args.max_seq_length,
-                "examples": len(train_dataset),
-                "validation": [args.steps_per_eval, args.val_batches, len(val_dataset)] if val_dataset else None,
-                "grad_checkpoint": args.grad_checkpoint,  # which asks for dropout's random numbers twice
-            }
-        )
-        options = Options(keep_checkpoints, keep_adapters, save_best, early_stop_patience, nonfinite_limit, settings)
-        validation = Validation(val_dataset, loss, iterate_batches)
-        # What decides where workers meet, and that the parts they take are of the same batches.
-        workers.check_alike(
-            {name: value for name, value in (options._asdict() | asdict(args)).items() if name != "adapter_file"}
-            | settings
-            | {"resume": resume is not None, "log": log, "NumPy's random state": fingerprint.of_numpy()}
-            | {"MLX's random state": random_state.get().tolist(), "validation set": bool(val_dataset)}
-        )
-        if log or keep_checkpoints or resume is not None:
-            workers.first_does(lambda: _enter(stack, locked(folder)))
-        asked = stack.enter_context(asked_to_stop())
-        progress = stack.enter_context(TrainingProgress(args.iters, quiet=not workers.first))
-        loop = TrainingLoop(step, batches, validation, args, options, progress, asked, training_callback, workers)
-        if resume is not None:
-            loop.resume(resume, allow)
+            saved = RunFolder(Path(args.adapter_file), step, options, settings, workers, progress.line)
+            loop = TrainingLoop(step, batches, validation, args, options, saved, reporting, asked)
+            if resume is not None:
+                loop.resume(resume)
+            elif options.log or durable:
+                workers.first_does(saved.begin_anew)
+            if anew:
+                progress.line(
+                    f"there is no checkpoint in {self.folder / CHECKPOINTS} yet: the run starts from the beginning"
+                )
             if loop.iteration >= args.iters:
                 progress.line(
-                    f"iter {loop.iteration:>5}  all {args.iters} iterations are done; to train on, give more iters"
-                    " (--iters)"
+                    f"iter {loop.iteration:>5}  all {args.iters} iterations are done; to train on, give more"
+                    f" {called('iters')}"
                 )
-        if anew:
-            progress.line(f"there is no checkpoint in {folder / CHECKPOINTS} yet: the run starts from the beginning")
+            if options.log and workers.first:
+                reporting.log = stack.enter_context(closing(RunLog(self.folder / LOG, loop.iteration, reporting.warn)))
+            workers.first_does(self._write_config)
+            loop.run()
 
-        def prepare_folder() -> None:
-            if resume is None and (log or keep_checkpoints):
-                loop.begin_anew()
-            if log:
-                loop.log = stack.enter_context(closing(RunLog(folder / LOG, loop.iteration, loop.warn)))
-            if adapter_config is not None:
-                temporary = folder / f".{CONFIG}.partial"
-                save_config(dict(adapter_config), temporary)
-                temporary.replace(folder / CONFIG)
+    def _make_folder(self) -> None:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise InputError(f"{self.folder} is a file; give a folder for the adapters")
+        self.folder.mkdir(parents=True, exist_ok=True)
 
-        workers.first_does(prepare_folder)
-        loop.run()
+    def _step(self, workers: Workers) -> TrainStep:
+        return make_step(
+            self.model,
+            self.loss,
+            self.optimizer,
+            accumulate=self.args.grad_accumulation_steps,
+            weighted=True,
+            max_traces=self.options.max_traces,
+            group=workers.group,
+            reduce_dtype=self.options.reduce_dtype,
+            shard_state=self.options.shard_state,
+        )
+
+    def _batches(self, workers: Workers) -> Iterator[Any]:
+        return iter(
+            self.iterate_batches(
+                dataset=self.train_dataset,
+                batch_size=self.args.batch_size,
+                max_seq_length=self.args.max_seq_length,
+                loop=True,
+                comm_group=workers.group,
+            )
+        )
+
+    def _check_batches(self, batches: Iterator[Any], durable: bool) -> None:
+        if durable and not isinstance(batches, Batches):
+            raise InputError("a checkpoint needs batches that know their position: use compiled_adam's iterate_batches")
+        size = self.args.batch_size
+        if self.val_dataset and isinstance(batches, Batches) and len(self.val_dataset) < size:
+            raise InputError(
+                f"the validation set has {len(self.val_dataset)} examples, fewer than batch_size={size};"
+                f" give it more, or use a smaller {called('batch_size')}"
+            )
+
+    def _settings(self, batches: Any, first: bool) -> dict[str, Any]:
+        """The settings that a resumed run must have, too; with digests of the examples unless ``batches`` is None."""
+        args = self.args
+        data: dict[str, Any] = {}
+        if batches is not None:
+            if first and len(self.train_dataset) > _MANY:
+                print(f"tokenizing {len(self.train_dataset):,} examples, to notice when a resumed run has other data")
+            validated = Batches(self.val_dataset, 1, args.max_seq_length).rows() if self.val_dataset else None
+            data["data"] = fingerprint.of_rows(batches.rows())
+            data["validation data"] = None if validated is None else fingerprint.of_rows(validated)
+        # The arguments decide which batches come, and after which of them a window ends.
+        return {
+            **(self.options.settings or {}),
+            **data,
+            "batch_size": args.batch_size,
+            "max_seq_length": args.max_seq_length,
+            "examples": len(self.train_dataset),
+            "validation": [args.steps_per_eval, args.val_batches, len(self.val_dataset)] if self.val_dataset else None,
+            "grad_checkpoint": args.grad_checkpoint,  # it draws the random numbers of dropout twice
+        }
+
+    def _alike(self, settings: dict[str, Any], resumed: bool) -> dict[str, Any]:
+        """The values that must be equal at all workers: they decide when workers meet, and which batches they share."""
+        names = ("keep_checkpoints", "keep_adapters", "save_best", "early_stop_patience", "nonfinite_limit", "log")
+        return {
+            **{name: value for name, value in asdict(self.args).items() if name != "adapter_file"},
+            **{name: getattr(self.options, name) for name in names},
+            **settings,
+            "resume": resumed,
+            "NumPy's random state": fingerprint.of_numpy(),
+            "MLX's random state": random_state.get().tolist(),
+            "validation set": bool(self.val_dataset),
+        }
+
+    def _write_config(self) -> None:
+        if self.options.adapter_config is not None:
+            text = json.dumps(dict(sorted(self.options.adapter_config.items())), indent=4)
+            output.write(self.folder / CONFIG, text.encode())
 
 
-def has_checkpoints(folder: Path) -> bool:
-    """Whether a run has ever written a checkpoint beside the adapters in ``folder``, damaged or not."""
-    checkpoints = folder / CHECKPOINTS
-    # The second is what a replacement leaves that was killed between its two renamings.
-    return bool(numbered(checkpoints)) or any(checkpoints.glob(".[0-9]*.old"))
-
-
-def _make(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; give a folder for the adapters")
-    folder.mkdir(parents=True, exist_ok=True)
-
-
-def _enter(stack: ExitStack, context: AbstractContextManager[None]) -> None:
-    stack.enter_context(context)
+def _lock(folder: Path, first: bool) -> AbstractContextManager[object]:
+    """The lock of the folder, which only the first worker takes."""
+    lock = ExitStack()
+    if first:
+        lock.enter_context(locked(folder))
+    return lock

@@ -206,7 +206,7 @@ def test_a_launcher_ends_a_worker_that_is_about_to_say_why_it_ends(at: str, monk
     workers = Workers(SimpleNamespace(rank=lambda: 0, size=lambda: 1), 6.0)
     workers.many = True
     monkeypatch.setattr(workers, "_open", ExitStack())
-    workers.saved = lambda: "there is a checkpoint"
+    workers.saved = "there is a checkpoint"
 
     def command(_) -> None:
         try:

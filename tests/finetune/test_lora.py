@@ -181,10 +181,9 @@ def test_batches_without_tokens_do_not_count() -> None:
         nn.Linear(1, 1),
         CacheDataset(Fixed([([1, 2], 0)] * 3)),
         lambda *_: next(losses),
+        batches.Batches,
+        trainer.TrainingArgs(batch_size=1, max_seq_length=8),
+        -1,
         lambda: None,
-        batch_size=1,
-        num_batches=-1,
-        max_seq_length=8,
-        iterate_batches=batches.Batches,
     )
     assert found == 2.5

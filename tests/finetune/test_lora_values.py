@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from pathlib import Path
 
 import mlx.optimizers as optim
@@ -11,6 +13,7 @@ import compiled_adam as ca
 from compiled_adam.base.errors import InputError
 from compiled_adam.commands import lora as lora_command
 from compiled_adam.commands import lora_options
+from compiled_adam.finetune.options import TrainOptions
 
 
 def from_yaml(folder: Path, text: str, *argv: str):
@@ -20,6 +23,17 @@ def from_yaml(folder: Path, text: str, *argv: str):
 
 def notes(args) -> list[str]:
     return lora_options.check_together(args)
+
+
+def test_a_default_is_written_once() -> None:
+    """The keywords of `train` are the fields of `TrainOptions`, in this order; flags of the same name have the same."""
+    keywords = [each for each in inspect.signature(ca.train).parameters.values() if each.kind is each.KEYWORD_ONLY]
+    fields = {field.name: field.default for field in dataclasses.fields(TrainOptions)}
+    assert [(each.name, each.default) for each in keywords] == list(fields.items())
+    args = vars(lora_options.settings([]))
+    shared = {name: args[name] for name in fields if name in lora_options.OURS}
+    assert shared == {name: fields[name] for name in shared} | {"keep_checkpoints": None, "nonfinite_limit": 20}
+    assert len(shared) == 9
 
 
 RANGES = [

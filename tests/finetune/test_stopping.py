@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -26,7 +25,7 @@ import compiled_adam as ca
 from compiled_adam import losses
 from compiled_adam.base.errors import InputError, TrainingStopped
 from compiled_adam.checkpoint import durable, series
-from compiled_adam.finetune import loop
+from compiled_adam.finetune import saving, validation
 from compiled_adam.finetune.batches import Batches
 from compiled_adam.finetune.log import read
 from compiled_adam.finetune.stopping import is_out_of_memory
@@ -198,7 +197,7 @@ def test_early_stop_and_best(tiny_model: Path, tmp_path: Path, monkeypatch: pyte
         seen.setdefault(loss, weights_of(model))
         return loss
 
-    monkeypatch.setattr(loop, "mean_loss", mean_loss)
+    monkeypatch.setattr(validation, "mean_loss", mean_loss)
     (tmp_path / "adapter_config.json").write_text("{}")
     ca.train(
         lora(tiny_model),
@@ -243,14 +242,14 @@ def test_checkpoints_and_adapters_that_stay(tiny_model: Path, tmp_path: Path) ->
 def test_a_save_that_fails_is_reported_and_the_run_goes_on(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    real = loop.write_checkpoint
+    real = saving.write_checkpoint
 
     def full(folder, *rest, **more):
         if folder.name == "0000008":
             raise OSError(errno.ENOSPC, "No space left on device")
         real(folder, *rest, **more)
 
-    monkeypatch.setattr(loop, "write_checkpoint", full)
+    monkeypatch.setattr(saving, "write_checkpoint", full)
     ca.train(lora(tiny_model), ca.Adam(1e-3), dataset(), args=arguments(tmp_path), keep_checkpoints=3)
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["0000004", "0000012"]
     line = next(line for line in capsys.readouterr().out.splitlines() if "not saved" in line)
@@ -263,7 +262,7 @@ def test_only_what_a_user_can_mend_is_a_failed_save(
     kind, at: str, tiny_model: Path, tmp_path: Path, monkeypatch, capsys
 ):
     """A fault of the program in a save is raised as it is, after the other saves were tried."""
-    real, mended = loop.write_checkpoint, kind in (InputError, OSError)
+    real, mended = saving.write_checkpoint, kind in (InputError, OSError)
 
     def write(folder, *rest, **more):
         if folder.name == at:
@@ -274,7 +273,7 @@ def test_only_what_a_user_can_mend_is_a_failed_save(
         settings = arguments(tmp_path, steps_per_save=8)
         ca.train(lora(tiny_model), ca.Adam(1e-3), dataset(), args=settings, keep_checkpoints=2)
 
-    monkeypatch.setattr(loop, "write_checkpoint", write)
+    monkeypatch.setattr(saving, "write_checkpoint", write)
     if mended and at == "0000008":
         train()
     else:
@@ -292,7 +291,7 @@ def test_a_checkpoint_is_saved_although_old_ones_cannot_be_removed(
     def prune(folder, keep):
         raise InputError(f"{folder}/9999999/meta.json is damaged")
 
-    monkeypatch.setattr(loop, "prune", prune)
+    monkeypatch.setattr(saving, "prune", prune)
     ca.train(lora(tiny_model), ca.Adam(1e-3), dataset(), args=arguments(tmp_path), keep_checkpoints=1)
     said = capsys.readouterr().out
     assert "not saved" not in said and "0000012 is saved, but older checkpoints were not removed: " in said
@@ -634,7 +633,7 @@ def test_adapters_are_saved_where_a_checkpoint_cannot(
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(loop, "write_checkpoint", full)
+    monkeypatch.setattr(saving, "write_checkpoint", full)
     expected = {"complete": TrainingStopped, "SIGINT": KeyboardInterrupt, "SIGTERM": SystemExit}
     options = {"training_callback": stop_after(3, getattr(signal, ending))} if ending.startswith("SIG") else {}
     if ending == "nonfinite":
@@ -734,13 +733,10 @@ def test_a_checkpoint_that_a_killed_save_left_under_another_name_is_put_aside_li
     for name in ("0000002", ".0000004.old"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
         (tmp_path / "checkpoints" / name / "meta.json").write_text(name)
-    said: list[str] = []
-    run = SimpleNamespace(folder=tmp_path, progress=SimpleNamespace(line=said.append))
-    found = loop.TrainingLoop._checkpoints(run)
-    loop.TrainingLoop._put_aside(run, found, [])
+    said = saving.put_aside(tmp_path, series.numbered(tmp_path / "checkpoints"), [])
     assert not os.listdir(tmp_path / "checkpoints")
     aside = tmp_path / "previous-1" / "checkpoints"
-    assert (aside / "0000004" / "meta.json").read_text() == ".0000004.old" and "previous-1" in said[0]
+    assert (aside / "0000004" / "meta.json").read_text() == ".0000004.old" and "previous-1" in said
     assert [path.name for path in series.numbered(aside)] == ["0000002", "0000004"]
 
 

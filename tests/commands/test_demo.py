@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from mlx_lm.utils import load
 
-from compiled_adam.commands import demo, demo_bf16
+from compiled_adam.commands import demo
 
 
 @pytest.mark.slow
@@ -14,9 +14,9 @@ def test_ours_follows_float32_where_stock_stalls(tiny_model: Path, capsys) -> No
     text = demo.texts()[1]
     pieces = [text[i : i + 60] for i in range(0, 3000, 60)]
     train_set, valid_set = (demo._dataset(part, tokenizer) for part in (pieces[4:], pieces[:4]))
-    losses = demo_bf16.compare(tiny_model, train_set, valid_set, updates=40, seed=0)
+    losses = demo.compare(tiny_model, train_set, valid_set, updates=40, seed=0)
     reference, stock, ours = losses.values()
-    assert list(losses) == list(demo_bf16.CONTENDERS)
+    assert list(losses) == list(demo.CONTENDERS)
     # bfloat16 activations: the same weights have a slightly other loss.
     assert stock.before == ours.before == pytest.approx(reference.before, abs=0.02)
     gain, stock_gain, our_gain = (loss.before - loss.after for loss in (reference, stock, ours))

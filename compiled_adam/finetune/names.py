@@ -1,0 +1,6 @@
+"""The files in the folder of a run."""
+
+from __future__ import annotations
+
+CONFIG, WEIGHTS, LOG = "adapter_config.json", "adapters.safetensors", "log.jsonl"
+CHECKPOINTS, BEST, PREVIOUS = "checkpoints", "best", "previous"  # folders; earlier runs are in previous-1 and so on

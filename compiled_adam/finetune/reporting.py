@@ -1,0 +1,96 @@
+"""The reports of a run: lines for a person, the log, and the dictionaries for callbacks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlx_lm.tuner.callbacks import TrainingCallback
+
+from ..distributed import Workers
+from .console import TrainingProgress
+from .log import RunLog
+from .metrics import Report, StepReader, failures
+from .stopping import Asked
+from .validation import no_targets
+
+
+@dataclass(eq=False)
+class Reporting:
+    """Sends the results of steps and validations to the terminal, the ``log`` and the callback."""
+
+    reader: StepReader
+    progress: TrainingProgress
+    callback: TrainingCallback
+    workers: Workers
+    asked: Asked
+    max_seq_length: int
+    log: RunLog | None = field(default=None, init=False)  # of the first worker, once the folder is ready
+    failures: int = field(default=0, init=False)  # steps in a row that were not finite
+    sums: Report = field(default_factory=Report, init=False)
+    unaccounted: list[dict[str, Any]] = field(default_factory=list, init=False)  # not yet summed over the workers
+    told: bool = field(default=False, init=False)  # that no token is trained
+
+    def line(self, text: str) -> None:
+        self.progress.line(text)
+
+    def warn(self, message: str) -> None:
+        self.line(f"warning: {message}")
+
+    def take(self, entries: list[dict[str, Any]]) -> None:
+        """Accounts for the numbers of steps, and moves the progress bar by one step."""
+        self._take(entries)
+        self.workers.beat()
+        self.progress.advance()
+
+    def drain(self) -> None:
+        """Waits for the last step and accounts for everything."""
+        self._take(self.reader.drain())
+        self._account()
+
+    def _take(self, entries: list[dict[str, Any]]) -> None:
+        for entry in entries:
+            self.asked.count(entry.pop("votes", 0.0))
+            self.unaccounted.append(entry)
+            # Workers exchange their losses for many steps at once. But a step that failed is accounted for soon; all
+            # workers know it from the norm of the gradient.
+            if not self.workers.many or not math.isfinite(entry["grad_norm"] or 0.0):
+                self._account()
+
+    def _account(self) -> None:
+        entries, self.unaccounted = self.workers.mean_steps(self.unaccounted), []
+        for entry in entries:
+            self.sums.add(entry)
+            if self.log is not None:
+                self.log.write(entry)
+            self.failures = failures(self.failures, entry)
+
+    def report(self) -> None:
+        """Reports the sums since the last report."""
+        info = self.sums.close()
+        self.progress.report(info)
+        if not info["trained_tokens"] and not self.told:
+            # Otherwise a run that teaches the model nothing looks like one that does.
+            self.told = True
+            self.warn(f"no token has been trained yet: {no_targets(self.max_seq_length)}")
+        self.callback.on_train_loss_report(info)
+
+    def validation(self, iteration: int, loss: float | None, seconds: float) -> None:
+        """Reports the validation ``loss`` before ``iteration``; None if no example has a token to predict."""
+        said = f"no validation loss: {no_targets(self.max_seq_length)}" if loss is None else ""
+        self.line(f"iter {iteration:>5}  {said or f'validation loss {loss:.4f}'}")
+        known = math.nan if loss is None else loss
+        if self.log is not None:
+            self.log.write({"iteration": iteration, "val_loss": known, "seconds": seconds})
+        self.callback.on_val_loss_report({"iteration": iteration - 1, "val_loss": known, "val_time": seconds})
+
+    def state(self) -> dict[str, Any]:
+        """The state for a checkpoint, as JSON can hold it."""
+        return {"report": self.sums.sums, "failures": self.failures}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on from a `state`. Raises KeyError or TypeError for something else."""
+        # A checkpoint of an earlier version has counted every iteration's loss.
+        self.sums.sums = {"losses": state["report"]["iterations"], **state["report"]}
+        self.failures = state["failures"]
