@@ -1,11 +1,14 @@
-"""Does it train as well? A small byte-level language model on real text, once for each optimizer and weights' dtype.
+"""``python -m bench quality``: does it train as well?
 
+A small byte-level language model is trained on real text, once for each optimizer and dtype of the weights.
 The model computes in float32 whatever dtype its weights are stored in, so that runs differ in the update alone.
 """
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
+from functools import partial
 from pydoc_data import topics
 from typing import Any
 
@@ -14,8 +17,12 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models import llama
+from rich.table import Table
 
 import compiled_adam as ca
+
+from . import tables
+from .measure import Row, Stage
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
 STOCK, UNCOMPENSATED = "mlx", "float32 uncompensated"
@@ -75,6 +82,20 @@ def optimizer(policy: str, steps: int) -> optim.Optimizer:
     )
 
 
+def stages(dtypes: Sequence[str], seeds: Sequence[int], steps: int) -> list[Stage]:
+    """A stage for each dtype, seed and policy."""
+    return [
+        Stage(f"{dtype} weights, {policy}, seed {seed}", partial(_rows, policy, seed, dtype, steps))
+        for dtype in dtypes
+        for seed in seeds
+        for policy in POLICIES[dtype]
+    ]
+
+
+def _rows(policy: str, seed: int, dtype: str, steps: int) -> list[Row]:
+    return [train(policy, seed, dtype, steps)]
+
+
 def train(
     policy: str,
     seed: int,
@@ -120,3 +141,36 @@ def train(
         "losses": losses,
         "eval_loss": statistics.mean(evaluated),
     }
+
+
+def table(rows: list[Row], environment: Row) -> Table:
+    """The eval loss of each seed, their mean, and how far it is from ours with float32 weights and moments."""
+    seeds = sorted({row["seed"] for row in rows})
+    runs: dict[tuple[str, str], dict[int, Row]] = {}
+    for row in rows:
+        runs.setdefault((row["dtype"], row["policy"]), {})[row["seed"]] = row
+    means = {  # of runs that ended early there is none: other seeds have another mean
+        key: statistics.mean(row["eval_loss"] for row in by_seed.values())
+        for key, by_seed in runs.items()
+        if by_seed.keys() == set(seeds)
+    }
+    best = means.get(("float32", "float32"))
+    made = tables.table(
+        f"A byte-level language model, {rows[0]['steps'] if rows else 0} steps, MLX {environment['mlx']}",
+        "eval loss after training; mlx: stock AdamW, the others: compiled_adam's by how it stores moments; all:"
+        " same start, batches, schedule, clipping, weight decay and bias correction; computed in float32 whatever the"
+        " weights' dtype; to float32: the mean less that of float32 weights and moments",
+        ("weights", "optimizer"),
+        (*(f"seed {seed}" for seed in seeds), "mean", "to float32", "state B/parameter"),
+    )
+    for (dtype, policy), by_seed in runs.items():
+        mean = means.get((dtype, policy))
+        made.add_row(
+            dtype,
+            policy,
+            *(f"{by_seed[seed]['eval_loss']:.4f}" if seed in by_seed else "-" for seed in seeds),
+            "-" if mean is None else f"{mean:.4f}",
+            "-" if mean is None or best is None else f"{mean - best:+.4f}",
+            f"{next(iter(by_seed.values()))['state_bytes_per_parameter']:.2f}",
+        )
+    return made
