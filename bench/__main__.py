@@ -124,7 +124,7 @@ class Bench:
 
         self._remark(blas_hint(self.environment["blas"]))
         folder = self.stack.enter_context(step.folder_of(self.arguments.model))
-        stages = step.stages(folder, rounds=2 if self.quick else 7, windows=3 if self.quick else 6)
+        stages = step.stages(folder, rounds=2 if self.quick else 7, windows=2 if self.quick else 6)
         return Part(stages, step.table, step.summary)
 
     def memory(self) -> Part:
@@ -138,7 +138,8 @@ class Bench:
         self._remark(blas_hint(self.environment["blas"]))
         steps = self.arguments.steps or (60 if self.quick else quality.STEPS)
         seeds = quality.SEEDS[: 1 if self.quick else None]
-        return Part(quality.stages(self._dtypes(quality.DTYPES), seeds, steps), quality.table)
+        size = quality.QUICK if self.quick else quality.Size()
+        return Part(quality.stages(self._dtypes(quality.DTYPES), seeds, steps, size), quality.table)
 
     def numerics(self) -> Part:
         return Part(numerics.stages(numerics.RATES[: 2 if self.quick else None]), numerics.table)

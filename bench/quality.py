@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Sequence
 from functools import partial
 from pydoc_data import topics
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -32,7 +32,19 @@ POLICIES: dict[str, tuple[str, ...]] = {
     "bfloat16": (STOCK, "float32", UNCOMPENSATED, "bfloat16", "8bit", "param"),
 }
 MAX_NORM = 1.0
-WIDTH, LAYERS, CONTEXT, BATCH, STEPS, SEEDS = 128, 4, 128, 8, 600, (0, 1, 2)
+STEPS, SEEDS = 600, (0, 1, 2)
+
+
+class Size(NamedTuple):
+    """Of a model and its batches."""
+
+    width: int = 128
+    layers: int = 4
+    context: int = 128
+    batch: int = 8
+
+
+QUICK = Size(width=64, layers=2, context=32, batch=4)
 
 
 def text() -> tuple[mx.array, mx.array]:
@@ -82,18 +94,18 @@ def optimizer(policy: str, steps: int) -> optim.Optimizer:
     )
 
 
-def stages(dtypes: Sequence[str], seeds: Sequence[int], steps: int) -> list[Stage]:
+def stages(dtypes: Sequence[str], seeds: Sequence[int], steps: int, size: Size) -> list[Stage]:
     """A stage for each dtype, seed and policy."""
     return [
-        Stage(f"{dtype} weights, {policy}, seed {seed}", partial(_rows, policy, seed, dtype, steps))
+        Stage(f"{dtype} weights, {policy}, seed {seed}", partial(_rows, policy, seed, dtype, steps, size))
         for dtype in dtypes
         for seed in seeds
         for policy in POLICIES[dtype]
     ]
 
 
-def _rows(policy: str, seed: int, dtype: str, steps: int) -> list[Row]:
-    return [train(policy, seed, dtype, steps)]
+def _rows(policy: str, seed: int, dtype: str, steps: int, size: Size) -> list[Row]:
+    return [train(policy, seed, dtype, steps, size)]
 
 
 def train(
@@ -101,15 +113,12 @@ def train(
     seed: int,
     dtype: str = "float32",
     steps: int = STEPS,
-    width: int = WIDTH,
-    layers: int = LAYERS,
-    context: int = CONTEXT,
-    batch: int = BATCH,
+    size: Size = Size(),  # noqa: B008
 ) -> dict[str, Any]:
     """Trains one model; the figures of the run. Models of the same seed start alike and see the same batches."""
     train_data, eval_data = text()
     mx.random.seed(seed)
-    trained = model(width, layers)
+    trained = model(size.width, size.layers)
 
     def loss(parameters: Any, tokens: mx.array) -> mx.array:
         trained.update(tree_map(lambda p: p.astype(mx.float32), parameters))
@@ -121,14 +130,16 @@ def train(
     adamw.init(parameters)
     losses = []
     for i in range(steps):
-        value, gradients = loss_and_gradient(parameters, windows(train_data, batch, context, seed * 1_000_000 + i))
+        value, gradients = loss_and_gradient(
+            parameters, windows(train_data, size.batch, size.context, seed * 1_000_000 + i)
+        )
         if policy == STOCK:
             gradients, _ = optim.clip_grad_norm(gradients, MAX_NORM)
         parameters = adamw.apply_gradients(gradients, parameters)
         del gradients
         mx.eval(parameters, adamw.state, value)
         losses.append(round(float(value), 5))
-    evaluated = [float(loss(parameters, windows(eval_data, batch, context, i))) for i in range(24)]
+    evaluated = [float(loss(parameters, windows(eval_data, size.batch, size.context, i))) for i in range(24)]
     count = sum(array.size for array in dict(tree_flatten(parameters)).values())
     state = sum(array.nbytes for path, array in dict(tree_flatten(adamw.state)).items() if "." in path)
     return {
@@ -156,7 +167,8 @@ def table(rows: list[Row], environment: Row) -> Table:
     }
     best = means.get(("float32", "float32"))
     made = tables.table(
-        f"A byte-level language model, {rows[0]['steps'] if rows else 0} steps, MLX {environment['mlx']}",
+        f"A byte-level language model of {rows[0]['parameters'] / 1e6:.2f} M parameters, {rows[0]['steps']} steps,"
+        f" MLX {environment['mlx']}",
         "eval loss after training; mlx: stock AdamW, the others: compiled_adam's by how it stores moments; all:"
         " same start, batches, schedule, clipping, weight decay and bias correction; computed in float32 whatever the"
         " weights' dtype; to float32: the mean less that of float32 weights and moments",

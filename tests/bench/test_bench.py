@@ -207,7 +207,7 @@ def test_numerics_measures_movement_and_decay() -> None:
 
 @functools.cache
 def trained(policy: str, dtype: str = "float32") -> dict:
-    return quality.train(policy, 0, dtype, steps=60, width=64, layers=2, context=32, batch=4)
+    return quality.train(policy, 0, dtype, 60, quality.QUICK)
 
 
 @pytest.mark.slow

@@ -145,7 +145,7 @@ def text_of(table: Any) -> str:
 def a_quality_record() -> list[dict[str, Any]]:
     return [
         {"policy": policy, "dtype": dtype, "seed": seed, "steps": 3, "losses": [3.0, 2.0, loss], "eval_loss": loss,
-         "state_bytes_per_parameter": 8.0}
+         "parameters": 9, "state_bytes_per_parameter": 8.0}
         for dtype, policy, loss in (("float32", "float32", 1.5), ("bfloat16", "mlx", 1.75))
         for seed in (0, 1)
     ]  # fmt: skip
@@ -181,7 +181,7 @@ def test_step_and_quality_give_the_hint(bench, monkeypatch: pytest.MonkeyPatch) 
     code, out, errors = bench("step", "--quick")
     assert code == 0 and out.count("Preload a better one.") == 1
     assert "1.00 (1.00-1.00)" in out and "step 8/8: round 2, " in errors
-    monkeypatch.setattr("bench.quality.train", lambda policy, seed, dtype, steps: a_quality_record()[0])
+    monkeypatch.setattr("bench.quality.train", lambda *arguments: a_quality_record()[0])
     code, out, _ = bench("quality", "--quick", "--dtype", "float32")
     assert code == 0 and out.count("Preload a better one.") == 1
 

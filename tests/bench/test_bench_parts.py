@@ -79,7 +79,7 @@ def test_numerics(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_quality() -> None:
-    row = quality.train("8bit", 0, "bfloat16", steps=2, width=32, layers=1, context=16, batch=2)
+    row = quality.train("8bit", 0, "bfloat16", 2, quality.Size(32, 1, 16, 2))
     assert kinds(row) == QUALITY and len(row["losses"]) == row["steps"] == 2
 
 
