@@ -1,5 +1,4 @@
-"""``python -m bench``: how long an update takes (update), a whole step (step), what an update allocates (memory), and
-whether it trains as well (quality; numerics: in half precision), ours beside stock MLX."""
+"""``python -m bench``: the questions, their options, the record, and what a person sees."""
 
 from __future__ import annotations
 
@@ -35,6 +34,10 @@ OPTIONS = {
     "seconds": {"update"},
     "steps": {"quality"},
 }
+QUESTIONS = (
+    "ours beside stock MLX: how long one update takes (update), how fast a whole step is (step), what an update"
+    " allocates (memory), how well a small model trains (quality), how far half-precision weights move (numerics)"
+)
 NEED_MLX_LM = ("step", "quality")
 QUICK_SECONDS = 35.0  # after which --quick begins no other stage of a part: the last one must end within 60
 
@@ -273,7 +276,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m bench", description=__doc__)
+    parser = _Parser(prog="python -m bench", description=QUESTIONS)
     add = parser.add_argument
     add("what", nargs="?", choices=[*PARTS, "all"], default="update", help="default: update")
     add("--quick", action="store_true", help="less of everything: each part ends within a minute")

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import ast
 import functools
+import graphlib
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -229,3 +232,14 @@ def test_in_bfloat16_stock_trains_worse_and_ours_as_in_float32() -> None:
     ours, stock = trained("float32", "bfloat16")["eval_loss"], trained(quality.STOCK, "bfloat16")["eval_loss"]
     assert ours == pytest.approx(trained("float32")["eval_loss"], rel=2e-3)
     assert stock > 1.005 * ours  # the residual keeps the part of a step that bfloat16 cannot
+
+
+def test_bench_has_no_import_circle() -> None:
+    files = {file.stem: file for file in (Path(__file__).parents[2] / "bench").glob("*.py")}
+    imported: dict[str, set[str]] = {}
+    for name, file in files.items():
+        nodes = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
+        targets = [[node.module] if node.module else [a.name for a in node.names] for node in nodes if node.level]
+        imported[name] = {*itertools.chain(*targets)}
+    order = list(graphlib.TopologicalSorter(imported).static_order())  # raises CycleError
+    assert set(order) == set(files) and order.index("contenders") < order.index("measure") < order.index("update")

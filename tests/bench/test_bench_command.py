@@ -144,7 +144,7 @@ def text_of(table: Any) -> str:
 
 def a_quality_record() -> list[dict[str, Any]]:
     return [
-        {"policy": policy, "dtype": dtype, "seed": seed, "steps": 3, "losses": [3.0, 2.0, loss], "eval_loss": loss,
+        {"policy": policy, "dtype": dtype, "seed": seed, "steps": 3, "eval_loss": loss,
          "parameters": 9, "state_bytes_per_parameter": 8.0}
         for dtype, policy, loss in (("float32", "float32", 1.5), ("bfloat16", "mlx", 1.75))
         for seed in (0, 1)
@@ -154,6 +154,12 @@ def a_quality_record() -> list[dict[str, Any]]:
 def test_quality_table_says_what_bfloat16_costs() -> None:
     text = text_of(quality.table(a_quality_record(), ENVIRONMENT))
     assert "+0.2500" in text and "1.7500" in text
+
+
+def test_a_table_of_runs_that_ended_early() -> None:
+    rows = a_quality_record()[:-1]
+    table = quality.table(rows, {"mlx": "0"})
+    assert [list(column.cells)[-1] for column in table.columns][2:6] == ["1.7500", "-", "-", "-"]
 
 
 def test_blas_that_serves_mlx() -> None:
