@@ -54,7 +54,7 @@ def test_a_failure_keeps_what_was_measured(bench, small, monkeypatch: pytest.Mon
 
 
 def test_quick_begins_nothing_late_and_says_so(bench, small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    now = itertools.count(0.0, 15.0)  # each look at the clock is that much later
+    now = itertools.count(0.0, 15.0)  # each stage takes that long
     monkeypatch.setattr(command.time, "monotonic", lambda: next(now))
     file = tmp_path / "record.json"
     code, out, errors = bench("--quick", "--seconds", "0", "--json", str(file))
