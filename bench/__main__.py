@@ -116,7 +116,7 @@ class Bench:
 
     def update(self) -> Part:
         given: float | None = self.arguments.seconds
-        seconds = given if given is not None else 3.0 if self.quick else 20.0
+        seconds = given if given is not None else 2.0 if self.quick else 20.0
         bandwidth = self.record["bandwidth"] = {}
         names = named(self.arguments.contender)
         return Part(
@@ -199,9 +199,9 @@ def main() -> int:
 
 
 def _late(times: list[float]) -> bool:
-    """Whether another stage, of twice the time of the longest so far, would end after `QUICK_SECONDS`."""
+    """Whether another stage, half as long again as the longest so far, would end after `QUICK_SECONDS`."""
     longest = max((after - before for before, after in itertools.pairwise(times)), default=0.0)
-    return times[-1] - times[0] + 2 * longest > QUICK_SECONDS
+    return times[-1] - times[0] + 1.5 * longest > QUICK_SECONDS
 
 
 def _said(bench: Bench) -> Iterator[Table | str]:
@@ -303,7 +303,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"for update and memory, beside stock MLX; repeatable: {', '.join(CONTENDERS)}, all",
     )
-    add("--seconds", type=_seconds, help="for update, for each workload and dtype (default: 20, --quick: 3)")
+    add("--seconds", type=_seconds, help="for update, for each workload and dtype (default: 20, --quick: 2)")
     add("--steps", type=_steps, help="for quality, of training (default: 600, --quick: 60)")
     return parser
 

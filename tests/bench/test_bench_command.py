@@ -251,7 +251,7 @@ def test_options_given_twice_or_as_zero_mean_what_they_say(bench, small, monkeyp
     monkeypatch.setattr(update, "stages", lambda *arguments: asked.append(arguments[3]) or [])
     for arguments in (["--seconds", "0"], ["--quick"], []):
         assert bench(*arguments)[0] == 0
-    assert asked == [0.0, 3.0, 20.0]
+    assert asked == [0.0, 2.0, 20.0]
 
 
 def test_wrong_arguments_in_a_process_of_its_own(run) -> None:
