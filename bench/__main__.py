@@ -1,39 +1,54 @@
-"""``python -m bench``: what an update costs, ours against what else there is; and what the policies do to a loss."""
+"""``python -m bench``: the questions, their options, the record, and what a person sees."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
-from . import measure, memory, models, numerics, plots, tables, update
+from . import memory, models, numerics, update
 from .contenders import CONTENDERS, DEFAULT, NOT_MEASURED, named
-from .environment import SCHEMA, blas_hint, environment
-from .models import Shapes
-from .workloads import DTYPES, QUICK, WORKLOADS, of_model
+from .environment import SCHEMA, blas_hint, environment, load_line
+from .measure import Row, Stage
+from .progress import Progress
+from .tables import warning
+from .workloads import DTYPES, QUICK, WORKLOADS, Workloads
 
-Outcome = tuple[Any, list[Table]]
 # Which options mean something to which part; the others take all that any of them takes.
 OPTIONS = {
     "workload": {"update", "memory"},
     "dtype": {"update", "memory", "quality"},
     "contender": {"update", "memory"},
     "model": {"update", "memory", "step"},
-    "seconds": {"update", "distributed"},
-    "scale": {"update"},
+    "seconds": {"update"},
     "steps": {"quality"},
-    "plot": {"update", "numerics", "quality"},
 }
-NEED_MLX_LM = ("step", "traces", "quality")
+QUESTIONS = (
+    "ours beside stock MLX: how long one update takes (update), how fast a whole step is (step), what an update"
+    " allocates (memory), how well a small model trains (quality), how far half-precision weights move (numerics)"
+)
+NEED_MLX_LM = ("step", "quality")
+QUICK_SECONDS = 50.0  # for the stages of a part with --quick; 10 more for the rest of what a minute must hold
+
+
+class Part(NamedTuple):
+    """One question: its stages, the table of the rows in the record, and those rows from the rows of the stages."""
+
+    stages: list[Stage]
+    table: Callable[[list[Row], Row], Table]
+    rows: Callable[[list[Row]], list[Row]] = list
 
 
 class Bench:
@@ -50,117 +65,94 @@ class Bench:
             "complete": False,
         }
         self.remarks: list[str] = []
-        self.interrupted = False
+        self.interrupted = self.shortened = False
+        self.stack = ExitStack()  # what a part's stages need until the end
 
     def run(self) -> Iterator[Table]:
-        """The tables of each part when it has been measured, and is in the record."""
+        """The table of each part when it has been measured, and is in the record."""
         names = list(PARTS) if self.arguments.what == "all" else [self.arguments.what]
-        printed: list[Table]
-        for name in names:
-            if why := _lacking(name):
-                self.record[name], printed = [{NOT_MEASURED: why}], []
-                self._remark(why)
-            else:
-                self.record[name], printed = PARTS[name](self)
-            self.record["complete"] = name == names[-1] and not self.interrupted
-            self.save()
-            yield from printed
-            if self.interrupted:
-                return
+        with self.stack:
+            for name in names:
+                if why := _lacking(name):
+                    self.record[name] = [{NOT_MEASURED: why}]
+                    self._remark(why)
+                else:
+                    part = PARTS[name](self)
+                    self._measure(name, part)
+                    if rows := self.record.get(name):
+                        yield part.table(rows, self.environment)
+                        self._remark(warning(rows))
+                if self.interrupted:
+                    return
+                self.record["complete"] = name == names[-1] and not self.shortened
+                self.save()
+
+    def _measure(self, name: str, part: Part) -> None:
+        """Each stage's rows are in the record and on the disk when it ends: what ends a run early loses none.
+
+        Ctrl-C ends the stages, and there is a table of those until then.
+        """
+        found: list[Row] = []
+        times = [time.monotonic()]  # when the first stage began, and when each ended
+        try:
+            with Progress(name, len(part.stages)) as progress:
+                for label, rows in part.stages:
+                    if self.quick and _late(times):
+                        self.shortened = True
+                        self._remark(f"--quick ended {name} before {label}; without --quick everything is measured")
+                        break
+                    progress.begin(label)
+                    found += rows()
+                    times.append(time.monotonic())
+                    self.record[name] = part.rows(found)
+                    self.save()
+        except KeyboardInterrupt:
+            self.interrupted = True
 
     def save(self) -> None:
         """Writes what there is of the record to ``--json``."""
         if self.arguments.json:
             self.arguments.json.write_text(json.dumps(self.record, indent=1) + "\n")
 
-    def _kept(self, name: str, rows: Iterator[update.Row]) -> list[update.Row]:
-        """The rows, each in the record and on the disk when it is measured: what ends a run early loses none.
+    def update(self) -> Part:
+        given: float | None = self.arguments.seconds
+        seconds = given if given is not None else 2.0 if self.quick else 20.0
+        bandwidth = self.record["bandwidth"] = {}
+        names = named(self.arguments.contender)
+        return Part(
+            update.stages(self._workloads(), self._dtypes(DTYPES), names, seconds, bandwidth),
+            lambda rows, environment: update.table(rows, environment, bandwidth),
+        )
 
-        Ctrl-C ends them, and there are tables of those until then.
-        """
-        found = self.record[name] = []
-        try:
-            for row in rows:
-                found.append(row)
-                self.save()
-        except KeyboardInterrupt:
-            self.interrupted = True
-        return found
-
-    def update(self) -> Outcome:
-        bandwidth = self.record["bandwidth"] = measure.bandwidth()
-        names, dtypes, seconds = named(self.arguments.contender), self._dtypes(DTYPES), self._seconds()
-        found = self._kept("update", update.rows(self._workloads(), dtypes, names, seconds, bandwidth["best"]))
-        printed = update.tables(found, self.environment, bandwidth)
-        if self.arguments.scale and not self.interrupted:
-            grown = self._kept("scale", update.scale(dtypes, names, seconds, bandwidth["best"]))
-            printed.append(update.scale_table(grown, self.environment))
-        self._remark(update.warning(found + self.record.get("scale", [])))
-        return found, printed
-
-    def step(self) -> Outcome:
+    def step(self) -> Part:
         from . import step  # here, because it needs mlx-lm
 
         self._remark(blas_hint(self.environment["blas"]))
-        figures = step.measure(self.arguments.model, rounds=2 if self.quick else 7, windows=3 if self.quick else 6)
-        rows = [{"contender": name, **row} for name, row in figures.items()]
-        self._remark(update.warning(rows))
-        return rows, [tables.step(rows, step.REFERENCE, self.environment)]
+        folder = self.stack.enter_context(step.folder_of(self.arguments.model))
+        stages = step.stages(folder, rounds=2 if self.quick else 7, windows=2 if self.quick else 6)
+        return Part(stages, step.table, step.summary)
 
-    def traces(self) -> Outcome:
-        from . import traces
-
-        record = traces.measure(4 if self.quick else len(traces.LENGTHS))
-        return record, [traces.table(record, self.environment)]
-
-    def memory(self) -> Outcome:
+    def memory(self) -> Part:
         on_mlx = tuple(name for name, entry in CONTENDERS.items() if not entry.needs)
         names = named(self.arguments.contender, DEFAULT if self.quick else on_mlx)
-        found = self._kept("memory", memory.rows(self._workloads(), self._dtypes(DTYPES), names))
-        return found, [memory.table(found, self.environment)]
+        return Part(memory.stages(self._workloads(), self._dtypes(DTYPES), names), memory.table)
 
-    def saving(self) -> Outcome:
-        from . import saving
-
-        record = saving.measure(millions=10 if self.quick else 100, rounds=5 if self.quick else 15)
-        return record, [tables.saving(record, self.environment)]
-
-    def numerics(self) -> Outcome:
-        rows = self._kept("numerics", numerics.measure(numerics.RATES[: 2 if self.quick else None]))
-        return rows, [tables.of_numerics(rows, self.environment)]
-
-    def quality(self) -> Outcome:
+    def quality(self) -> Part:
         from . import quality
 
         self._remark(blas_hint(self.environment["blas"]))
         steps = self.arguments.steps or (60 if self.quick else quality.STEPS)
+        seeds = quality.SEEDS[: 1 if self.quick else None]
+        size = quality.QUICK if self.quick else quality.Size()
+        return Part(quality.stages(self._dtypes(quality.DTYPES), seeds, steps, size), quality.table)
 
-        def runs() -> Iterator[update.Row]:
-            for dtype in self._dtypes(quality.DTYPES):
-                for seed in quality.SEEDS[: 1 if self.quick else None]:
-                    for policy in quality.POLICIES[dtype]:
-                        row = quality.train(policy, seed, dtype, steps)
-                        yield row
-                        loss = row["eval_loss"]
-                        print(f"trained {dtype} weights, {policy}, seed {seed}: eval loss {loss:.4f}", file=sys.stderr)
-
-        rows = self._kept("quality", runs())
-        return rows, [tables.quality(rows, self.environment)]
-
-    def distributed(self) -> Outcome:
-        from . import distributed
-
-        record, table = distributed.compare(self._seconds())
-        return record, [table]
-
-    def _seconds(self) -> float:
-        given: float | None = self.arguments.seconds
-        return given if given is not None else 3.0 if self.quick else 20.0
+    def numerics(self) -> Part:
+        return Part(numerics.stages(numerics.RATES[: 2 if self.quick else None]), numerics.table)
 
     def _dtypes(self, default: dict[str, Any]) -> list[str]:
         return list(dict.fromkeys(self.arguments.dtype or default))
 
-    def _workloads(self) -> dict[str, Callable[[], Shapes]]:
+    def _workloads(self) -> Workloads:
         names = self.arguments.workload
         of_user = self.arguments.workloads_of_model
         if names is None and not of_user:
@@ -175,15 +167,12 @@ class Bench:
             self.remarks.append(sentence)
 
 
-PARTS: dict[str, Callable[[Bench], Outcome]] = {
+PARTS: dict[str, Callable[[Bench], Part]] = {
     "update": Bench.update,
     "step": Bench.step,
-    "traces": Bench.traces,
     "memory": Bench.memory,
-    "saving": Bench.saving,
-    "numerics": Bench.numerics,
     "quality": Bench.quality,
-    "distributed": Bench.distributed,
+    "numerics": Bench.numerics,
 }
 
 
@@ -193,34 +182,41 @@ def main() -> int:
         print(f"bench: {problem}", file=sys.stderr)
         return 2
     bench = Bench(arguments)
-    if bench.environment["load_average"] > 0.5 * bench.environment["cores"]:
-        bench.remarks.append(f"the machine was busy when this began: load {bench.environment['load_average']:.1f}")
-    console = Console()
-    if not console.is_terminal:
-        console.width = 160  # a pipe has no width, and 80 columns would break the rows
-
-    def show(what: Table | str) -> None:
-        with console.capture() as text:  # and not to the console: it exits when nobody reads any longer
-            console.print(what, markup=False, highlight=False, soft_wrap=isinstance(what, str))
-        print(text.get(), end="", flush=True)
-
     try:
-        for table in bench.run():
-            show(table)
-        for remark in bench.remarks:
-            show(remark)
-        if arguments.plot:
-            for file in plots.write(bench.record, arguments.plot):
-                show(f"wrote {file}")
+        for what in _said(bench):
+            try:
+                _show(what)
+            except BrokenPipeError:  # the reader (head, less) has left; Python would complain once more at exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                if not arguments.json:  # which is still wanted
+                    return 0
     except KeyboardInterrupt:
         bench.interrupted = True
-    except BrokenPipeError:  # the reader (head, less) has left; Python would complain once more at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     if bench.interrupted:
         print("bench: interrupted; what had been measured is kept", file=sys.stderr)
         return 130
     return 0
+
+
+def _late(times: list[float]) -> bool:
+    """Whether another stage, half as long again as the longest so far, would end after `QUICK_SECONDS`."""
+    longest = max((after - before for before, after in itertools.pairwise(times)), default=0.0)
+    return times[-1] - times[0] + 1.5 * longest > QUICK_SECONDS
+
+
+def _said(bench: Bench) -> Iterator[Table | str]:
+    yield load_line(bench.environment)
+    yield from bench.run()
+    yield from bench.remarks
+
+
+def _show(what: Table | str) -> None:
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160  # a pipe has no width, and 80 columns would break the rows
+    with console.capture() as text:  # and not to the console: it exits when nobody reads any longer
+        console.print(what, markup=False, highlight=False, soft_wrap=isinstance(what, str))
+    print(text.get(), end="", flush=True)
 
 
 def _lacking(part: str) -> str | None:
@@ -233,41 +229,33 @@ def _lacking(part: str) -> str | None:
 def _problem(arguments: argparse.Namespace) -> str | None:
     """What is wrong with arguments that the parser has accepted, as a sentence; also resolves ``--model``."""
     for option, parts in OPTIONS.items():
-        given = getattr(arguments, option)
-        if given is not None and given is not False and arguments.what != "all" and arguments.what not in parts:
+        if getattr(arguments, option) is not None and arguments.what not in {"all", *parts}:
             return f"--{option} means nothing to {arguments.what}; it is for {', '.join(sorted(parts))}"
     if arguments.what != "all" and (sentence := _lacking(arguments.what)):
         return sentence
     if arguments.json and not arguments.json.parent.is_dir():
         return f"the folder of {arguments.json} does not exist; create it first"
-    if arguments.plot and arguments.plot.exists() and not arguments.plot.is_dir():
-        return f"{arguments.plot} is not a folder; --plot writes several files"
-    if arguments.plot and (sentence := plots.missing()):
-        return sentence
     arguments.workloads_of_model = {}
-    if arguments.model:
-        try:
-            config = models.config_of(arguments.model)
-            arguments.workloads_of_model = of_model(Path(arguments.model).resolve().name, config)
-            for shapes in arguments.workloads_of_model.values():
-                shapes()  # now, or a model that mlx-lm does not know would be an error in the middle
-        except (ValueError, ImportError) as error:
-            return str(error)
-    folder = Path(arguments.model or "")
-    if (
-        arguments.model
-        and arguments.what in ("step", "all")
-        and folder.is_dir()
-        and not [*folder.glob("*.safetensors")]
-    ):
-        return f"{folder} has no weights (*.safetensors), which step needs"
+    if arguments.model and (sentence := _problem_of_model(arguments)):
+        return sentence
     try:  # now, and not when everything is measured; what a file has is kept until then
         if arguments.json:
             arguments.json.open("a").close()
-        if arguments.plot:
-            arguments.plot.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         return f"{error.filename} cannot be written: {error.strerror}"
+    return None
+
+
+def _problem_of_model(arguments: argparse.Namespace) -> str | None:
+    folder = Path(arguments.model)
+    try:
+        arguments.workloads_of_model = models.of_model(folder.resolve().name, models.config_of(arguments.model))
+        for shapes in arguments.workloads_of_model.values():
+            shapes()  # now, or a model that mlx-lm does not know would be an error in the middle
+    except (ValueError, ImportError) as error:
+        return str(error)
+    if arguments.what in ("step", "all") and folder.is_dir() and not [*folder.glob("*.safetensors")]:
+        return f"{folder} has no weights (*.safetensors), which step needs"
     return None
 
 
@@ -288,18 +276,19 @@ def _steps(text: str) -> int:
 _seconds.__name__, _steps.__name__ = "number of seconds", "number of steps"  # argparse says "invalid ... value"
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one sentence, without the usage in front."""
+
+    def error(self, message: str) -> Any:
+        self.exit(2, f"bench: {message}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser = _Parser(prog="python -m bench", description=QUESTIONS)
     add = parser.add_argument
     add("what", nargs="?", choices=[*PARTS, "all"], default="update", help="default: update")
-    add("--quick", action="store_true", help="less of everything, and the smaller workloads")
+    add("--quick", action="store_true", help="less of everything: each part ends within a minute")
     add("--json", type=Path, metavar="FILE", help="also write everything measured to this file")
-    add(
-        "--plot",
-        type=Path,
-        metavar="FOLDER",
-        help="also draw update, scale, numerics and quality as SVG files in this folder",
-    )
     add("--workload", action="append", choices=list(WORKLOADS), help="for update and memory; repeatable")
     add(
         "--model",
@@ -314,8 +303,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"for update and memory, beside stock MLX; repeatable: {', '.join(CONTENDERS)}, all",
     )
-    add("--seconds", type=_seconds, help="for update, for each workload and dtype (default: 20, --quick: 3)")
-    add("--scale", action="store_true", help="for update: also sweep over parameters and over tensors")
+    add("--seconds", type=_seconds, help="for update, for each workload and dtype (default: 20, --quick: 2)")
     add("--steps", type=_steps, help="for quality, of training (default: 600, --quick: 60)")
     return parser
 

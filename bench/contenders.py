@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple, Protocol
 
@@ -17,11 +18,10 @@ import mlx.optimizers as optim
 
 import compiled_adam as ca
 from compiled_adam.base.tree import Places
-from compiled_adam.optimizers import ForSteps
 from compiled_adam.step.apply_packed import PackedTrees
 from compiled_adam.update.moments import POLICIES
 
-from .workloads import hollow
+from .environment import cores
 
 Tree = dict[str, mx.array]
 LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY = 1e-4, (0.9, 0.999), 1e-8, 0.01
@@ -47,15 +47,11 @@ class Contender(Protocol):
 
 
 class OnMLX(ABC):
-    """A contender whose update is a graph that can be looked at before it is computed."""
+    """A contender whose update is a lazy graph: built first, then computed."""
 
     def __init__(self, optimizer: optim.Optimizer, parameters: Tree, gradients: Tree) -> None:
         self.tree, self.optimizer, self.gradients = {"parameters": parameters}, optimizer, gradients
-        if isinstance(optimizer, ca.Adam):
-            # Nothing is computed: the parameters of what is only looked at may be larger than the memory.
-            ForSteps(optimizer).lay_out(parameters)
-        else:
-            optimizer.init(parameters)  # MLX's leave it lazy
+        optimizer.init(parameters)
 
     @abstractmethod
     def build(self) -> None:
@@ -71,24 +67,6 @@ class OnMLX(ABC):
 
     def named_parameters(self) -> Tree:
         return self.tree["parameters"]
-
-    def graph(self) -> tuple[list[mx.array], Callable[[], list[mx.array]]]:
-        """What an update is computed from, and a function that builds it from that, as often as it is called.
-
-        For `hollow` parameters and gradients: nothing needs memory, the optimizer's state is made hollow too.
-        """
-        trees = [self.tree["parameters"], self.optimizer.state]
-        trees += [state for state in self.optimizer.state.values() if isinstance(state, dict)]
-        before = [{key: a for key, a in hollow(tree).items() if isinstance(a, mx.array)} for tree in trees]
-
-        def build() -> list[mx.array]:
-            self.tree["parameters"] = trees[0]
-            for tree, arrays in zip(trees, before, strict=True):
-                tree.update(arrays)
-            self.build()
-            return self.changed()
-
-        return [*self.gradients.values(), *(array for tree in before for array in tree.values())], build
 
     @property
     def traces(self) -> int | None:
@@ -154,18 +132,6 @@ class InStep(OnMLX):
         states, scalars = self._trees.state()
         return [*self.tree["parameters"].values(), *(a for state in (*states, scalars) for a in state.values())]
 
-    def graph(self) -> tuple[list[mx.array], Callable[[], list[mx.array]]]:
-        parameters, (states, scalars) = self._trees.read()
-        parameters = [*hollow(dict(enumerate(parameters))).values()]
-        states, scalars = [hollow(state) for state in states], hollow(scalars)
-        gradients = list(self.gradients.values())
-
-        def build() -> list[mx.array]:
-            self._trees.write(*self._update(gradients, parameters, (states, scalars)))
-            return self.changed()
-
-        return [*gradients, *parameters, *(a for state in (*states, scalars) for a in state.values())], build
-
     @property
     def traces(self) -> int:
         return self.optimizer.traces
@@ -177,6 +143,37 @@ def _of_parameter(state: Any) -> list[mx.array]:
 
 def _leaves(state: dict) -> list[mx.array]:
     return [leaf for value in state.values() for leaf in (value.values() if isinstance(value, dict) else [value])]
+
+
+class Torch:
+    """``torch.optim.AdamW`` on the CPU as one fused C++ loop. Imported by name: PyTorch need not be installed."""
+
+    traces = None
+
+    def __init__(self, parameters: Tree, gradients: Tree) -> None:
+        torch, numpy = import_module("torch"), import_module("numpy")
+        torch.set_num_threads(cores())
+
+        def moved(array: mx.array) -> Any:
+            dtype = getattr(torch, str(array.dtype).removeprefix("mlx.core."))
+            return torch.from_numpy(numpy.array(array.astype(mx.float32))).to(dtype)  # NumPy has no bfloat16
+
+        self._parameters = {name: torch.nn.Parameter(moved(array)) for name, array in parameters.items()}
+        for name, parameter in self._parameters.items():
+            parameter.grad = moved(gradients[name])
+        self._optimizer = torch.optim.AdamW(
+            self._parameters.values(), LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY, fused=True
+        )
+
+    def update(self) -> None:
+        self._optimizer.step()
+
+    def state_bytes(self) -> int:
+        states = self._optimizer.state.values()
+        return sum(t.numel() * t.element_size() for state in states for t in state.values() if t.numel() > 1)
+
+    def named_parameters(self) -> Tree:
+        return {name: mx.array(p.detach().float().numpy()) for name, p in self._parameters.items()}
 
 
 Make = Callable[[Tree, Tree], Contender]  # of parameters that become the contender's, and gradients
@@ -221,23 +218,16 @@ def _ours(
     return Entry(make, half_only=not compensated)
 
 
-def _foreign(kind: str, *needs: str, **options: bool) -> Entry:
-    """A class of `foreign`, which imports its framework when one is made."""
-
-    def make(parameters: Tree, gradients: Tree) -> Contender:
-        from . import foreign
-
-        try:
-            return getattr(foreign, kind)(parameters, gradients, **options)
-        except Exception as error:  # a library it needs is not there, its version is too old: anything, and not ours
-            reason = str(error).partition("\n")[0]
-            raise Unavailable(f"{needs[-1]} fails: {type(error).__name__}: {reason}") from error
-
-    return Entry(make, needs)
+def _torch(parameters: Tree, gradients: Tree) -> Contender:
+    try:
+        return Torch(parameters, gradients)
+    except Exception as error:  # a library it needs is not there, its version is too old: anything, and not ours
+        reason = str(error).partition("\n")[0]
+        raise Unavailable(f"torch fails: {type(error).__name__}: {reason}") from error
 
 
 EAGER, COMPILED, OURS, STEP = DEFAULT = "mlx eager", "mlx compiled", "compiled_adam", "compiled_adam step"
-REFERENCES = (EAGER, COMPILED)  # what ratios are to; always measured
+REFERENCES = (EAGER, COMPILED)  # ratios are to these; always measured
 TORCH = "torch fused"
 CONTENDERS: dict[str, Entry] = {
     EAGER: Entry(lambda parameters, gradients: Eager(_stock(), parameters, gradients)),
@@ -245,14 +235,9 @@ CONTENDERS: dict[str, Entry] = {
     OURS: _ours(),
     STEP: _ours(kind=InStep),
     f"{STEP} inplace": _ours(kind=InStep, lowering="inplace"),
-    **{f"{OURS} {policy}": _ours(policy, True) for policy in POLICIES if policy != "float32"},
-    f"{OURS} uncompensated": _ours("float32", False),
-    **{f"{OURS} {policy} uncompensated": _ours(policy, False) for policy in POLICIES if policy != "float32"},
-    TORCH: _foreign("Torch", "torch", fused=True, one_thread=False),
-    f"{TORCH} 1 thread": _foreign("Torch", "torch", fused=True, one_thread=True),
-    "torch foreach": _foreign("Torch", "torch", fused=False, one_thread=False),
-    "torch foreach 1 thread": _foreign("Torch", "torch", fused=False, one_thread=True),
-    "optax": _foreign("Optax", "jax", "optax"),
+    **{f"{OURS} {policy}": _ours(policy) for policy in POLICIES if policy != "float32"},
+    f"{OURS} uncompensated": _ours(compensated=False),
+    TORCH: Entry(_torch, needs=("torch", "numpy")),
 }
 
 

@@ -1,4 +1,4 @@
-"""The record of where figures were measured, and what to do about a slow BLAS."""
+"""The record of where figures were measured; what to do about a busy machine and about a slow BLAS."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ import mlx.core as mx
 
 from compiled_adam.commands.blas import REFERENCE_BLAS, blas
 
-SCHEMA = 1  # of the records: goes up when a field changes its meaning or goes away
+SCHEMA = 2  # of the records: goes up when a field changes its meaning or goes away
 ROOT = Path(__file__).parent.parent
-OTHERS = ("mlx-lm", "numpy", "torch", "jax", "optax")
+OTHERS = ("mlx-lm", "numpy", "torch")
+BUSY = 0.5  # load for each core above which other programs take part in every time
 
 
 def environment() -> dict[str, Any]:
     """Device, versions, commit, date and load: what a figure depends on."""
+    load = os.getloadavg()[0]
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": str(mx.default_device()),
@@ -30,7 +32,8 @@ def environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "cores": cores(),
         "memory_bytes": memory_bytes(),
-        "load_average": os.getloadavg()[0],
+        "load_average": load,
+        "busy": load > BUSY * cores(),
         "python": platform.python_version(),
         "mlx": version("mlx"),
         "compiled_adam": version("compiled-adam"),
@@ -38,6 +41,18 @@ def environment() -> dict[str, Any]:
         "blas": blas(),
         "commit": _commit(),
     }
+
+
+def load_line(found: dict[str, Any]) -> str:
+    """The first line of a run: the load of an `environment`, whether that is too much, and the remedy."""
+    load = f"load {found['load_average']:.1f} on {found['cores']} cores"
+    if not found["busy"]:
+        return f"{load}: quiet enough to measure"
+    most = BUSY * found["cores"]
+    return (
+        f"{load}: too busy to measure, times will be wrong; end other programs, wait a minute until the load is"
+        f" below {most:g}, and run this again"
+    )
 
 
 def cores() -> int:

@@ -1,24 +1,34 @@
-"""What an update takes: time in turns with others, memory, kernels, bytes, traces; and the memory's bandwidth."""
+"""What every part measures with: contenders in turn, memory, kernels, bandwidth; the spread, and when it is noise."""
 
 from __future__ import annotations
 
-import collections
 import random
+import statistics
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from compiled_adam.base.mlx_graph import kernels
 
 from .contenders import COMPILED, EAGER, NOT_MEASURED, Contender, Make, OnMLX, Tree, Unavailable
-from .graph import Kernel, traffic
-from .spread import noisy, ratios, spread
-from .workloads import hollow
 
+Row = dict[str, Any]
 Clock = Callable[[], float]
-__all__ = ["bandwidth", "compare", "graph_of", "kernels", "resources"]
+WIDE, DRIFT = 0.5, 0.15
+NOISY = (
+    f"noisy: the p10-p90 range of a ratio is wider than {100 * WIDE:.0f} % of it, or its medians over the first and the"
+    f" second half of the rounds are more than {100 * DRIFT:.0f} % apart"
+)
+__all__ = ["NOISY", "Row", "Stage", "bandwidth", "compare", "kernels", "noisy", "ratios", "resources", "spread"]
+
+
+class Stage(NamedTuple):
+    """A piece of a part's work: what a person is told meanwhile, and what does it and returns rows."""
+
+    label: str
+    rows: Callable[[], list[Row]]
 
 
 def compare(
@@ -27,36 +37,22 @@ def compare(
     gradients: Tree,
     seconds: float,
     clock: Clock = time.perf_counter,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Row]:
     """Measures one update of each contender: for each, a dictionary of figures by name.
 
-    The contenders take turns until ``seconds`` have passed and at least five rounds, in a new order each round:
-    whatever slows the machine meets all of them, and so does what another one left behind. The first three updates of
-    each (tracing, compiling, warming up, memory) do not count. Of one that cannot be made the only figure is why
-    (`NOT_MEASURED`); of the others: those of `resources`; ``median_ms``, ``p10_ms``, ``p90_ms``,
-    ``rounds``; ``ratio``, ``ratio_p10``, ``ratio_p90`` and ``ratio_noisy`` of the ratios within a round to stock MLX
-    called eagerly (or the first contender, if that is not among them), and ``compiled_ratio`` and so on to it under
-    ``mx.compile``; ``traces`` after all.
+    Of a contender that cannot be made the only figure is why (`NOT_MEASURED`). Of the others: those of `resources`;
+    ``median_ms``, ``p10_ms``, ``p90_ms``, ``rounds``; ``ratio``, ``ratio_p10``, ``ratio_p90`` and ``ratio_noisy`` of
+    the ratios within a round to stock MLX called eagerly (or the first contender, if that is not among them), and
+    ``compiled_ratio`` and so on to it under ``mx.compile``; ``traces`` after all.
     """
     running: dict[str, Contender] = {}
-    figures: dict[str, dict[str, Any]] = {}
+    figures: dict[str, Row] = {}
     for name, make in contenders.items():
         try:
             running[name], figures[name] = resources(make, parameters(), gradients, clock)
         except Unavailable as error:
             figures[name] = {NOT_MEASURED: str(error)}
-    times: dict[str, list[float]] = {name: [] for name in running}
-    names = list(running)
-    shuffle = random.Random(0).shuffle
-    start = clock()
-    while clock() - start < seconds or len(times[names[0]]) < 5:
-        shuffle(names)
-        for name in names:
-            begin = clock()
-            running[name].update()
-            times[name].append(clock() - begin)
-            if not isinstance(running[name], OnMLX):
-                settle()
+    times = _in_turn(running, seconds, clock)
     references = {"ratio": times.get(EAGER, times[next(iter(running))])}
     if COMPILED in times:
         references["compiled_ratio"] = times[COMPILED]
@@ -69,6 +65,26 @@ def compare(
             figures[name] |= {key: median, f"{key}_p10": p10, f"{key}_p90": p90, f"{key}_noisy": noisy(within)}
         figures[name]["traces"] = running[name].traces
     return figures
+
+
+def _in_turn(running: Mapping[str, Contender], seconds: float, clock: Clock) -> dict[str, list[float]]:
+    """The times of updates that take turns until ``seconds`` have passed and at least five rounds.
+
+    Each round has a new order: whatever slows the machine meets all, and so does what another contender left behind.
+    """
+    times: dict[str, list[float]] = {name: [] for name in running}
+    names = list(running)
+    shuffle = random.Random(0).shuffle
+    start = clock()
+    while clock() - start < seconds or len(times[names[0]]) < 5:
+        shuffle(names)
+        for name in names:
+            begin = clock()
+            running[name].update()
+            times[name].append(clock() - begin)
+            if not isinstance(running[name], OnMLX):
+                settle()
+    return times
 
 
 def settle() -> None:
@@ -84,71 +100,52 @@ def settle() -> None:
             return
 
 
-def resources(
-    make: Make, parameters: Tree, gradients: Tree, clock: Clock = time.perf_counter
-) -> tuple[Contender, dict[str, Any]]:
-    """A contender that has done three updates, and what they took besides time.
+def resources(make: Make, parameters: Tree, gradients: Tree, clock: Clock = time.perf_counter) -> tuple[Contender, Row]:
+    """A contender that has done three updates (tracing, compiling, memory), and what they took besides time.
 
-    Figures: ``trace_ms`` (building the first update, which traces it; None where nothing is lazy), ``first_call_ms``
-    (that and computing it, compilers included unless they kept their results), ``peak_extra_bytes`` allocated by MLX
-    during an update beyond what exists before it (None of others), ``state_bytes`` of the optimizer, and
-    ``traces`` so far.
+    Figures: ``state_bytes`` of the optimizer and ``traces`` so far; of contenders on MLX, and None of others:
+    ``trace_ms`` (building the first update, which traces it), ``kernels`` of an update, and ``peak_extra_bytes``
+    allocated during an update beyond what exists before it; ``first_call_ms`` (the first update, compilers included
+    unless they kept what they made).
     """
     contender = make(parameters, gradients)
     del parameters  # the contender's alone, or they could not be updated in place
-    on_mlx = isinstance(contender, OnMLX)
+    trace = count = extra = None
     if isinstance(contender, OnMLX):
         mx.eval(contender.changed())
-    mx.synchronize()
-    begin = clock()
-    trace = None
-    if isinstance(contender, OnMLX):
+        mx.synchronize()
+        begin = clock()
         contender.build()
-        trace = clock() - begin
+        trace = 1e3 * (clock() - begin)
         mx.eval(contender.changed())
+        first = clock() - begin
+        contender.build()
+        count = sum(kernels(contender.changed()).values())
+        mx.eval(contender.changed())
+        extra = _extra_bytes(contender)
     else:
+        begin = clock()
         contender.update()
-    first = clock() - begin
-    contender.update()
-    mx.synchronize()
-    mx.clear_cache()
-    mx.reset_peak_memory()
-    before = mx.get_active_memory()
-    contender.update()
+        first = clock() - begin
+        for _ in range(2):
+            contender.update()
     return contender, {
-        "trace_ms": None if trace is None else 1e3 * trace,
+        "trace_ms": trace,
         "first_call_ms": 1e3 * first,
-        "peak_extra_bytes": max(0, mx.get_peak_memory() - before) if on_mlx else None,
+        "kernels": count,
+        "peak_extra_bytes": extra,
         "state_bytes": contender.state_bytes(),
         "traces": contender.traces,
     }
 
 
-def graph_of(make: Make, parameters: Tree, gradients: Tree) -> dict[str, Any]:
-    """The kernels of one update of a contender on MLX, and the bytes they move.
-
-    Nothing is computed and almost nothing allocated: `hollow` arrays have shapes and dtypes only. Figures: ``kernels``;
-    ``kernel_bytes`` read and written by all together; ``estimated_kernels`` as `mlx_graph.Kernel` has it;
-    ``by_kernel``, a list of name, count, bytes read and bytes written, the greatest first.
-    """
-    contender = make(hollow(parameters), hollow(gradients))
-    if not isinstance(contender, OnMLX):
-        raise TypeError(f"{type(contender).__name__} builds no graph of MLX's")
-    inputs, build = contender.graph()
-    found = traffic(inputs, build)
-    groups: dict[str, list[Kernel]] = collections.defaultdict(list)
-    for kernel in found:
-        groups[kernel.name].append(kernel)
-    rows = [
-        {"kernel": name, "count": len(g), "read": sum(k.read for k in g), "written": sum(k.written for k in g)}
-        for name, g in groups.items()
-    ]
-    return {
-        "kernels": len(found),
-        "kernel_bytes": sum(kernel.read + kernel.written for kernel in found),
-        "estimated_kernels": sum(kernel.estimated for kernel in found),
-        "by_kernel": sorted(rows, key=lambda row: -(row["read"] + row["written"])),
-    }
+def _extra_bytes(contender: OnMLX) -> int:
+    mx.synchronize()
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    contender.update()
+    return max(0, mx.get_peak_memory() - before)
 
 
 def bandwidth(size: int = 1 << 25, rounds: int = 3, chain: int = 4) -> dict[str, float]:
@@ -175,3 +172,32 @@ def bandwidth(size: int = 1 << 25, rounds: int = 3, chain: int = 4) -> dict[str,
         found["scale"] = max(found["scale"], chain * 2 * a.nbytes / (middle - begin))
         found["triad"] = max(found["triad"], chain * 3 * a.nbytes / (end - middle))
     return {**found, "best": max(found.values())}
+
+
+class Spread(NamedTuple):
+    p10: float
+    median: float
+    p90: float
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """The deciles are interpolated, so that they exist for few values too."""
+    if len(values) == 1:
+        return Spread(values[0], values[0], values[0])
+    deciles = statistics.quantiles(values, n=10, method="inclusive")
+    return Spread(deciles[0], statistics.median(values), deciles[-1])
+
+
+def ratios(values: Sequence[float], reference: Sequence[float]) -> list[float]:
+    """Within each round, because what slows a round down slows both."""
+    return [a / b for a, b in zip(values, reference, strict=True)]
+
+
+def noisy(values: Sequence[float]) -> bool:
+    """Whether ratios, in the order measured, say too little: see `NOISY`. Another run would give another median."""
+    p10, median, p90 = spread(values)
+    half = len(values) // 2
+    if half == 0:
+        return True
+    first, second = statistics.median(values[:half]), statistics.median(values[half:])
+    return p90 - p10 > WIDE * median or abs(first - second) > DRIFT * median

@@ -1,4 +1,4 @@
-"""Parameter trees of real language models: mlx-lm's model classes, the published sizes, and no weights.
+"""The parameter trees of a user's language model: mlx-lm's model classes, the sizes in its config.json, no weights.
 
 MLX makes arrays when they are needed. Here nobody needs them: only shapes are read, so a model of any size costs
 nothing.
@@ -19,52 +19,12 @@ from mlx.utils import tree_flatten
 from compiled_adam.base import random_state
 from compiled_adam.base.errors import InputError
 
-Shapes = dict[str, tuple[int, ...]]
+from .workloads import Shapes, Workloads
 
-# What the config.json of each on the Hugging Face Hub says about shapes (and a few fields that must be there).
-CONFIGS: dict[str, dict[str, Any]] = {
-    "SmolLM2-135M": {
-        "model_type": "llama",
-        "hidden_size": 576,
-        "num_hidden_layers": 30,
-        "intermediate_size": 1536,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "rms_norm_eps": 1e-5,
-        "vocab_size": 49152,
-        "rope_theta": 100000,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
-    },
-    "Qwen3-0.6B": {
-        "model_type": "qwen3",
-        "hidden_size": 1024,
-        "num_hidden_layers": 28,
-        "intermediate_size": 3072,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "rms_norm_eps": 1e-6,
-        "vocab_size": 151936,
-        "rope_theta": 1000000,
-        "max_position_embeddings": 40960,
-        "tie_word_embeddings": True,
-    },
-    "Llama-3.2-1B": {
-        "model_type": "llama",
-        "hidden_size": 2048,
-        "num_hidden_layers": 16,
-        "intermediate_size": 8192,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "rms_norm_eps": 1e-5,
-        "vocab_size": 128256,
-        "rope_theta": 500000,
-        "max_position_embeddings": 131072,
-        "tie_word_embeddings": True,
-    },
-}
+
+def of_model(name: str, config: dict[str, Any]) -> Workloads:
+    """The two workloads of a user's own model."""
+    return {f"{name} LoRA r=8": lambda: lora(config, 8), name: lambda: full(config)}
 
 
 def full(config: dict[str, Any]) -> Shapes:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import mlx.core as mx
 import mlx.optimizers as optim
+from rich.table import Table
 
 import compiled_adam as ca
 from compiled_adam.update import residual
+
+from . import tables
+from .measure import Row, Stage
 
 RATES = (1e-3, 1e-4, 1e-5, 1e-6)
 DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16}
@@ -55,30 +59,40 @@ def trajectory(make: Make, rate: float, weights: mx.array, dtype: mx.Dtype, deca
 MASTER = "float32 weights"
 
 
-def measure(rates: Sequence[float] = RATES) -> Iterator[dict[str, Any]]:
-    """For each dtype, rate and contender: the mean movement relative to the master's, the worst weight's relative
-    error (of those above 1e-3), and what weight decay 0.1 alone took off, relative to ``1 - (1 - 0.1 rate)^STEPS``.
+def stages(rates: Sequence[float] = RATES) -> list[Stage]:
+    """A stage for each dtype and learning rate."""
+    return [
+        Stage(f"{dtype}, learning rate {rate:g}", partial(_rows, dtype, rate)) for dtype in DTYPES for rate in rates
+    ]
+
+
+def _rows(name: str, rate: float) -> list[Row]:
+    """For each contender: the mean movement relative to the master's, the worst weight's relative error (of those
+    above 1e-3), and what weight decay 0.1 alone took off, relative to ``1 - (1 - 0.1 rate)^STEPS``.
     None is what is not a number."""
-    for name, dtype in DTYPES.items():
-        start = mx.random.normal((SIZE,), key=mx.random.key(0)).astype(dtype)
-        exact = start.astype(mx.float32)
-        for rate in rates:
-            master = trajectory(CONTENDERS["compiled_adam"], rate, exact, dtype)
-            for contender, make in {MASTER: CONTENDERS["compiled_adam"], **CONTENDERS}.items():
-                weights = exact if contender == MASTER else start
-                ours = trajectory(make, rate, weights, dtype)
-                decayed = trajectory(make, rate, weights, dtype, decay=0.1)
-                error = mx.where(mx.abs(master) > 1e-3, mx.abs(ours - master) / mx.abs(master), 0.0).max()
-                movement = mx.abs(ours - exact).mean() / mx.abs(master - exact).mean()
-                taken = mx.abs(exact - decayed).mean() / mx.abs(exact).mean()
-                yield {
-                    "dtype": name,
-                    "learning_rate": rate,
-                    "contender": contender,
-                    "movement": _number(movement),
-                    "worst_error": _number(error),
-                    "decay": _number(taken / (1 - (1 - 0.1 * rate) ** STEPS)),
-                }
+    dtype = DTYPES[name]
+    start = mx.random.normal((SIZE,), key=mx.random.key(0)).astype(dtype)
+    exact = start.astype(mx.float32)
+    master = trajectory(CONTENDERS["compiled_adam"], rate, exact, dtype)
+    rows = []
+    for contender, make in {MASTER: CONTENDERS["compiled_adam"], **CONTENDERS}.items():
+        weights = exact if contender == MASTER else start
+        ours = trajectory(make, rate, weights, dtype)
+        decayed = trajectory(make, rate, weights, dtype, decay=0.1)
+        error = mx.where(mx.abs(master) > 1e-3, mx.abs(ours - master) / mx.abs(master), 0.0).max()
+        movement = mx.abs(ours - exact).mean() / mx.abs(master - exact).mean()
+        taken = mx.abs(exact - decayed).mean() / mx.abs(exact).mean()
+        rows.append(
+            {
+                "dtype": name,
+                "learning_rate": rate,
+                "contender": contender,
+                "movement": _number(movement),
+                "worst_error": _number(error),
+                "decay": _number(taken / (1 - (1 - 0.1 * rate) ** STEPS)),
+            }
+        )
+    return rows
 
 
 def _number(x: mx.array) -> float | None:
@@ -87,3 +101,17 @@ def _number(x: mx.array) -> float | None:
 
 def percent(part: float | None) -> str:
     return "nan" if part is None else f"{100 * part:.2f} %"
+
+
+def table(rows: list[Row], environment: Row) -> Table:
+    made = tables.table(
+        f"{STEPS} updates of {SIZE} half-precision weights, MLX {environment['mlx']}",
+        "movement and decay: of float32's and of the exact; worst: relative error of a weight",
+        (),
+        ("dtype", "learning rate", "contender", "movement", "decay", "worst"),
+    )
+    for row in rows:
+        cells = [percent(row["movement"]), percent(row["decay"])]
+        worst = "nan" if row["worst_error"] is None else f"{row['worst_error']:.1e}"
+        made.add_row(row["dtype"], f"{row['learning_rate']:g}", row["contender"], *cells, worst)
+    return made

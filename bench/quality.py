@@ -1,21 +1,28 @@
-"""Does it train as well? A small byte-level language model on real text, once for each optimizer and weights' dtype.
+"""``python -m bench quality``: does it train as well?
 
+A small byte-level language model is trained on real text, once for each optimizer and dtype of the weights.
 The model computes in float32 whatever dtype its weights are stored in, so that runs differ in the update alone.
 """
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
+from functools import partial
 from pydoc_data import topics
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models import llama
+from rich.table import Table
 
 import compiled_adam as ca
+
+from . import tables
+from .measure import Row, Stage
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
 STOCK, UNCOMPENSATED = "mlx", "float32 uncompensated"
@@ -25,7 +32,19 @@ POLICIES: dict[str, tuple[str, ...]] = {
     "bfloat16": (STOCK, "float32", UNCOMPENSATED, "bfloat16", "8bit", "param"),
 }
 MAX_NORM = 1.0
-WIDTH, LAYERS, CONTEXT, BATCH, STEPS, SEEDS = 128, 4, 128, 8, 600, (0, 1, 2)
+STEPS, SEEDS = 600, (0, 1, 2)
+
+
+class Size(NamedTuple):
+    """Of a model and its batches."""
+
+    width: int = 128
+    layers: int = 4
+    context: int = 128
+    batch: int = 8
+
+
+QUICK = Size(width=64, layers=2, context=32, batch=4)
 
 
 def text() -> tuple[mx.array, mx.array]:
@@ -75,20 +94,31 @@ def optimizer(policy: str, steps: int) -> optim.Optimizer:
     )
 
 
+def stages(dtypes: Sequence[str], seeds: Sequence[int], steps: int, size: Size) -> list[Stage]:
+    """A stage for each dtype, seed and policy."""
+    return [
+        Stage(f"{dtype} weights, {policy}, seed {seed}", partial(_rows, policy, seed, dtype, steps, size))
+        for dtype in dtypes
+        for seed in seeds
+        for policy in POLICIES[dtype]
+    ]
+
+
+def _rows(policy: str, seed: int, dtype: str, steps: int, size: Size) -> list[Row]:
+    return [train(policy, seed, dtype, steps, size)]
+
+
 def train(
     policy: str,
     seed: int,
     dtype: str = "float32",
     steps: int = STEPS,
-    width: int = WIDTH,
-    layers: int = LAYERS,
-    context: int = CONTEXT,
-    batch: int = BATCH,
+    size: Size = Size(),  # noqa: B008
 ) -> dict[str, Any]:
     """Trains one model; the figures of the run. Models of the same seed start alike and see the same batches."""
     train_data, eval_data = text()
     mx.random.seed(seed)
-    trained = model(width, layers)
+    trained = model(size.width, size.layers)
 
     def loss(parameters: Any, tokens: mx.array) -> mx.array:
         trained.update(tree_map(lambda p: p.astype(mx.float32), parameters))
@@ -100,14 +130,16 @@ def train(
     adamw.init(parameters)
     losses = []
     for i in range(steps):
-        value, gradients = loss_and_gradient(parameters, windows(train_data, batch, context, seed * 1_000_000 + i))
+        value, gradients = loss_and_gradient(
+            parameters, windows(train_data, size.batch, size.context, seed * 1_000_000 + i)
+        )
         if policy == STOCK:
             gradients, _ = optim.clip_grad_norm(gradients, MAX_NORM)
         parameters = adamw.apply_gradients(gradients, parameters)
         del gradients
         mx.eval(parameters, adamw.state, value)
         losses.append(round(float(value), 5))
-    evaluated = [float(loss(parameters, windows(eval_data, batch, context, i))) for i in range(24)]
+    evaluated = [float(loss(parameters, windows(eval_data, size.batch, size.context, i))) for i in range(24)]
     count = sum(array.size for array in dict(tree_flatten(parameters)).values())
     state = sum(array.nbytes for path, array in dict(tree_flatten(adamw.state)).items() if "." in path)
     return {
@@ -120,3 +152,37 @@ def train(
         "losses": losses,
         "eval_loss": statistics.mean(evaluated),
     }
+
+
+def table(rows: list[Row], environment: Row) -> Table:
+    """The eval loss of each seed, their mean, and how far it is from ours with float32 weights and moments."""
+    seeds = sorted({row["seed"] for row in rows})
+    runs: dict[tuple[str, str], dict[int, Row]] = {}
+    for row in rows:
+        runs.setdefault((row["dtype"], row["policy"]), {})[row["seed"]] = row
+    means = {  # of runs that ended early there is none: other seeds have another mean
+        key: statistics.mean(row["eval_loss"] for row in by_seed.values())
+        for key, by_seed in runs.items()
+        if by_seed.keys() == set(seeds)
+    }
+    best = means.get(("float32", "float32"))
+    made = tables.table(
+        f"A byte-level language model of {rows[0]['parameters'] / 1e6:.2f} M parameters, {rows[0]['steps']} steps,"
+        f" MLX {environment['mlx']}",
+        "eval loss after training; mlx: stock AdamW, the others: compiled_adam's by how it stores moments; all:"
+        " same start, batches, schedule, clipping, weight decay and bias correction; computed in float32 whatever the"
+        " weights' dtype; to float32: the mean less that of float32 weights and moments",
+        ("weights", "optimizer"),
+        (*(f"seed {seed}" for seed in seeds), "mean", "to float32", "state B/parameter"),
+    )
+    for (dtype, policy), by_seed in runs.items():
+        mean = means.get((dtype, policy))
+        made.add_row(
+            dtype,
+            policy,
+            *(f"{by_seed[seed]['eval_loss']:.4f}" if seed in by_seed else "-" for seed in seeds),
+            "-" if mean is None else f"{mean:.4f}",
+            "-" if mean is None or best is None else f"{mean - best:+.4f}",
+            f"{next(iter(by_seed.values()))['state_bytes_per_parameter']:.2f}",
+        )
+    return made

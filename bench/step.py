@@ -1,13 +1,18 @@
-"""A whole fine-tuning step: mlx-lm's loop and ours on the same model, batches and seed."""
+"""``python -m bench step``: how fast is a whole step, mlx-lm's loop and ours on the same model, batches and seed?
+
+mlx-lm's loop is the stock recipe: forward, backward and update under one ``mx.compile``. Ours steps with `make_step`.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import random
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +23,13 @@ from mlx_lm import load
 from mlx_lm.tuner import trainer
 from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.utils import linear_to_lora_layers
+from rich.table import Table
 
 import compiled_adam as ca
 from compiled_adam.commands import demo
 
-from .spread import noisy, ratios
+from . import tables
+from .measure import NOISY, Row, Stage, noisy
 
 NEVER = 1 << 62  # bytes of cache that no machine has
 RATE = 1e-5
@@ -101,51 +108,88 @@ def train(name: str, folder: str | Path, batches: Sequence[Batch], window: int) 
     return {"times": times, "traces": traced, "peak_bytes": mx.get_peak_memory(), "loss": clock.loss}
 
 
-def compare(folder: str | Path, rounds: int, windows: int) -> dict[str, dict[str, Any]]:
-    """Every contender in turn, ``rounds`` times; for each a dictionary of figures by name.
+def stages(folder: str | Path, rounds: int, windows: int) -> list[Stage]:
+    """Every contender ``rounds`` times, a stage for each run, in a new order each round; `summary` makes rows of it."""
+    vocabulary = load(str(folder))[0].args.vocab_size
+    steady = [batch(65, vocabulary, seed) for seed in range(WARM_UP + WINDOW * windows)]
+    shapes = [batch(length, vocabulary, seed) for length in LENGTHS for seed in (1, 2)]
+    names = list(CONTENDERS)
+    shuffle = random.Random(0).shuffle
+    made = []
+    for i in range(rounds):
+        shuffle(names)
+        made += [Stage(f"round {i + 1}, {name}", partial(_run, name, folder, steady, shapes)) for name in names]
+    return made
+
+
+def _run(name: str, folder: str | Path, steady: Sequence[Batch], shapes: Sequence[Batch]) -> list[Row]:
+    run = train(name, folder, steady, WINDOW)
+    seconds = statistics.median(run["times"][WARM_UP // WINDOW :])
+    traced = train(name, folder, shapes, 1)
+    pairs = list(zip(traced["times"][2::2], traced["times"][3::2], strict=True))
+    figures = {
+        "tokens_per_second": WINDOW * BATCH * 64 / seconds,
+        "first_step_ms": 1e3 * traced["times"][0],
+        "new_shape_ms": 1e3 * statistics.median(first - second for first, second in pairs),
+        "traces": traced["traces"],
+        "peak_bytes": run["peak_bytes"],
+        "loss": run["loss"],
+    }
+    return [{"contender": name, **figures}]
+
+
+def summary(runs: list[Row]) -> list[Row]:
+    """A row for each contender over the rounds that all have finished.
 
     ``tokens_per_second`` (median over windows of ten steps of one shape, without the first twenty), ``ratio`` of it
     to the reference (median of the ratios within a round) with ``ratio_low`` and ``ratio_high`` (least and greatest)
     and ``ratio_noisy``, ``rounds``, ``first_step_ms``, ``new_shape_ms`` (the first step of a shape less the second),
     ``traces`` over six shapes, ``peak_bytes`` and the last ``loss``, which shows that all do the same.
     """
-    vocabulary = load(str(folder))[0].args.vocab_size
-    steady = [batch(65, vocabulary, seed) for seed in range(WARM_UP + WINDOW * windows)]
-    shapes = [batch(length, vocabulary, seed) for length in LENGTHS for seed in (1, 2)]
-    found: dict[str, dict[str, list[Any]]] = {name: {} for name in CONTENDERS}
-    names = list(CONTENDERS)
-    for _ in range(rounds):
-        names = names[1:] + names[:1]
-        for name in names:
-            run = train(name, folder, steady, WINDOW)
-            seconds = statistics.median(run["times"][WARM_UP // WINDOW :])
-            tokens = WINDOW * BATCH * 64
-            traced = train(name, folder, shapes, 1)
-            pairs = list(zip(traced["times"][2::2], traced["times"][3::2], strict=True))
-            figures = {
-                "tokens_per_second": tokens / seconds,
-                "first_step_ms": 1e3 * traced["times"][0],
-                "new_shape_ms": 1e3 * statistics.median(first - second for first, second in pairs),
-                "traces": traced["traces"],
-                "peak_bytes": run["peak_bytes"],
-                "loss": run["loss"],
-            }
-            for key, value in figures.items():
-                found[name].setdefault(key, []).append(value)
-    result = {}
-    for name, lists in found.items():
-        within = ratios(lists["tokens_per_second"], found[REFERENCE]["tokens_per_second"])
-        result[name] = {key: statistics.median(values) for key, values in lists.items()}
-        result[name] |= {"ratio": statistics.median(within), "ratio_low": min(within), "ratio_high": max(within)}
-        result[name] |= {"ratio_noisy": noisy(within), "rounds": rounds}
-    return result
+    of = {name: [run for run in runs if run["contender"] == name] for name in CONTENDERS}
+    rounds = min(map(len, of.values()))
+    if rounds == 0:
+        return []
+    rows = []
+    for name in CONTENDERS:
+        own = of[name][:rounds]
+        within = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in zip(own, of[REFERENCE], strict=False)]
+        row = {key: statistics.median(run[key] for run in own) for key in own[0] if key != "contender"}
+        row |= {"ratio": statistics.median(within), "ratio_low": min(within), "ratio_high": max(within)}
+        rows.append({"contender": name, **row, "ratio_noisy": noisy(within), "rounds": rounds})
+    return rows
 
 
-def measure(model: str | None, rounds: int, windows: int) -> dict[str, dict[str, Any]]:
-    """`compare` on a model (a folder or an id on the Hugging Face Hub), or on the demo's small Llama."""
+@contextlib.contextmanager
+def folder_of(model: str | None) -> Iterator[str]:
+    """The folder of a model (or its id on the Hugging Face Hub), or else of the demo's small Llama, made here."""
     if model is not None:
-        return compare(model, rounds, windows)
+        yield model
+        return
     with tempfile.TemporaryDirectory() as folder:
         mx.random.seed(0)
         demo.make_model(Path(folder) / "model", demo.texts()[1])
-        return compare(Path(folder) / "model", rounds, windows)
+        yield str(Path(folder) / "model")
+
+
+def table(rows: list[Row], environment: Row) -> Table:
+    made = tables.table(
+        f"Fine-tuning with LoRA, MLX {environment['mlx']}, {environment['device']}, {environment['blas']}",
+        f"medians over interleaved runs; ratio: of tokens/s to {REFERENCE} within a round, with its range; extras off:"
+        " what mlx_lm does, Adam without bias correction; compiled_adam: with bias correction, clipping, guard and log;"
+        f" {NOISY}",
+        ("contender",),
+        ("tokens/s", "ratio", "first step ms", "new shape ms", "traces of 6 shapes", "peak MB", "last loss"),
+    )
+    for row in rows:
+        made.add_row(
+            row["contender"],
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['ratio']:.2f} ({row['ratio_low']:.2f}-{row['ratio_high']:.2f}){' noisy' * row['ratio_noisy']}",
+            f"{row['first_step_ms']:.0f}",
+            f"{row['new_shape_ms']:.0f}",
+            f"{row['traces']:.0f}",
+            f"{row['peak_bytes'] / 1e6:.1f}",
+            f"{row['loss']:.5f}",
+        )
+    return made

@@ -12,59 +12,75 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.table import Table
 
 from bench import __main__ as command
-from bench import contenders, measure, memory, tables, update
+from bench import contenders, measure, memory, update
 from bench.contenders import DEFAULT
 
 ROOT = Path(__file__).parents[2]
 
 
 def ends_early(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
-    """The second of two workloads cannot be measured."""
+    """The second dtype cannot be measured."""
+    compare = measure.compare
 
-    def shapes() -> dict[str, tuple[int, ...]]:
-        raise error
+    def compared(makers: Any, parameters: Any, gradients: Any, seconds: float) -> Any:
+        if gradients["a"].dtype != measure.mx.float32:
+            raise error
+        return compare(makers, parameters, gradients, seconds)
 
-    monkeypatch.setattr(command, "WORKLOADS", {"small": lambda: {"a": (8, 8)}, "other": shapes})
+    monkeypatch.setattr(measure, "compare", compared)
 
 
 def test_ctrl_c_keeps_what_was_measured(bench, small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ends_early(monkeypatch, KeyboardInterrupt())
     file = tmp_path / "record.json"
-    arguments = ("--workload", "small", "--workload", "other", "--dtype", "float32", "--seconds", "0", "--scale")
-    monkeypatch.setattr(command, "_parser", lambda: parser_of("small", "other"))
-    code, out, errors = bench(*arguments, "--json", str(file))
+    code, out, errors = bench("--seconds", "0", "--json", str(file))
     assert code == 130 and "interrupted" in errors and "Traceback" not in errors
-    assert "compiled_adam" in out[: out.index("Memory, kernels")]
+    assert "compiled_adam" in out
     record = json.loads(file.read_text())
     assert [row["contender"] for row in record["update"]] == list(DEFAULT)
-    assert record["complete"] is False and "scale" not in record
+    assert record["complete"] is False
 
 
 def test_a_failure_keeps_what_was_measured(bench, small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ends_early(monkeypatch, RuntimeError("out of memory"))
-    monkeypatch.setattr(command, "_parser", lambda: parser_of("small", "other"))
     file = tmp_path / "record.json"
     with pytest.raises(RuntimeError, match="out of memory"):
-        bench("--workload", "small", "--workload", "other", "--dtype", "float32", "--seconds", "0", "--json", str(file))
+        bench("--seconds", "0", "--json", str(file))
     record = json.loads(file.read_text())
     assert len(record["update"]) == len(DEFAULT) and record["complete"] is False
+
+
+def test_quick_begins_nothing_late_and_says_so(bench, small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    now = itertools.count(0.0, 15.0)  # each stage takes that long
+    monkeypatch.setattr(command.time, "monotonic", lambda: next(now))
+    file = tmp_path / "record.json"
+    code, out, errors = bench("--quick", "--seconds", "0", "--json", str(file))
+    assert code == 0 and "--quick ended update before small, bfloat16" in out
+    assert errors == "update 1/3: memory bandwidth\nupdate 2/3: small, float32\n"
+    record = json.loads(file.read_text())
+    assert {row["dtype"] for row in record["update"]} == {"float32"} and record["complete"] is False
 
 
 def test_parts_before_a_failing_one_are_printed_and_kept(
     bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    def fails(bench: command.Bench) -> Any:
+    def fails() -> list[Any]:
         raise KeyboardInterrupt
 
-    rows = a_quality_record()
-    first = lambda bench: (rows, [tables.quality(rows, bench.environment)])  # noqa: E731
-    monkeypatch.setattr(command, "PARTS", {"first": first, "second": fails, "third": fails})
+    def table(rows: list[Any], environment: Any) -> Table:
+        return Table("what was measured")
+
+    rows = [{"a": 1}]
+    parts = {name: command.Part([command.Stage(name, fails)], table) for name in ("first", "second", "third")}
+    parts["first"] = command.Part([command.Stage("first", lambda: rows)], table)
+    monkeypatch.setattr(command, "PARTS", {name: lambda bench, part=part: part for name, part in parts.items()})
     monkeypatch.setattr(command, "_problem", lambda arguments: None)
     file = tmp_path / "record.json"
     code, out, _ = bench("all", "--json", str(file))
-    assert code == 130 and "byte-level" in out
+    assert code == 130 and out.count("what was measured") == 1
     record = json.loads(file.read_text())
     assert record["first"] == rows and record["complete"] is False
 
@@ -73,39 +89,11 @@ def test_an_earlier_record_stays_until_something_is_measured(bench, small, monke
     def interrupted() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command.measure, "bandwidth", interrupted)
+    monkeypatch.setattr(measure, "bandwidth", interrupted)
     file = tmp_path / "record.json"
     file.write_text("earlier")
     assert bench("--seconds", "0", "--json", str(file))[0] == 130
     assert file.read_text() == "earlier"
-
-
-def test_a_table_of_runs_that_ended_early() -> None:
-    rows = a_quality_record()[:-1]
-    table = tables.quality(rows, {"mlx": "0"})
-    assert [list(column.cells)[-1] for column in table.columns][2:6] == ["1.7500", "-", "-", "-"]
-    assert tables.quality([], {"mlx": "0"}).row_count == 0
-
-
-def a_quality_record() -> list[dict[str, Any]]:
-    return [
-        {"policy": policy, "dtype": dtype, "seed": seed, "steps": 3, "eval_loss": loss,
-         "state_bytes_per_parameter": 8.0}
-        for dtype, policy, loss in (("float32", "float32", 1.5), ("bfloat16", "mlx", 1.75))
-        for seed in (0, 1)
-    ]  # fmt: skip
-
-
-def parser_of(*workloads: str) -> Any:
-    """The command's parser, which takes these workloads."""
-    made = PARSER()
-    for action in made._actions:
-        if action.dest == "workload":
-            action.choices = workloads
-    return made
-
-
-PARSER = command._parser
 
 
 @pytest.fixture
@@ -114,7 +102,7 @@ def start(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
     started: list[subprocess.Popen[str]] = []
 
     def start(seconds: str, *program: str) -> subprocess.Popen[str]:
-        arguments = ["--workload", "224 x (8x1024)", "--dtype", "float32", "--seconds", seconds]
+        arguments = ["--workload", "1000 x 64", "--dtype", "float32", "--seconds", seconds]
         command = [sys.executable, *(program or ("-m", "bench")), *arguments, "--json", str(tmp_path / "record.json")]
         started.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
         return started[-1]
@@ -145,7 +133,8 @@ measure.resources = measuring
 sys.exit(command.main())
 """
     process = start("60", "-c", program)
-    assert process.stderr.readline() == "measuring\n" and (tmp_path / "record.json").exists()
+    said = [process.stderr.readline() for _ in range(3)]
+    assert said[2] == "measuring\n" and (tmp_path / "record.json").exists()
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and errors.endswith("bench: interrupted; what had been measured is kept\n")
@@ -154,14 +143,14 @@ sys.exit(command.main())
 
 def test_without_mlx_lm_the_other_parts_are_measured(bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(command, "find_spec", lambda name: None)
-    code, out, errors = bench("traces")
+    code, out, errors = bench("quality")
     assert code == 2 and not out and "pip install 'compiled-adam[lm]'" in errors
-    monkeypatch.setattr(command, "PARTS", dict.fromkeys(command.PARTS, lambda bench: ([], [])))
+    monkeypatch.setattr(command, "PARTS", dict.fromkeys(command.PARTS, lambda bench: command.Part([], Table)))
     file = tmp_path / "record.json"
     code, out, _ = bench("all", "--json", str(file))
-    assert code == 0 and out.count("needs mlx-lm") == 3
+    assert code == 0 and out.count("needs mlx-lm") == 2
     record = json.loads(file.read_text())
-    assert record["complete"] and record["memory"] == [] and "needs mlx-lm" in record["step"][0]["skipped"]
+    assert record["complete"] and "memory" not in record and "needs mlx-lm" in record["step"][0]["skipped"]
 
 
 def test_a_framework_that_cannot_be_imported_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -169,15 +158,16 @@ def test_a_framework_that_cannot_be_imported_is_one_line(monkeypatch: pytest.Mon
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     monkeypatch.setattr(contenders, "find_spec", lambda name: True)
-    names = [*DEFAULT, "torch fused", "torch foreach"]
+    names = [*DEFAULT, "torch fused"]
     workloads: dict[str, Callable[[], Any]] = {"small": lambda: {"a": (8, 8)}}
-    for found in (
-        list(update.rows(workloads, ["float32"], names, 0.0, 1e9)),
-        list(memory.rows(workloads, ["float32"], names)),
+    for stages in (
+        update.stages(workloads, ["float32"], names, 0.0, {}),
+        memory.stages(workloads, ["float32"], names),
     ):
+        found = [row for stage in stages for row in stage.rows()]
         assert [row["contender"] for row in found] == names
-        assert all("torch fails: ImportError: libcudart" in row["skipped"] for row in found[len(DEFAULT) :])
-        assert all(row["state_bytes"] for row in found[: len(DEFAULT)])
+        assert "torch fails: ImportError: libcudart" in found[-1]["skipped"]
+        assert all(row["state_bytes"] for row in found[:-1])
 
 
 def test_settling_waits_for_threads_that_spin(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from bench import memory, numerics, quality, saving, step, tables, traces
+from bench import memory, numerics, quality, step
 from bench.contenders import CONTENDERS, DEFAULT, selected
-from bench.measure import kernels
+from bench.measure import Row, Stage, kernels
 from bench.workloads import arrays
 
 ENVIRONMENT = {"mlx": "0", "device": "Device(cpu, 0)", "cores": 2, "blas": "?"}
@@ -23,16 +23,9 @@ MEMORY = {
     "state_bytes": int, "state_bytes_per_parameter": float, "weight_bytes": int,
 }  # fmt: skip
 STEP = {
+    "contender": str,
     "tokens_per_second": float, "ratio": float, "ratio_low": float, "ratio_high": float, "ratio_noisy": bool,
     "rounds": int, "first_step_ms": float, "new_shape_ms": float, "traces": int, "peak_bytes": int, "loss": float,
-}  # fmt: skip
-TRACES = {
-    "contender": str, "traces": int, "first_step_ms": float, "new_shape_ms": float, "p10_ms": float, "p90_ms": float,
-    "ratio": float, "ratio_p10": float, "ratio_p90": float, "ratio_noisy": bool, "loss": float,
-}  # fmt: skip
-SAVING = {
-    "parameters": int, "bytes": int, "seconds": dict, "ratio": float, "ratio_noisy": bool, "ratios": list,
-    "rounds": dict,
 }  # fmt: skip
 NUMERICS = {
     "dtype": str, "learning_rate": float, "contender": str, "movement": float, "worst_error": float, "decay": float,
@@ -48,8 +41,12 @@ def kinds(row: dict[str, Any]) -> dict[str, type]:
     return {name: type(value) for name, value in json.loads(json.dumps(row)).items()}
 
 
+def rows_of(stages: list[Stage]) -> list[Row]:
+    return [row for stage in stages for row in stage.rows()]
+
+
 def test_memory() -> None:
-    rows = list(memory.rows({"small": lambda: {"a": (8, 8)}}, ["bfloat16"], list(DEFAULT)))
+    rows = rows_of(memory.stages({"small": lambda: {"a": (8, 8)}}, ["bfloat16"], list(DEFAULT)))
     assert [kinds(row) for row in rows] == [MEMORY] * len(DEFAULT)
     assert [row["weight_bytes"] for row in rows] == [128] * len(DEFAULT)
 
@@ -57,44 +54,24 @@ def test_memory() -> None:
 def test_step(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"LENGTHS": (17, 33, 49), "WARM_UP": 2, "WINDOW": 2}.items():
         monkeypatch.setattr(step, name, value)
-    figures = step.compare(tiny_model, rounds=1, windows=1)
-    assert [kinds(row) for row in figures.values()] == [STEP] * len(step.CONTENDERS)
+    stages = step.stages(tiny_model, rounds=2, windows=1)
+    runs = rows_of(stages[:4])
+    assert step.summary(runs[:3]) == []
+    rows = step.summary([*runs, *runs[:2]])  # the second round has not ended
+    assert [kinds(row) for row in rows] == [STEP] * len(step.CONTENDERS) and rows[0]["rounds"] == 1
     # One trace for each shape, and for the first one another before there is a state, which ours does not need.
-    assert [row["traces"] for row in figures.values()] == [4, 4, 3, 3]
+    assert [row["traces"] for row in rows] == [4, 4, 3, 3]
+    figures = {row["contender"]: row for row in rows}
     stock, off = figures[step.REFERENCE], figures["compiled_adam, extras off"]
     assert off["loss"] == pytest.approx(stock["loss"], rel=1e-4)
     assert off["ratio"] == pytest.approx(off["tokens_per_second"] / stock["tokens_per_second"])
-    table = tables.step([{"contender": name, **row} for name, row in figures.items()], step.REFERENCE, ENVIRONMENT)
-    assert table.row_count == 4
-
-
-def test_traces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(traces, "LAYERS", 1)
-    record = traces.measure(2)
-    whole, ours = record["rows"]  # of the second shape alone
-    assert ours["ratio"] == pytest.approx(ours["new_shape_ms"] / whole["new_shape_ms"]) and whole["ratio"] == 1
-    assert kinds(record) == {"tensors": int, "shapes": int, "rows": list}
-    assert [kinds(row) for row in record["rows"]] == [TRACES] * 2
-
-
-def test_saving(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    record = saving.measure(millions=1, rounds=2)
-    assert kinds(record) == SAVING
-    # Weights and two moments in float32, and a few numbers.
-    assert 12_000_000 <= record["bytes"] < 12_001_000
-    times = record["rounds"]
-    assert record["ratios"] == sorted(
-        ours / stock for ours, stock in zip(times["save_checkpoint"], times["mx.save_safetensors"], strict=True)
-    )
-    assert list(tables.saving(record, ENVIRONMENT).columns[0].cells) == list(times)
-    assert not list(tmp_path.iterdir())
+    assert step.table(rows, ENVIRONMENT).row_count == 4
 
 
 def test_numerics(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(numerics, "STEPS", 20)
     monkeypatch.setattr(numerics, "DTYPES", {"bfloat16": mx.bfloat16})
-    rows = list(numerics.measure([1e-3]))
+    rows = rows_of(numerics.stages([1e-3]))
     assert [kinds(row) for row in rows] == [NUMERICS] * (1 + len(numerics.CONTENDERS))
     assert {row["learning_rate"] for row in rows} == {1e-3}
     found = {row["contender"]: row["movement"] for row in rows}
@@ -102,7 +79,7 @@ def test_numerics(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_quality() -> None:
-    row = quality.train("8bit", 0, "bfloat16", steps=2, width=32, layers=1, context=16, batch=2)
+    row = quality.train("8bit", 0, "bfloat16", 2, quality.Size(32, 1, 16, 2))
     assert kinds(row) == QUALITY and len(row["losses"]) == row["steps"] == 2
 
 
