@@ -28,6 +28,7 @@ ROOT = Path(__file__).parent.parent
 PICTURE = ROOT / "docs" / "lora.svg"
 COMMAND = "compiled-adam lora --model model --data data --train --iters 100 --num-layers 4 --learning-rate 1e-3"
 COLUMNS, ROWS = 104, 40
+PIECE = 200  # characters of an example
 
 
 def prepare(folder: Path) -> None:
@@ -45,7 +46,7 @@ def write_data(folder: Path) -> None:
     from compiled_adam.commands import demo
 
     text = demo.texts()[1]
-    pieces = [json.dumps({"text": text[i : i + demo.CHUNK]}) for i in range(0, len(text), demo.CHUNK)]
+    pieces = [json.dumps({"text": text[i : i + PIECE]}) for i in range(0, len(text), PIECE)]
     folder.mkdir()
     for name, part in (("train", [piece for i, piece in enumerate(pieces) if i % 5]), ("valid", pieces[::5])):
         (folder / f"{name}.jsonl").write_text("\n".join(part) + "\n")

@@ -9,33 +9,3 @@ from .fingerprint import packages
 from .mlx_graph import Written, kernels, operations
 from .streams import lenient, lenient_streams, say
 from .tree import Aligned, Places, Structure, along, below, indexed, trainable_places
-
-__all__ = [
-    "Aligned",
-    "Assignments",
-    "Compiled",
-    "InputError",
-    "Places",
-    "Row",
-    "Structure",
-    "TrainingStopped",
-    "Written",
-    "along",
-    "below",
-    "call_all",
-    "differences",
-    "fingerprint",
-    "indexed",
-    "is_evaluated",
-    "kernels",
-    "lenient",
-    "lenient_streams",
-    "operations",
-    "packages",
-    "random_state",
-    "say",
-    "table",
-    "trainable_places",
-    "undone_on_error",
-    "while_handling",
-]

@@ -13,23 +13,3 @@ from .checkpoint import (
 )
 from .durable import locked, present, replace_arrays, replacing, save_arrays
 from .series import latest_checkpoint, numbered, prune
-
-__all__ = [
-    "Contents",
-    "check_exists",
-    "check_finite",
-    "is_whole",
-    "latest_checkpoint",
-    "load_checkpoint",
-    "locked",
-    "numbered",
-    "output",
-    "present",
-    "prune",
-    "read_checkpoint",
-    "replace_arrays",
-    "replacing",
-    "save_arrays",
-    "save_checkpoint",
-    "write_checkpoint",
-]

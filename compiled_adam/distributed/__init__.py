@@ -5,5 +5,3 @@ from .joining import check_timeout, join
 from .reduce import DTYPES
 from .shard import Shard
 from .workers import Workers, is_lost
-
-__all__ = ["DTYPES", "Shard", "Workers", "check_timeout", "is_lost", "join", "reduce", "shard", "workers"]

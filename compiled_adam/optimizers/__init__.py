@@ -4,5 +4,3 @@ from . import any_optimizer, options
 from .adam import Adam, ForSteps
 from .adamw import AdamW
 from .options import check_number, check_schedules
-
-__all__ = ["Adam", "AdamW", "ForSteps", "any_optimizer", "check_number", "check_schedules", "options"]

@@ -2,5 +2,3 @@
 
 from . import losses
 from .train_step import StepResult, TrainStep, make_step
-
-__all__ = ["StepResult", "TrainStep", "losses", "make_step"]

@@ -7,30 +7,3 @@ from .leaves import FLOATS, Constants, Form, Part, Shared, check_leaf, update, u
 from .moments import POLICIES, STOCHASTIC, Stored
 from .norm import global_norm
 from .window import counted
-
-__all__ = [
-    "ALL_ALIKE",
-    "FLOATS",
-    "LARGE",
-    "LOWERINGS",
-    "POLICIES",
-    "STOCHASTIC",
-    "Constants",
-    "DecayFilter",
-    "Form",
-    "Group",
-    "Part",
-    "Shared",
-    "Stored",
-    "check_leaf",
-    "check_patterns",
-    "counted",
-    "decay_matrices",
-    "global_norm",
-    "group",
-    "of_leaves",
-    "residual",
-    "update",
-    "update_leaf",
-    "window",
-]
