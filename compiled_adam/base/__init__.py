@@ -1,4 +1,4 @@
-"""What every folder uses; it knows nothing of them."""
+"""Helpers that all other folders of the package use. This folder imports none of the others."""
 
 from . import fingerprint, random_state
 from .at_once import Assignments, call_all, undone_on_error

@@ -1,7 +1,7 @@
-"""Assignments that no interrupt can divide.
+"""Groups of assignments that an interrupt cannot split: all are made, or none.
 
-Python handles a signal, and so raises KeyboardInterrupt, between two of its bytecodes, never inside of a function that
-is written in C. A loop in C over C functions has no bytecode in between.
+Python handles signals, and so raises KeyboardInterrupt, only between two bytecodes, never inside a function written in
+C. A loop in C over C functions has no bytecode in between.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _call = operator.methodcaller("__call__")
 
 
 class Assignments:
-    """Items of dictionaries and lists that are collected, and then all assigned at once."""
+    """Collects assignments to items of dictionaries and lists, and then makes all of them at once."""
 
     def __init__(self) -> None:
         self._containers: list[Any] = []
@@ -30,7 +30,7 @@ class Assignments:
         self._values.append(value)
 
     def attribute(self, owner: object, name: str, value: Any) -> None:
-        """The same for an attribute of an object."""
+        """Like `add`, for an attribute of an object."""
         self.add(vars(owner), name, value)
 
     def ready(self) -> Callable[[], object]:
@@ -49,7 +49,7 @@ class Assignments:
         (None, {'x': 3}, [4])
         """
         deque(map(operator.setitem, self._containers, self._keys, self._values), maxlen=0)
-        self._values = []  # who assigned them has them now; here they would only keep memory
+        self._values = []  # the containers have the values now; a reference here would only keep memory
 
 
 def call_all(functions: Iterable[Callable[[], object]]) -> None:
@@ -58,9 +58,10 @@ def call_all(functions: Iterable[Callable[[], object]]) -> None:
 
 
 def undone_on_error(work: Callable[[], Result], undo: Callable[[], None]) -> Result:
-    """What ``work`` returns; if it raises, ``undo`` is called before the error goes on.
+    """Returns ``work()``. If it raises, calls ``undo`` and raises the error again.
 
-    ``undo`` may be called twice, and when ``work`` has just ended: it must know whether there is something to undo.
+    After Ctrl-C ``undo`` may be called twice, or after ``work`` has just succeeded. So ``undo`` must itself find out
+    whether there is something to undo.
     """
     try:
         try:

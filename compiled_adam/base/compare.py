@@ -1,4 +1,4 @@
-"""What differs between two mappings, as a table for people."""
+"""The differences between two mappings, as a table for people."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MISSING = object()
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[Row]:
-    """A row (name, value in one, value in other) for each name whose values differ; of arrays, dtype and shape count.
+    """A row (name, value in one, value in other) for each name whose values differ. Arrays: only dtype and shape count.
 
     >>> differences({"a": 1, "b": mx.zeros(2)}, {"b": mx.zeros(3), "c": 2})
     [('a', '1', '-'), ('b', 'float32 (2,)', 'float32 (3,)'), ('c', '-', '2')]
@@ -47,7 +47,7 @@ def _line(row: Iterable[str], widths: Iterable[int]) -> str:
 
 
 def _printable(cell: str) -> str:
-    """One line that every terminal can show: a name in a damaged file may be anything."""
+    """The cell as one line that every terminal can show. A name from a damaged file may have any characters."""
     return cell if cell.isprintable() else repr(cell)[1:-1]
 
 

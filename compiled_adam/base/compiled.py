@@ -1,4 +1,7 @@
-"""``mx.compile`` that forgets: MLX itself keeps every trace of a function for ever."""
+"""``mx.compile`` with a limit on the number of traces.
+
+A trace is the graph that MLX records when it runs a Python function. ``mx.compile`` keeps every trace for ever.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,10 @@ _serials = count()
 
 
 class _End:
-    """Forgets the traces of a thread when it ends.
+    """Drops the traces of a thread when the thread ends.
 
-    MLX keeps them for each thread, and drops them after Python has let go of it. If the process ends at that moment,
-    Python ends the thread while it frees what a trace refers to, and that aborts the process.
+    MLX keeps traces per thread, and drops them only after Python has released the thread. If the process exits at that
+    moment, Python ends the thread while MLX frees the Python objects of a trace, and this aborts the process.
     """
 
     def __del__(self, clear: Callable[[], None] = mx.clear_streams) -> None:
@@ -27,10 +30,10 @@ class _End:
 
 
 class Compiled:
-    """A compiled ``function`` that is begun anew when it has been traced more than ``most`` times.
+    """A compiled ``function`` that drops all traces when there are more than ``most``.
 
-    Another shape, dtype or Python number is another trace. An optimizer whose numbers change at every step would
-    otherwise fill the memory. ``draws``: whether the function uses MLX's global random state.
+    Every new shape, dtype or Python number makes a new trace. Without a limit, an optimizer whose numbers change at
+    every step would fill the memory. ``draws``: whether the function uses MLX's global random state.
     """
 
     def __init__(self, function: Callable[..., Any], most: int, draws: bool = False) -> None:
@@ -43,28 +46,28 @@ class Compiled:
         function, traces = self._function, [0]
 
         def trace(serial: int, *arguments: Any) -> Any:
-            # Without `self`: in a circle of references what is evicted would stay until Python looks for circles.
+            # Without `self`: a reference cycle would keep dropped traces until Python's cycle collector runs.
             traces[0] += 1
             return function(*arguments)
 
-        # A number of its own, which is a constant of each trace. MLX knows a trace by the address of its Python
-        # function, and by its constants. When a compiled function goes, MLX forgets only the traces of the thread that
-        # called it last: in another thread, a later function at the same address would run the old graph.
+        # A unique number becomes a constant of each trace. MLX identifies a trace by the address of the Python function
+        # and by the constants. When a compiled function is freed, MLX drops only the traces of the thread that called
+        # it last. In another thread a later function at the same address would run the old graph.
         self._serial = next(_serials)
         self._traces, self._compiled = traces, self._compile(trace)
 
     def __call__(self, *arguments: Any) -> Any:
         if not hasattr(_thread, "end"):
             _thread.end = _End() if threading.current_thread() is not threading.main_thread() else None
-        if self._traces[0] > self._most:  # not at ``most``: one trace that serves every call would be made at each
+        if self._traces[0] > self._most:  # not >=: a call that needs no new trace would then trace anew each time
             self._begin()
         return self._compiled(self._serial, *arguments)
 
 
 def is_evaluated(array: mx.array) -> bool:
-    """Evaluates an array; False if it has no value, because it depends on what is being traced."""
+    """Evaluates an array. Returns False if the array is part of a trace in progress and has no value."""
     try:
         mx.eval(array)
-    except ValueError:  # MLX's word for that
+    except ValueError:  # MLX raises it inside a trace
         return False
     return True

@@ -1,4 +1,4 @@
-"""Errors that are for a user to read: input that cannot be used, and a run that could not go on."""
+"""Errors for users: unusable input, and a training run that had to stop."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from collections.abc import Callable
 
 
 class InputError(ValueError):
-    """An argument, an option, a file or data that cannot be used. The message says what to do instead.
+    """An argument, an option, a file or data is unusable. The message says what to do instead.
 
-    The command line shows the message alone. Every other error keeps its traceback, because it is a fault of the
-    program and not of its input.
+    The command line shows the message without a traceback. Other errors keep the traceback, because they are faults of
+    the program and not of the input.
     """
 
 
 class TrainingStopped(RuntimeError):
-    """A run that could not go on. Its message says why, and what was saved."""
+    """A training run had to stop. The message says why, and what was saved."""
 
 
 def while_handling(error: BaseException, wanted: Callable[[BaseException], bool]) -> BaseException | None:
-    """``error``, or the one during whose handling it was raised, and so on: the first that is ``wanted``."""
+    """The first error for which ``wanted`` is true in the chain of ``error``, ``error.__context__``, and so on."""
     found: BaseException | None = error
     while found is not None and not wanted(found):
         found = found.__context__

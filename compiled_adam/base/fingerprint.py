@@ -1,4 +1,4 @@
-"""What tells whether two runs start from the same: short digests of arrays and data, and package versions."""
+"""Short digests of arrays and data, and package versions. They show whether two runs start from the same input."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def of_arrays(arrays: Mapping[str, mx.array]) -> str:
 
 
 def of_each(arrays: Mapping[str, mx.array]) -> dict[str, str]:
-    """The same for each array, as words: dtype, shape and sums.
+    """A digest for each array, as words: dtype, shape and sums of the bits.
 
     >>> of_each({"a": mx.array([1.0, 2.0])})
     {'a': 'float32 (2,) bf800000 7f800000'}
@@ -37,43 +37,43 @@ def of_each(arrays: Mapping[str, mx.array]) -> dict[str, str]:
 
 
 def _described(arrays: Mapping[str, mx.array]) -> dict[str, tuple[tuple[int, ...], str, list[int]]]:
-    # Modulo 2^32: integers add in any order to the same sum, on every device.
+    # Modulo 2^32: sums of integers are the same in every order, on every device.
     sums = {path: _sums(a) if a.size else [] for path, a in arrays.items()}
     mx.eval(sums)
     return {path: (a.shape, str(a.dtype), [cast(int, s.item()) for s in sums[path]]) for path, a in arrays.items()}
 
 
 def _sums(array: mx.array) -> list[mx.array]:
-    """Sums of rows and of columns, each weighted by its position; no array of the size of this one is made."""
+    """Two sums over the bits, weighted by row and by column. They need no temporary of the array's size."""
     words = array.view(_WORDS[array.dtype.size]).reshape(-1, array.shape[-1] if array.ndim else 1)
     sums = [words.sum(axis=axis).astype(mx.uint32) for axis in (0, 1)]
     return [(each * mx.arange(1, each.size + 1, dtype=mx.uint32)).sum() for each in sums]
 
 
 def of_rows(rows: Iterable[tuple[Sequence[int], int]]) -> str:
-    """A digest of tokenized examples, in their order: the tokens of each, and where its loss begins.
+    """A digest of tokenized examples in order. A row has the tokens and the offset at which the loss begins.
 
     >>> of_rows([([1, 2], 0), ([3], 0)]) == of_rows([([1], 0), ([2, 3], 0)])
     False
     """
-    import numpy as np  # here, because only mlx-lm brings it along
+    import numpy as np  # here, because NumPy is installed only with mlx-lm
 
     digest = hashlib.sha256()
     for tokens, offset in rows:
         digest.update(np.array([len(tokens), offset], np.int64).tobytes())
         digest.update(np.asarray(tokens, np.int64).tobytes())
-    return f"rows {digest.hexdigest()[:16]}"  # version 0.1 had a digest of the file here
+    return f"rows {digest.hexdigest()[:16]}"  # "rows": version 0.1 had a digest of the file here
 
 
 def of_numpy() -> str:
     """A digest of NumPy's global random state, from which the order of batches is drawn."""
-    import numpy as np  # here, because only mlx-lm brings it along
+    import numpy as np  # here, because NumPy is installed only with mlx-lm
 
     return hashlib.sha256(repr([np.asarray(part).tolist() for part in np.random.get_state()]).encode()).hexdigest()[:16]
 
 
 def packages() -> dict[str, str]:
-    """The versions of what results depend on."""
+    """The versions of the packages that results depend on."""
     found = {}
     for name in ("compiled-adam", "mlx", "mlx-lm"):
         with contextlib.suppress(PackageNotFoundError):

@@ -1,6 +1,6 @@
-"""What MLX's graph of lazy arrays tells: its kernels, its operations, and which objects are the same array.
+"""Questions about MLX's graph of lazy arrays: its kernels, its operations, and which objects are the same array.
 
-MLX has no function for that. It writes the graph as text for Graphviz, and this file alone reads that text.
+MLX has no function for these. It can write the graph as text for Graphviz, and only this file reads that text.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 _OPERATION = "shape=rectangle"
-# Primitives that only describe an array anew: no kernel runs for them and no byte moves (contiguous arrays assumed).
+# Primitives that change the description of an array only: no kernel runs, no byte moves (if arrays are contiguous).
 FREE = {
     *("AsStrided", "Broadcast", "BroadcastAxes", "Contiguous", "Depends", "ExpandDims", "Flatten", "Reshape", "Slice"),
     *("Split", "Squeeze", "StopGradient", "Transpose", "Unflatten", "View"),
@@ -21,7 +21,7 @@ FREE = {
 
 
 def kernels(outputs: list[mx.array]) -> collections.Counter[str]:
-    """How often each primitive that runs a kernel occurs in the graph of arrays that are not evaluated yet.
+    """How often each primitive that runs a kernel occurs in the graph of unevaluated arrays.
 
     >>> x = mx.ones((2, 2)) + 1
     >>> sorted(kernels([mx.square(x).reshape(-1)]).items())
@@ -32,29 +32,29 @@ def kernels(outputs: list[mx.array]) -> collections.Counter[str]:
 
 
 def operations(arrays: Sequence[mx.array]) -> int:
-    """How many operations arrays are the result of; while tracing, none for an input.
+    """How many operations the graph of the arrays has. While tracing, an input of the trace has none.
 
-    Assigning in place, as ``self.count += 1`` does, changes the array object itself, so that only this tells.
+    An in-place edit such as ``self.count += 1`` keeps the array object, so only this count reveals the edit.
     """
     return _text(arrays).count(_OPERATION)
 
 
 class Written:
-    """Arrays as they were assigned to places of a tree.
+    """Remembers arrays that were assigned to places of a tree, to detect whether a caller has edited them.
 
-    Another object at a place is seen at once. Something like ``weight += 1`` or ``a[:] = b`` makes the same object
-    another array, which Python cannot see. But the graph of MLX's arrays shows which are the same: it gives each the
-    last of its names, those of the objects in the tree after those of objects that nobody else has.
+    A new object at a place is easy to see. After ``weight += 1`` or ``a[:] = b`` the same object is another array,
+    which Python cannot see. The text of MLX's graph shows it: if two objects are the same array, the array gets the
+    last name only. So private copies of the objects get their names first, and the objects in the tree afterwards.
     """
 
     def __init__(self, arrays: Sequence[mx.array]) -> None:
         self.arrays = list(arrays)
-        self.own = [array[...] for array in arrays]  # the same arrays as other objects, which nobody else can edit
+        self.own = [array[...] for array in arrays]  # the same arrays in private objects, which no caller can edit
         self._names = [f"array{i}" for i in range(len(arrays))]
         self._untouched: str | None = None
 
     def are(self, arrays: Sequence[mx.array]) -> bool:
-        """Whether ``arrays``, read from the places, are those. What nobody has evaluated yet passes for edited."""
+        """Whether ``arrays``, read from the places, are unedited. An array that is not evaluated counts as edited."""
         if not all(a is b for a, b in zip(arrays, self.arrays, strict=True)):
             return False
         if self._untouched is None:
@@ -66,7 +66,7 @@ class Written:
 
 
 def _text(arrays: Sequence[mx.array], names: Sequence[str] = (), named: Sequence[mx.array] = ()) -> str:
-    """The graph of ``arrays``, in which the ``named`` ones have names."""
+    """The graph of ``arrays`` as text, in which the arrays ``named`` have the ``names``."""
     text = io.StringIO()
     mx.export_to_dot(text, *arrays, **dict(zip(names, named, strict=True)))
     return text.getvalue()

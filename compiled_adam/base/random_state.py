@@ -1,4 +1,4 @@
-"""MLX's global random state, which Python can read but only ``mx.random.seed`` and ``mx.compile`` can assign."""
+"""MLX's global random state. Python can read it, but only ``mx.random.seed`` and ``mx.compile`` can assign it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def get() -> mx.array:
 
 
 def assign(key: mx.array) -> None:
-    """Makes ``key`` the state: random numbers from here on are those that followed when it was read."""
+    """Makes ``key`` the state: the random numbers that followed when it was read now follow again."""
     assignment(key)()
 
 
 def assignment(key: mx.array) -> Callable[[], None]:
-    """`assign` of ``key`` as a function without arguments that is written in C."""
+    """``assign(key)`` as a function without arguments that is written in C, for `call_all`."""
     high, low = cast(list[int], key.tolist())
     return partial(mx.random.seed, high << 32 | low)
 

@@ -1,4 +1,4 @@
-"""Standard output and errors that never end a run: closed, full, without a reader, or for ASCII only."""
+"""Standard output and error streams that never end a run, even if closed, full, without a reader, or ASCII-only."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import IO, Any
 
 
 class Lenient:
-    """The text stream ``stream``, but writing to it never raises: what cannot be written is left out.
+    """A wrapper of the text stream ``stream`` that never raises when writing: text that cannot be written is dropped.
 
-    Characters that its encoding does not have are written as escapes. Everything else (``encoding``, ``isatty``,
-    ``fileno``, ...) is the stream's own.
+    Characters that the encoding lacks are written as escapes. All other attributes (``encoding``, ``isatty``,
+    ``fileno``, ...) are those of ``stream``.
     """
 
     def __init__(self, stream: IO[str]) -> None:
@@ -47,7 +47,7 @@ class Lenient:
 
     def _give_up(self, error: Exception) -> None:
         self._works = False
-        # Its buffer still has what could not be written: Python would try again at the end, and exit with 120.
+        # The buffer still has the unwritten text: Python would try again at exit, and exit with code 120.
         with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), self._stream.fileno())
         if not isinstance(error, BrokenPipeError) and self._stream is sys.__stdout__:
@@ -55,20 +55,20 @@ class Lenient:
 
 
 def lenient(stream: IO[str] | None) -> IO[str]:
-    """`Lenient` of a stream, once; for None, which is what Python makes of a closed one, a stream to nowhere."""
+    """Wraps a stream in `Lenient`, once. None (Python's value for a closed stream) becomes a stream to nowhere."""
     if stream is None:
-        return open(os.devnull, "w")  # open as long as the process
+        return open(os.devnull, "w")  # stays open until the process ends
     return stream if isinstance(stream, Lenient) else Lenient(stream)  # type: ignore[return-value]
 
 
 @contextmanager
 def lenient_streams() -> Iterator[None]:
-    """Makes ``sys.stdout`` and ``sys.stderr`` lenient, for whoever prints."""
+    """Makes ``sys.stdout`` and ``sys.stderr`` lenient within the context."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            # The next file that is opened would get this number, and everything that is printed to it.
+            # The number is free: the next opened file would get it, and then all printed text would go to that file.
             os.open(os.devnull, os.O_RDWR)
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = lenient(sys.stdout), lenient(sys.stderr)
@@ -81,7 +81,7 @@ def lenient_streams() -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """Writes to standard error at once, as signal handlers may; nothing, if there is none."""
-    if sys.__stderr__ is not None:  # otherwise 2 may be a file of somebody's
+    """Writes to standard error directly, which is safe in signal handlers. Does nothing without standard error."""
+    if sys.__stderr__ is not None:  # otherwise descriptor 2 may be another file
         with suppress(OSError):
             os.write(2, text.encode())

@@ -1,7 +1,7 @@
-"""The flattened tree: where its arrays live, read and written in place, without walking the tree at every step.
+"""Flat lists of the places of a tree's arrays, to read and write them without walking the tree at every step.
 
-A tree is what MLX means by it: arrays nested in dicts and lists; an ``nn.Module`` is such a dict. Paths are those of
-``mlx.utils.tree_flatten``: ``"layers.0.weight"``.
+A tree is arrays nested in dicts and lists, as in MLX. An ``nn.Module`` is such a dict. A leaf is an array in a tree.
+Paths are written like ``mlx.utils.tree_flatten`` writes them: ``"layers.0.weight"``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .errors import InputError
 
 
 class Places:
-    """Array leaves of a tree by the container that holds them, so that what others assign is seen at once."""
+    """The leaves of a tree as (container, key), so that reading sees arrays that callers have assigned."""
 
     def __init__(self, places: Sequence[tuple[str, Any, Any]]) -> None:
         self.paths = tuple(path for path, _, _ in places)
@@ -29,7 +29,7 @@ class Places:
         return len(self.places)
 
     def read(self) -> list[mx.array]:
-        """Raises TypeError, naming the path, for what somebody has put there and is no array."""
+        """The present arrays. Raises TypeError if a value is no array. The message names the path."""
         arrays = [container[key] for container, key in self.places]
         for path, array in zip(self.paths, arrays, strict=True):
             if not isinstance(array, mx.array):
@@ -42,22 +42,22 @@ class Places:
         assignments.make()
 
     def assign(self, arrays: Sequence[mx.array], assignments: Assignments) -> None:
-        """`write` as a part of ``assignments``."""
+        """Like `write`, but adds to ``assignments`` instead of assigning."""
         for (container, key), array in zip(self.places, arrays, strict=True):
             assignments.add(container, key, array)
 
 
 class Structure:
-    """The containers of a tree: whether they still are what they were, and a way back to it.
+    """The containers of a tree. It detects whether they have changed, and can restore their content.
 
-    A container that occurs twice (tied modules) counts once, under its first path. Tuples are looked into for
-    containers, but arrays that stand in a tuple cannot be assigned and are left alone, as MLX itself does.
+    A container that occurs twice (tied modules) counts once, under the first path. Containers inside tuples count.
+    Arrays directly in a tuple cannot be assigned and are ignored, as in MLX.
     """
 
     def __init__(self, root: Any) -> None:
         self._root = root
         self._nodes: list[tuple[Any, Any, list[tuple[Any, Any]], set[str] | None]] = []
-        self._constants: dict[tuple[int, Any], tuple[Any, Any, mx.array]] = {}  # arrays that `follow` has let in
+        self._constants: dict[tuple[int, Any], tuple[Any, Any, mx.array]] = {}  # arrays that `follow` has accepted
         self.modules: list[nn.Module] = []
         self.leaves: list[tuple[str, Any, Any]] = []
         self.in_tuples: list[tuple[str, Any, Any]] = []
@@ -83,9 +83,9 @@ class Structure:
                 self._nodes.append((node, _keys(node), children, frozen))
 
     def intact(self) -> bool:
-        """Whether all arrays and modules are where they were, and none was frozen or unfrozen.
+        """Whether all arrays and modules are at the same places, and none was frozen or unfrozen.
 
-        Containers without any, such as a list of numbers that grows or a tuple that was put in anew, do not count.
+        Containers without arrays and modules may change, such as a growing list of numbers or a replaced tuple.
         """
         if any((now := below(c, key)) is not None and now is not array for c, key, array in self._constants.values()):
             return False
@@ -99,14 +99,14 @@ class Structure:
         return self.follow(Structure(self._root), [])
 
     def children(self) -> tuple[list[Any], list[Any], list[Any]]:
-        """Containers and keys of all containers below the root, and these."""
+        """Three lists about all containers below the root: the parent, the key in the parent, and the container."""
         every = [(node, key, child) for node, _, children, _ in self._nodes for key, child in children]
         return [node for node, _, _ in every], [key for _, key, _ in every], [child for _, _, child in every]
 
     def added(self, now: Structure) -> list[tuple[str, Any, Any]]:
-        """The arrays (path, container, key) of ``now``, a later structure of the same tree, that are at new places.
+        """The arrays (path, container, key) at new places in ``now``, a later structure of the same tree.
 
-        Constants that are other arrays now are among them.
+        A constant that was replaced by another array counts as new.
         """
         known = {(id(container), key) for _, container, key in self.leaves}
         known |= {place for place, (c, key, array) in self._constants.items() if below(c, key) is array}
@@ -116,9 +116,9 @@ class Structure:
         ]
 
     def follow(self, now: Structure, constants: Sequence[tuple[str, Any, Any]]) -> bool:
-        """Takes over a later structure of the same tree, which may have ``constants`` more; whether that is possible.
+        """Adopts a later structure of the same tree, which may have ``constants`` as new arrays. Returns success.
 
-        It is if all arrays and modules are where they were. The constants are not among the `leaves`.
+        It works if all other arrays and modules are at the same places. Constants do not join the `leaves`.
         """
         merged = self._constants | {(id(c), k): (c, k, c[k]) for _, c, k in constants if not isinstance(c, tuple)}
         mine, its = (
@@ -127,7 +127,7 @@ class Structure:
         )
         if mine != its or self._modules() != now._modules() or len(self.added(now)) > len(constants):
             return False
-        # What an interrupt leaves of these lines is followed at the next call.
+        # If an interrupt comes between these lines, the next call does the rest.
         self._constants = {place: each for place, each in merged.items() if below(each[0], each[1]) is not None}
         self.in_tuples = now.in_tuples
         self._nodes = now._nodes
@@ -137,16 +137,16 @@ class Structure:
         return [(id(node), frozen) for node, _, _, frozen in self._nodes if frozen is not None]
 
     def snapshot(self) -> Callable[[], None]:
-        """A function that puts back the present content of every container, and the attributes of modules."""
+        """Returns a function that restores the present content of every container and the attributes of modules."""
         calls: list[Callable[[], object]] = []
         for node, *_ in self._nodes:
             if isinstance(node, list):
                 calls.append(partial(operator.setitem, node, slice(None), list(node)))
                 continue
-            # nn.Module.update means something else.
+            # dict.update, because nn.Module.update means something else.
             calls += [partial(dict.clear, node), partial(dict.update, node, dict(node))]
             if isinstance(node, nn.Module):
-                # Assigning an array to an attribute that was None moves it from here to the dictionary.
+                # nn.Module keeps None in the attributes: assigning an array later moves the name to the dictionary.
                 attributes = vars(node)
                 calls += [partial(dict.clear, attributes), partial(dict.update, attributes, _copied(attributes))]
         return partial(call_all, calls)
@@ -161,29 +161,29 @@ def _keys(node: Any) -> Any:
 
 
 def _copied(attributes: dict[str, Any]) -> dict[str, Any]:
-    """Attributes of a module, with copies of sets, such as that of its frozen keys."""
+    """The attributes of a module, with copies of sets, such as the set of frozen keys."""
     return {name: set(value) if isinstance(value, set) else value for name, value in attributes.items()}
 
 
 def along(template: Any, tree: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """The places (path, container, key) in ``tree`` of the leaves of ``template``, which has its shape or less.
+    """The places (path, container, key) in ``tree`` of the leaves of ``template``. ``tree`` may have more leaves.
 
     >>> [(path, key) for path, _, key in along({"a": [1, 2]}, {"a": [mx.array(1), mx.array(2)], "b": {}})]
     [('a.0', 0), ('a.1', 1)]
     """
     for key, value in _items(template):
         if isinstance(value, (dict, list, tuple)):
-            if value:  # MLX leaves out what is empty when it splits and merges trees
+            if value:  # MLX leaves out empty containers when it splits and merges trees
                 yield from along(value, below(tree, key), f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", tree, key
 
 
 def indexed(tree: Any, indices: dict[str, int], prefix: str = "") -> Any:
-    """``tree`` with the index of its path at each leaf, and without the leaves that have none.
+    """``tree`` with an index in place of each leaf, and without the leaves whose path has no index.
 
-    Those are tied parameters under a further path: an update, or the norm, must not count them again. In a list, where
-    leaving one out would move the others, it is an empty dict, as MLX has it for a frozen layer.
+    Leaves without an index are tied parameters under a second path: the update and the norm must count them once only.
+    In a list such a leaf becomes an empty dict, like a frozen layer in MLX, because removing it would move the others.
     """
     if isinstance(tree, dict):
         children = {key: indexed(child, indices, f"{prefix}.{key}") for key, child in tree.items()}
@@ -196,9 +196,9 @@ def indexed(tree: Any, indices: dict[str, int], prefix: str = "") -> Any:
 
 
 def trainable_places(model: nn.Module) -> tuple[list[tuple[str, Any, Any]], Any]:
-    """The places (path, container, key) of a model's trainable parameters, and their tree, with indices for arrays.
+    """The places (path, container, key) of a model's trainable parameters, and their tree with indices for arrays.
 
-    Raises TypeError for one that has no gradient, ValueError if there is none.
+    Raises TypeError if a parameter's dtype has no gradient, ValueError if there are no trainable parameters.
     """
     trainable = model.trainable_parameters()
     seen: dict[tuple[int, Any], int] = {}
@@ -210,7 +210,7 @@ def trainable_places(model: nn.Module) -> tuple[list[tuple[str, Any, Any]], Any]
                 f"the trainable parameter {path!r} is {container[key].dtype}, which has no gradient;"
                 " freeze it, for example with model.freeze(recurse=False, keys=[...]) of its module"
             )
-        if (id(container), key) not in seen:  # else: tied, the same container under another path
+        if (id(container), key) not in seen:  # else it is tied: the same container under another path
             if path in paths:
                 raise InputError(f"two parameters have the path {path!r}; rename one of them")
             paths.add(path)
@@ -222,10 +222,10 @@ def trainable_places(model: nn.Module) -> tuple[list[tuple[str, Any, Any]], Any]
 
 
 class Aligned:
-    """Gradients with the parameter and the optimizer state of each, as flat lists in the gradients' order.
+    """Gradients with their parameters and optimizer states, as flat lists in the order of the gradients.
 
-    ``gradients`` may be a subset of ``parameters``. Raises ValueError or TypeError, naming the path, for a gradient
-    without a parameter and for one that is not an array. Leaves that have no state yet are in `without_state`.
+    ``gradients`` may have fewer leaves than ``parameters``. Raises ValueError or TypeError if a gradient has no
+    parameter or is not an array. The message names the path. `without_state` has the paths without state.
     """
 
     def __init__(self, gradients: Any, parameters: Any, state: Any) -> None:
@@ -262,7 +262,7 @@ class Aligned:
 
 
 def below(node: Any, key: Any) -> Any:
-    """What a container has at a key; None if that is nothing."""
+    """The value of a container at a key. None if there is none."""
     return node[key] if _has(node, key) else None
 
 

@@ -1,4 +1,4 @@
-"""Folders that hold a run, whole or absent."""
+"""Checkpoint folders and result files, each written atomically: complete or not at all."""
 
 from . import output
 from .checkpoint import (

@@ -1,7 +1,8 @@
-"""Checkpoints: folders from which a run continues exactly, and which are never there by half.
+"""Checkpoints: folders from which a run continues exactly. They are written atomically: complete or not at all.
 
-``weights.safetensors`` and ``optimizer.safetensors`` are plain MLX files with the paths of ``tree_flatten``, beside
-them ``window.safetensors`` if micro-batches were accumulated. ``meta.json`` has the rest and the SHA-256 of every file.
+``weights.safetensors`` and ``optimizer.safetensors`` are plain MLX files with the paths of ``tree_flatten``. A folder
+also has ``window.safetensors`` if the window (the sums of accumulated micro-batches) was partly filled. ``meta.json``
+has everything else and the SHA-256 of every file.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from .meta import FORMAT, LARGEST, META, as_json, parsed
 from .meta import sealed as _sealed
 
 FILES = {"model": "weights.safetensors", "optimizer": "optimizer.safetensors", "window": "window.safetensors"}
-# Options that decide what the optimizer's state consists of: to change one is to convert the state.
+# Options that decide which arrays the optimizer's state has. If one changes, the state must be converted.
 _OF_THE_STATE = {"optimizer", "moments", "compensated", "max_grad_norm", "skip_nonfinite"}
 
 
@@ -44,28 +45,31 @@ def save_checkpoint(
     *,
     settings: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes everything that an exact continuation of ``step`` needs to ``folder``, which appears whole or not at all.
+    """Writes everything that an exact continuation of ``step`` needs to ``folder``, atomically: all or nothing.
 
-    If the step has a ``group``, all workers call this, and the first one writes; what it raises, all raise.
+    If the step has a ``group``, all workers must call this function. The first worker writes. If it raises an error,
+    all workers raise this error.
 
     Args:
-        folder: the checkpoint; an older one of this name is replaced, other folders are refused.
-        step: what `make_step` made. Its model's trainable parameters and whatever else the forward pass assigns, its
-            optimizer's state, a partly filled window and MLX's random state are stored.
-        extra: what the caller needs to continue (data position, best loss, ...). It is stored as JSON: keys become
-            text, and tuples become lists. Numbers may be infinite or NaN. Default None.
-        settings: options of the caller that results depend on, by name; `load_checkpoint` compares them. Default None.
+        folder: the folder to write. An older checkpoint there is replaced. A folder with other content is refused.
+        step: a step from `make_step`. The checkpoint has the trainable parameters, the other arrays that the forward
+            pass assigns, the optimizer's state, a partly filled window of accumulated gradients, and MLX's random
+            state.
+        extra: data of the caller that a continuation needs (data position, best loss, ...). It is stored as JSON: keys
+            become text, and tuples become lists. Numbers may be infinite or NaN. Default None.
+        settings: options of the caller that the results depend on, by name. `load_checkpoint` compares them. Default
+            None.
 
-    Several processes or threads may save to the same folder: each checkpoint is whole, and the last one stays.
+    Several processes or threads may save to the same folder. Each checkpoint is complete, and the last one stays.
 
     Raises:
-        OSError: it could not be written (disk full, no permission); an older checkpoint is still there then.
-        ValueError: the folder has something other than a checkpoint; weights are infinite or not a number; ``extra``
-            or ``settings`` refer to themselves, are nested too deep or too large, or have two keys that become the same
-            text; a setting has the name of an option of the step.
+        OSError: writing failed (disk full, no permission). An older checkpoint is still there then.
+        ValueError: the folder has other content than a checkpoint; a weight is infinite or NaN; ``extra`` or
+            ``settings`` contain themselves, are nested too deep or too large, or have two keys that become the same
+            text; a setting has the same name as an option of the step.
         TypeError: ``extra`` or ``settings`` cannot be stored as JSON.
     """
-    state = step.state_dict(everywhere=False)  # something that all workers take part in
+    state = step.state_dict(everywhere=False)  # all workers must take part in this call
     write = partial(write_checkpoint, folder, step, state, extra, settings=settings)
     if step.group is None:
         write()
@@ -81,7 +85,7 @@ def write_checkpoint(
     *,
     settings: Mapping[str, Any] | None = None,
 ) -> None:
-    """`save_checkpoint` of the ``state_dict`` of ``step``, by this process alone."""
+    """Writes the checkpoint of `save_checkpoint` from the ``state_dict`` of ``step``, by this process alone."""
     folder = Path(folder)
     if _is_something_else(folder):
         raise InputError(f"{folder} exists and is not a checkpoint; name another folder")
@@ -96,9 +100,10 @@ def write_checkpoint(
         "extra": as_json("extra", extra or {}),
     }
     records = {}
-    # In this order: what ends early removes its files, by which those who read them see that there is no more to come.
+    # In this order: after an error `replacing` removes the files first, so the hashing threads of the pool see their
+    # file removed and stop.
     with ThreadPoolExecutor() as pool, replacing(folder) as temporary:
-        # The largest first: its record is still being made while the others are written.
+        # The largest part first: its SHA-256 is computed while the other parts are written.
         for part in ("optimizer", "window", "model"):
             if state[part]:
                 file = temporary / FILES[part]
@@ -111,7 +116,7 @@ def write_checkpoint(
 
 
 def _settings(settings: Mapping[str, Any] | None, step: TrainStep) -> dict[str, Any]:
-    """The caller's settings and the step's options, as they are read again."""
+    """The caller's settings and the step's options, as JSON will give them back."""
     theirs, own = as_json("settings", settings or {}), step.description()
     if both := theirs.keys() & own.keys():
         raise InputError(
@@ -121,16 +126,16 @@ def _settings(settings: Mapping[str, Any] | None, step: TrainStep) -> dict[str, 
 
 
 def _is_something_else(folder: Path) -> bool:
-    """Whether there is something that no checkpoint may replace: a file, or a folder that is neither one nor empty."""
+    """Whether ``folder`` must not be replaced: it is a file, or a folder that has other content than a checkpoint."""
     with suppress(FileNotFoundError, NotADirectoryError), opened(folder, [META]) as (found, files):
         return META not in files and any(found.iterdir())
     return folder.exists()
 
 
 def check_finite(arrays: Mapping[str, mx.array]) -> None:
-    """Raises ValueError, naming it, for an array that has an infinite value or one that is not a number."""
+    """Raises ValueError if an array has an infinite value or a NaN. The message names the array."""
     floats = {path: a for path, a in arrays.items() if a.size and mx.issubdtype(a.dtype, mx.floating)}
-    # A reduction passes over the array at once; isfinite(a) would write as many booleans first.
+    # A reduction makes one pass; isfinite(a) would first write one boolean per element.
     finite = {path: mx.isfinite(a.max()) & mx.isfinite(a.min()) for path, a in floats.items()}
     mx.eval(finite)
     if bad := [path for path, is_finite in finite.items() if not is_finite.item()]:
@@ -148,22 +153,24 @@ def load_checkpoint(
     allow: Collection[str] = (),
     warn: Callable[[str], None] = _warn,
 ) -> dict[str, Any]:
-    """Continues ``step`` from a checkpoint; returns the ``extra`` it was saved with.
+    """Continues ``step`` from a checkpoint. Returns the ``extra`` that `save_checkpoint` was given.
 
-    Another process may replace the folder at the same time: the old checkpoint or the new one is read, never a mixture.
-
-    If the step has a ``group``, all workers call this, and all read; if one cannot, none continues.
+    Another process may replace the folder at the same time. Then the old or the new checkpoint is read, never a
+    mixture. If the step has a ``group``, all workers must call this function, and all read the folder. If one worker
+    cannot read it, no worker continues.
 
     Args:
-        folder: the checkpoint.
+        folder: the folder of the checkpoint.
         step: a fresh step of the same model, loss and optimizer.
-        settings: as for `save_checkpoint`.
-        allow: names of settings that may differ; the value that ``step`` has is used then. The learning rate is one of
-            them: unless it is allowed, checkpoint and step must have the same. Default: none.
-        warn: gets a sentence about other package versions, or another device. Default ``warnings.warn``.
+        settings: the options that were given to `save_checkpoint`, with their present values. Default None.
+        allow: names of settings or options that may differ from the checkpoint. The value of ``step`` is used then.
+            The learning rate is an option, too: to change it, allow "learning_rate". Default: none.
+        warn: a function that gets a sentence about other package versions, or another device. Default
+            ``warnings.warn``.
 
     Raises:
-        ValueError: the checkpoint is damaged, or does not fit, with a table of what differs; nothing is changed then.
+        ValueError: the checkpoint is damaged, or does not fit. The message has a table of the differences. Nothing is
+            changed then.
     """
     read = partial(read_checkpoint, folder, step, settings=settings, allow=allow, warn=warn)
     contents = read() if step.group is None else workers.all_do(step.group, read)
@@ -172,15 +179,15 @@ def load_checkpoint(
 
 
 class Contents(NamedTuple):
-    """A checkpoint that was read, and fits."""
+    """A checkpoint that was read and that fits the step."""
 
     state: dict[str, dict[str, mx.array]]
     extra: dict[str, Any]
-    convert: bool  # whether the optimizer's state is of other options
-    own_rate: bool  # whether the learning rate stays that of the step
+    convert: bool  # whether the optimizer's state was saved with other options
+    own_rate: bool  # whether the step keeps the present learning rate
 
     def into(self, step: TrainStep) -> None:
-        """Continues ``step`` from it."""
+        """Continues ``step`` from the checkpoint."""
         optimizers = any_optimizer.parts(step.optimizer)
         rates = [optimizer.state.get("learning_rate") for optimizer in optimizers]
         step.load_state_dict(self.state, convert=self.convert)
@@ -197,7 +204,7 @@ def read_checkpoint(
     allow: Collection[str] = (),
     warn: Callable[[str], None] = _warn,
 ) -> Contents:
-    """What `load_checkpoint` continues ``step`` from; it is not changed."""
+    """Reads and checks a checkpoint for `load_checkpoint`, without a change of ``step``."""
     with _opened(Path(folder)) as (found, files):
         meta = _checked(found, files)
         state = {
@@ -228,19 +235,19 @@ def read_checkpoint(
 
 
 def check_checkpoint(folder: Path) -> dict[str, Any]:
-    """The content of ``meta.json``, after every file was compared with it. Raises ValueError that names the damage."""
+    """Compares every file with ``meta.json``; returns the content of ``meta.json``. ValueError names the damage."""
     with _opened(folder) as (found, files):
         return _checked(found, files)
 
 
 def check_exists(folder: Path) -> None:
-    """Raises ValueError, as `check_checkpoint` does, if there is no checkpoint at all; reads nothing."""
+    """Raises ValueError like `check_checkpoint` if there is no checkpoint at all. It reads no file."""
     with _opened(folder):
         pass
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether `check_checkpoint` finds nothing wrong."""
+    """Whether `check_checkpoint` finds no damage."""
     try:
         check_checkpoint(folder)
     except (InputError, OSError):
@@ -264,7 +271,7 @@ def _opened(folder: Path) -> Iterator[tuple[Path, dict[str, FileIO]]]:
 
 
 def _checked(folder: Path, files: Mapping[str, FileIO]) -> dict[str, Any]:
-    """What `check_checkpoint` returns, of files that are open; ``folder`` is where they were found."""
+    """`check_checkpoint` for open ``files`` that were found in ``folder``."""
     needed = (FILES["model"], FILES["optimizer"])
     with _named(folder / META):
         content = files[META].read(LARGEST + 1)
@@ -285,7 +292,7 @@ def _checked(folder: Path, files: Mapping[str, FileIO]) -> dict[str, Any]:
 
 @contextmanager
 def _named(file: Path) -> Iterator[None]:
-    """An error of the operating system gets the name of the file that is being read."""
+    """Adds the name of the file that is being read to errors of the operating system."""
     try:
         yield
     except OSError as error:
@@ -293,7 +300,7 @@ def _named(file: Path) -> Iterator[None]:
 
 
 def _load(file: Path, stream: FileIO) -> dict[str, mx.array]:
-    """The arrays of an open file, which must stay open until they are evaluated."""
+    """The arrays of an open file. The file must stay open until they are evaluated."""
     stream.seek(0)
     try:
         arrays = mx.load(stream, format="safetensors")

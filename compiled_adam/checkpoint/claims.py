@@ -1,8 +1,8 @@
-"""Temporary files and folders of processes that live, told from those that killed ones have left.
+"""Temporary files and folders, and how to tell those of living processes from leftovers of killed ones.
 
-Who makes one holds a lock on it (``flock``), which the operating system gives back when the process ends, however it
-ends. The lock belongs to the file or folder, not to its name: it goes along with a renaming. Whoever wants to move or
-remove a folder that others write, too, takes its lock first.
+A process holds a lock (``flock``) on each temporary that it makes. The operating system releases the lock when the
+process ends for any reason. The lock belongs to the file or folder, not to the name, so it survives a renaming. Before
+a process moves or removes a folder that others also write, it takes the lock of that folder.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PATIENCE = 60.0  # seconds to wait for a lock that others hold while they rename and remove
-_LONG_AGO = 86400.0  # seconds after which a leftover is one, where the file system has no locks that would tell
+_LONG_AGO = 86400.0  # seconds after which a temporary counts as a leftover on a file system without locks
 
 
 class Descriptor:
-    """A file or folder that is open until nothing refers to this any more, wherever Ctrl-C comes; with its lock."""
+    """An open file or folder, and the lock on it. It closes with the last reference, also after Ctrl-C at any line."""
 
     number = -1
 
@@ -34,7 +34,7 @@ class Descriptor:
             os.close(self.number)
 
     def lock(self) -> bool | None:
-        """Whether the lock is this one's now; None on a file system that has no locks, or none on folders (NFS)."""
+        """Tries to take the lock; returns whether it worked. None if the file system cannot lock (NFS: folders)."""
         try:
             fcntl.flock(self.number, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
@@ -48,7 +48,7 @@ class Descriptor:
             fcntl.flock(self.number, fcntl.LOCK_UN)
 
     def is_at(self, path: Path) -> bool:
-        """Whether a path still means what was opened, and not another of the same name."""
+        """Whether ``path`` is still the opened file or folder, and not another one of the same name."""
         try:
             return os.path.samestat(os.fstat(self.number), os.stat(path))
         except FileNotFoundError:
@@ -57,10 +57,10 @@ class Descriptor:
 
 @contextmanager
 def claimed(path: Path, make: Callable[[Path], object]) -> Iterator[Path]:
-    """A temporary that ``make`` creates beside ``path``, and that nobody else takes for a leftover.
+    """A temporary that ``make`` creates beside ``path``. Its lock tells other processes that it is no leftover.
 
-    It is removed at the end, if it has its name still. Leftovers of killed processes for the same ``path`` go first.
-    Raises OSError, naming the folder, if nothing can be created there.
+    It is removed at the end, unless it was renamed. Leftovers of killed processes for the same ``path`` are removed
+    first. Raises OSError if nothing can be created there. The message names the folder.
     """
     # A name may be as long as the file system allows. MLX insists on the suffix of its files.
     name, suffix = _short(path.name), path.suffix if len(path.suffix) < 20 else ""
@@ -69,7 +69,7 @@ def claimed(path: Path, make: Callable[[Path], object]) -> Iterator[Path]:
     temporary, own = path, None
     try:
         while own is None:
-            # Nobody else's name: it can be removed whatever happens from here on.
+            # No other process uses this name, so it can be removed after any error from here on.
             temporary = path.with_name(f".{name}.{secrets.token_hex(8)}.partial{suffix}")
             try:
                 make(temporary)
@@ -87,18 +87,18 @@ def claimed(path: Path, make: Callable[[Path], object]) -> Iterator[Path]:
             raise
         finally:
             if own is not None:
-                own.unlock()  # now, because an error keeps its frames, and so descriptors, for as long as it is kept
+                own.unlock()  # now, because an error object keeps frames alive, and with them this descriptor
 
 
 def leftovers(folder: Path, names: str = r"\d+") -> list[Path]:
-    """What looks like temporaries, in a folder, for paths whose name the regular expression matches."""
+    """The temporaries in a folder for paths whose name matches the regular expression ``names``."""
     pattern = re.compile(rf"\.(?:{names})(?:\.[0-9a-f]{{16}})?\.partial(?:\.[^.]*)?")
     return [folder / name for name in _names(folder) if pattern.fullmatch(name)]
 
 
 def remove_abandoned(leftover: Path) -> None:
     """Removes a temporary, unless the process that made it is alive."""
-    with suppress(OSError):  # it has gone, or belongs to another user
+    with suppress(OSError):  # it is already removed, or belongs to another user
         descriptor = Descriptor(leftover)
         try:
             free = descriptor.lock()
@@ -112,9 +112,10 @@ def remove_abandoned(leftover: Path) -> None:
 
 @contextmanager
 def held(path: Path) -> Iterator[bool]:
-    """Keeps others, who must call this as well, from moving or removing what is at ``path``; False if nothing is.
+    """Holds the lock of the file or folder at ``path``. Yields False if there is none.
 
-    Waits until others let go of it. Raises TimeoutError if one does not.
+    Other processes that also call this function cannot move or remove it meanwhile. Waits until others release the
+    lock. Raises TimeoutError if that takes too long.
     """
     end = time.monotonic() + PATIENCE
     while True:
@@ -124,7 +125,7 @@ def held(path: Path) -> Iterator[bool]:
             yield False
             return
         try:
-            free = descriptor.lock()  # None: without locks, two writers at one moment are on their own
+            free = descriptor.lock()  # None: no locks on this file system, so two writers may collide
             if free is not False and descriptor.is_at(path):
                 yield True
                 return
@@ -139,7 +140,7 @@ def held(path: Path) -> Iterator[bool]:
 
 
 def remove(path: Path) -> None:
-    """Removes a file or a folder as far as it can be; nothing if there is none."""
+    """Removes a file or a folder as far as possible. Errors are ignored."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -152,7 +153,7 @@ def _short(name: str) -> str:
 
 
 def _own(temporary: Path) -> Descriptor | None:
-    """A new temporary with its lock; None if somebody took it for a leftover before that."""
+    """A new temporary, locked. None if another process removed it as a leftover before the lock was taken."""
     with suppress(FileNotFoundError):
         descriptor = Descriptor(temporary)
         if descriptor.lock() is not False and descriptor.is_at(temporary):

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and stay after a power failure."""
+"""Files and folders that are written atomically (complete or not at all) and survive a power failure."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ from .claims import Descriptor, claimed, held, remove
 
 
 class Record(TypedDict):
-    """What tells a file from a damaged one."""
+    """The size and SHA-256 of a file. A damaged file has others."""
 
     bytes: int
     sha256: str
 
 
 def record(file: Path | FileIO, written: threading.Event | None = None) -> Record:
-    """The size and SHA-256 of a file, which may be open; of one that is still growing, until ``written`` is set."""
+    """The size and SHA-256 of a file (a path or an open file). A file may still grow until ``written`` is set."""
     if isinstance(file, Path):
         with FileIO(file) as stream:
             return record(stream, written)
     digest, size, block = hashlib.sha256(), 0, memoryview(bytearray(1 << 20))
     file.seek(0)
     while True:
-        complete = written is None or written.is_set()  # asked before the end of the file is met
+        complete = written is None or written.is_set()  # read before `readinto` finds the end of the file
         if count := file.readinto(block):
             digest.update(block[:count])
             size += count
-        elif complete or os.fstat(file.fileno()).st_nlink == 0:  # removed: nobody writes it any more
+        elif complete or os.fstat(file.fileno()).st_nlink == 0:  # the file was removed: no process writes it any more
             return Record(bytes=size, sha256=digest.hexdigest())
         else:
             time.sleep(1e-3)
@@ -52,9 +52,9 @@ def record(file: Path | FileIO, written: threading.Event | None = None) -> Recor
 
 @contextmanager
 def recorded(file: Path, pool: ThreadPoolExecutor) -> Iterator[Future[Record]]:
-    """The `record` of a file that is written, from the front to the end, in this context; made at the same time.
+    """Computes the `record` of a file on another thread while this context writes the file from front to end.
 
-    Afterwards it would take as long as the writing itself.
+    To compute it afterwards would take as long as the writing itself.
     """
     written = threading.Event()
     try:
@@ -75,13 +75,14 @@ def save_arrays(file: Path, arrays: dict[str, mx.array]) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary folder beside ``path`` that takes its place at the end, flushed to disk; on an error it goes.
+    """Yields a temporary folder beside ``path``. At the end it is flushed to disk and replaces ``path``.
 
-    Others may replace the same folder at the same time: each folder is whole, and the last one stays.
+    On an error the temporary folder is removed. Several processes may replace the same folder at the same time: each
+    folder is complete, and the last one stays.
 
     Raises:
-        ValueError: something else than a folder is in the way.
-        OSError: it could not be written.
+        ValueError: something other than a folder is in the way.
+        OSError: writing failed.
     """
     path = _target(path)
     with claimed(path, Path.mkdir) as temporary:
@@ -93,7 +94,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _naming(path: Path, temporary: Path) -> Iterator[None]:
-    """An error while ``temporary`` is written names ``path``: the hidden name is gone when a user looks for it."""
+    """Makes errors name ``path`` and not ``temporary``, whose hidden name is gone when a user looks for it."""
     try:
         yield
     except OSError as error:
@@ -103,9 +104,9 @@ def _naming(path: Path, temporary: Path) -> Iterator[None]:
 
 
 def _target(path: Path) -> Path:
-    """Where to write ``path``, whose parent exists then: links stay links, so that is where they lead to."""
+    """The real path to write ``path`` to, with all links followed, so that links stay links. Creates the parent."""
     for each in (path, *path.parents):
-        # Also: a link to a disk that is not there must not fill this one.
+        # A link to a disk that is not mounted must not fill the disk of the mount point.
         if each.is_symlink() and not each.exists() and not (end := Path(os.path.realpath(each))).parent.is_dir():
             raise InputError(
                 f"{each} is a link to {end}, and there is no folder {end.parent}; make it, or mend the link"
@@ -122,11 +123,11 @@ def _target(path: Path) -> Path:
 
 
 def _put(new: Path, path: Path) -> None:
-    """Renames the folder ``new``, which this process has claimed, to ``path``, in place of what is there.
+    """Renames the folder ``new``, which this process has claimed, to ``path``, and replaces the folder there.
 
-    In two renamings, because no system replaces a folder in one everywhere. Between them, and after a kill there, what
-    was at ``path`` is at `_old`, where readers look next. Of several writers, the one that holds the folder at
-    ``path`` moves it; and `_old` is removed only by one that holds it while there is another at ``path``.
+    This takes two renamings, because not every system can replace a folder in one. Between the two, and after a kill
+    there, the old folder is at `_old`, where readers look next. Only the writer that holds the lock of the folder at
+    ``path`` moves it. A writer removes `_old` only while it holds the lock and another folder is at ``path``.
     """
     old, put = _old(path), False
     while not put:
@@ -139,7 +140,7 @@ def _put(new: Path, path: Path) -> None:
                     put = _renamed(new, path)
                     flush(path.parent)
                     _tidy(path, old)
-                except BaseException:  # also Ctrl-C, at any line of these
+                except BaseException:  # also Ctrl-C at any of these lines
                     _tidy(path, old)
                     raise
                 continue
@@ -152,13 +153,13 @@ def _put(new: Path, path: Path) -> None:
 
 
 def _tidy(path: Path, old: Path) -> None:
-    """After a replacement, or a part of one: one folder at ``path``, none at ``old``."""
+    """Cleans up after a complete or interrupted replacement: one folder stays at ``path``, none at ``old``."""
     if old.exists() and (path.exists() or not _renamed(old, path)):
         remove(old)
 
 
 def _renamed(new: Path, path: Path) -> bool:
-    """Whether ``new`` is at ``path`` now; not if another writer has put a folder there."""
+    """Renames ``new`` to ``path``; returns whether it worked. False if another writer has put a folder there."""
     try:
         new.rename(path)
         return True
@@ -169,7 +170,7 @@ def _renamed(new: Path, path: Path) -> bool:
 
 
 def remove_old(path: Path) -> None:
-    """Removes what a replacement that was killed at its end has left beside ``path``."""
+    """Removes the old folder that a killed replacement has left beside ``path``."""
     if _old(path).exists():
         with held(_old(path)):
             if path.exists():
@@ -177,9 +178,9 @@ def remove_old(path: Path) -> None:
 
 
 def discard(path: Path) -> bool:
-    """Removes what `replacing` wrote to ``path``, which is never there by half; False if another was quicker."""
+    """Removes a folder that `replacing` wrote to ``path``, atomically. False if another process removed it first."""
     old = _old(path)
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")  # after a kill, a leftover like others
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")  # after a kill it counts as a leftover
     with held(path) as there, held(old) as left:
         if there and left:
             remove(old)
@@ -194,23 +195,23 @@ def discard(path: Path) -> bool:
 
 
 def present(path: Path) -> Path:
-    """Where what `replacing` wrote to ``path`` is: a writer may be, or have been killed, between two renamings."""
+    """The present place of the folder of ``path``. It is `_old` if `replacing` is, or was killed, between renamings."""
     old = _old(Path(os.path.realpath(path)))
     return old if not path.exists() and old.exists() else path
 
 
 @contextmanager
 def opened(path: Path, names: Collection[str]) -> Iterator[tuple[Path, dict[str, FileIO]]]:
-    """Those files of a folder that are among ``names``, open for reading, and where the folder was found.
+    """Yields the place of the folder, and the existing files among ``names``, open for reading.
 
-    All belong together: they are opened in one and the same folder, which nobody changes while it has its name. If
-    `replacing` gives the name to another meanwhile, and removes files before they are open, this begins again.
+    All files come from the same folder, and no process changes a folder at ``path``. If `replacing` replaces the folder
+    meanwhile and removes files before they are open, this function starts again with the new folder.
 
     Raises:
         FileNotFoundError, NotADirectoryError: there is no such folder.
-        ValueError: one of the names is not that of a regular file.
+        ValueError: one of the names is not a regular file.
     """
-    # Each attempt fails only if a replacement ends within the moment that it takes, so that one is enough as a rule.
+    # An attempt fails only if a replacement ends within this short moment, so one attempt is mostly enough.
     for _ in range(100):
         with ExitStack() as stack:
             found = _opened_once(Path(os.path.realpath(path)), names, stack)
@@ -236,13 +237,13 @@ def _opened_once(path: Path, names: Collection[str], stack: ExitStack) -> tuple[
     for name in names:
         with suppress(FileNotFoundError):
             files[name] = stack.enter_context(_regular(place / name, folder.number))
-    # What is missing was removed if the folder has lost its place; otherwise it never was there.
+    # If the folder was moved, missing files may have been removed. Otherwise they never existed.
     complete = len(files) == len(names) or (folder.is_at(place) and (place == path or not path.exists()))
     return (place, files) if complete else None
 
 
 def _regular(file: Path, folder: int) -> FileIO:
-    """A regular file opened for reading; of anything else (a pipe, a device) nothing is read, nor is it waited for."""
+    """Opens a regular file for reading. Raises ValueError for a pipe or device, without reading or waiting."""
     try:
         if stat.S_ISREG(os.stat(file.name, dir_fd=folder).st_mode):
             descriptor = os.open(file.name, os.O_RDONLY | os.O_NONBLOCK, dir_fd=folder)
@@ -267,7 +268,7 @@ def flush(path: Path) -> None:
         else:
             try:
                 fcntl.fcntl(descriptor, full)
-            except OSError:  # a file system that has no such thing
+            except OSError:  # the file system does not support F_FULLFSYNC
                 os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -278,7 +279,7 @@ def _old(path: Path) -> Path:
 
 
 def replace_arrays(file: Path, arrays: dict[str, mx.array]) -> None:
-    """`save_arrays` to a file that readers see old or new, never in between; a link to one stays a link."""
+    """`save_arrays` that replaces ``file`` atomically: readers see the old or the new file. A link stays a link."""
     file = Path(os.path.realpath(file))
     with claimed(file, partial(Path.touch, exist_ok=False)) as temporary:
         with _naming(file, temporary):
@@ -289,9 +290,9 @@ def replace_arrays(file: Path, arrays: dict[str, mx.array]) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes out of a folder; the lock is the operating system's and goes when the process does.
+    """Locks a folder against other processes. The operating system releases the lock when the process ends.
 
-    Raises OSError with the pid of the process that has it.
+    Raises OSError if another process holds the lock. The message has the pid of that process.
     """
     with open(folder / ".lock", "a+") as file:
         try:

@@ -1,4 +1,4 @@
-"""``meta.json`` of a checkpoint: JSON that is sealed with its own SHA-256, and believed field by field."""
+"""``meta.json`` of a checkpoint: JSON that ends with a SHA-256 of the text before. Reading checks every field."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ..base import InputError
 
 META = "meta.json"
 FORMAT = 1
-LARGEST = 1 << 26  # bytes; larger ones are neither written nor read
-DEEPEST = 100  # lists and mappings in each other; Python's own limit depends on who calls
+LARGEST = 1 << 26  # bytes; larger files are neither written nor read
+DEEPEST = 100  # levels of nested lists and mappings; Python's recursion limit depends on the depth of the caller
 _SEAL = ',\n "sha256": "'
 
 
 def as_json(what: str, value: Mapping[str, Any]) -> dict[str, Any]:
-    """``value`` as it will be read again: of text keys, with lists in the place of tuples.
+    """``value`` as JSON will give it back: with text keys, and with lists instead of tuples.
 
-    Raises TypeError or ValueError, with ``what`` for the name, if it could not be.
+    Raises TypeError or ValueError if JSON cannot store it. The message calls the value ``what``.
     """
     if not isinstance(value, Mapping):
         raise TypeError(f"{what} is {type(value).__name__}; pass a dict")
@@ -40,9 +40,9 @@ def as_json(what: str, value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sealed(meta: Mapping[str, Any]) -> str:
-    """``meta`` as JSON with the SHA-256 of its own text as the last entry.
+    """``meta`` as JSON text. The last entry is the SHA-256 of the text before it.
 
-    Raises ValueError if it is larger than what will be read.
+    Raises ValueError if the text has more than `LARGEST` bytes.
     """
     text = _seal(json.dumps(meta, indent=1).removesuffix("\n}"))
     if len(text) > LARGEST:
@@ -53,10 +53,10 @@ def sealed(meta: Mapping[str, Any]) -> str:
 
 
 def parsed(file: Path, content: bytes, names: Sequence[str], needed: Sequence[str]) -> dict[str, Any]:
-    """The content of a ``meta.json``, of which every field is what `sealed` was given, or could have been.
+    """The checked content of a ``meta.json``: the SHA-256 matches, and every field has the right form.
 
-    The files that it records are among ``names``, all those ``needed`` among them. Raises ValueError, with the name of
-    ``file``, for anything else.
+    All recorded files must be among ``names``, and all ``needed`` files must be recorded. Raises ValueError otherwise.
+    The message names ``file``.
     """
     if len(content) > LARGEST:
         raise InputError(f"{file} is damaged: it has more than {LARGEST} bytes")
@@ -140,7 +140,7 @@ def _is_texts(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(each, str) for each in value.values())
 
 
-# What a field must be, and how to say that.
+# For each field: a check, and the description for the error message.
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "format": (lambda value: _is_count(value) and value == FORMAT, str(FORMAT)),
     "packages": (_is_texts, "a mapping of names to versions"),

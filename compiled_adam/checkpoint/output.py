@@ -1,4 +1,4 @@
-"""A file that a user names for a result: it appears whole or not at all, and nothing but a file is ever replaced."""
+"""Writes a result to a file that a user names, atomically (complete or not at all). It replaces regular files only."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _STREAMS = (1, 2)  # of this process: standard output and errors
 
 
 def write(path: Path, content: bytes) -> None:
-    """Writes ``content`` to a new file, or in the place of a file, whose permissions stay; links are followed.
+    """Writes ``content`` to a new file, or replaces an old file and keeps the permissions. Links are followed.
 
     Raises:
-        InputError: ``path`` is no file but a folder, a pipe, a device or a link in a circle, or this program's own
-            output; its folder is missing.
-        OSError: it cannot be written; what was there is still there.
+        InputError: ``path`` is a folder, a pipe, a device, a link in a circle or this program's own output, or the
+            folder for the file is missing.
+        OSError: writing failed. An old file is unchanged then.
     """
     target = Path(os.path.realpath(path))  # a link stays a link, to another file
     mode = _mode(path, target)
@@ -44,7 +44,7 @@ def write(path: Path, content: bytes) -> None:
 
 
 def _mode(path: Path, target: Path) -> int | None:
-    """The permissions of the file that is replaced; None if there is none."""
+    """The permissions of the file that will be replaced. None if there is no such file."""
     advice = "name a file, new or old"
     try:
         found = os.stat(path)
@@ -52,7 +52,7 @@ def _mode(path: Path, target: Path) -> int | None:
         if not target.parent.is_dir():
             raise InputError(f"{path} cannot be written: {target.parent} is no folder; make it first") from None
         return None
-    except OSError as error:  # links in a circle, a file in the place of a folder, a name that is too long
+    except OSError as error:  # links in a circle, a file where a folder should be, a name that is too long
         raise InputError(f"{path} cannot be written: {error.strerror}; {advice}") from None
     if not stat.S_ISREG(found.st_mode):
         raise InputError(f"{path} is {_KINDS.get(stat.S_IFMT(found.st_mode), 'no file')}; {advice}")

@@ -1,4 +1,4 @@
-"""The checkpoints of a folder: the newest that is whole, and the removal of older ones."""
+"""The numbered checkpoints in a folder: finds the newest undamaged one, and removes older ones."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def _warn(message: str) -> None:
 
 
 def latest_checkpoint(folder: str | Path, *, warn: Callable[[str], None] = _warn) -> Path:
-    """The newest checkpoint in ``folder`` that is not damaged. Names of checkpoints are numbers.
+    """The newest undamaged checkpoint in ``folder``. Checkpoints have numbers as names, and the largest is the newest.
 
-    ``warn`` gets a sentence about each damaged checkpoint. If a process was killed while it replaced a checkpoint, that
-    checkpoint may be under another name in the folder. It is found as well, here and by `load_checkpoint`.
+    ``warn`` gets a sentence about each damaged checkpoint. If a process was killed while it replaced a checkpoint, this
+    checkpoint may have a hidden name in the folder. This function and `load_checkpoint` find it nevertheless.
 
     Raises:
-        ValueError: the folder has no checkpoint that is not damaged.
+        ValueError: the folder has no undamaged checkpoint.
     """
     folder = Path(folder)
     found = numbered(folder)
@@ -34,14 +34,14 @@ def latest_checkpoint(folder: str | Path, *, warn: Callable[[str], None] = _warn
                 check_checkpoint(path)
                 return path
             except (ValueError, OSError) as error:
-                if path in numbered(folder):  # else: another process has pruned it, because there is a newer one
+                if path in numbered(folder):  # else: another process has removed it, because there is a newer one
                     warn(f"{error}; trying the checkpoint before it")
         if found == (found := numbered(folder)):
             raise InputError(f"there is no {'whole ' if found else ''}checkpoint in {folder}")
 
 
 def numbered(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, the oldest first; where each is found, `durable.present` says."""
+    """The paths of the checkpoints in a folder, the oldest first. `durable.present` finds the folder of a path."""
     if not folder.is_dir():
         return []
     names = (re.fullmatch(r"(\d+)|\.(\d+)\.old", path.name) for path in folder.iterdir())
@@ -50,9 +50,9 @@ def numbered(folder: Path) -> list[Path]:
 
 
 def prune(folder: Path, keep: int) -> list[Path]:
-    """Removes all but the newest ``keep`` checkpoints, once the newest is known to be whole; returns what went.
+    """Removes all but the newest ``keep`` checkpoints; returns the removed paths. The newest must be undamaged.
 
-    Also what killed processes have left of checkpoints that they wrote or removed. Others may prune at the same time.
+    It also removes leftovers of killed processes. Several processes may prune at the same time.
     """
     for leftover in leftovers(folder):
         remove_abandoned(leftover)
@@ -61,7 +61,7 @@ def prune(folder: Path, keep: int) -> list[Path]:
             check_checkpoint(found[-1])
             break
         except InputError:
-            if found[-1:] == numbered(folder)[-1:]:  # else: another process has pruned it, because there is a newer one
+            if found[-1:] == numbered(folder)[-1:]:  # else: another process has removed it: there is a newer one
                 raise
     for path in found:
         remove_old(path)

@@ -1,4 +1,4 @@
-"""Several workers: sums, sharded state, start and end."""
+"""Training with several workers (processes): start, sums of gradients, sharded state, and detection of lost workers."""
 
 from . import reduce, shard, workers
 from .joining import check_timeout, join

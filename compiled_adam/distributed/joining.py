@@ -1,8 +1,8 @@
-"""The start of several workers: ``mx.distributed.init`` with a limit, and with a sentence for what can go wrong.
+"""The start of several workers: ``mx.distributed.init`` with a time limit and with clear error messages.
 
-MLX waits for the other workers without end, and in C++ with Python's lock in its hands: neither a signal handler nor a
-thread of Python can run until it returns. So the clock is outside: one of `faulthandler`, which needs no lock, ends
-this process, and a small process beside it says why.
+MLX waits for the other workers for ever, in C++ and with Python's global lock: no signal handler and no Python thread
+can run until it returns. So the time limit works outside Python: a timer of `faulthandler`, which needs no lock, ends
+this process, and a small second process prints the reason.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from . import ring
 from .watchdog import PATIENCE
 from .workers import Group, is_lost
 
-_LONGEST = 1e8  # seconds of a timeout, three years; beyond some centuries Python cannot wait
-# Set by mlx.launch for each of its backends, and by mpirun.
+_LONGEST = 1e8  # seconds of a timeout, three years; Python cannot wait longer than some centuries
+# Environment variables that mlx.launch sets for each backend, or mpirun.
 LAUNCHERS = ("MLX_RANK", "MLX_HOSTFILE", "OMPI_COMM_WORLD_SIZE")
 CHECK = (
     "check that every rank was started exactly once, that each address in the host file belongs to the machine of its"
     " rank, that its port is free, and that the machines reach each other"
 )
-# The other process: silent if its input has a byte (all are there) or ends too soon (the worker ended by itself).
+# The second process. It prints nothing if a byte arrives (all workers have joined), or if the input ends before the
+# time is up (this worker has ended by itself).
 _SPEAKER = """
 import os, select, sys, time
 end, sentence = float(sys.argv[1]), sys.argv[2]
@@ -38,7 +39,7 @@ ready, _, _ = select.select([0], [], [], max(0.0, end - time.monotonic()))
 if not (ready and os.read(0, 1)) and time.monotonic() >= end:
     os.write(2, sentence.encode())
 """
-LONGEST = 1e8  # seconds; no clock here takes much more
+LONGEST = 1e8  # seconds; the timers here accept not much more
 _joined: Group | None = None
 
 
@@ -50,13 +51,13 @@ def check_timeout(timeout: float) -> None:
 
 
 def join(timeout: float = 60.0) -> Group:
-    """The group of all workers that a launcher started, or of this process alone; later calls return the same group.
+    """The group of all workers that a launcher started, or of this process alone. Later calls return the same group.
 
-    If the others are not there within ten times ``timeout`` seconds, the process ends with exit code 1 and a message.
+    If the others have not joined within ten times ``timeout`` seconds, the process ends with exit code 1 and a message.
 
     Raises:
-        InputError: ``timeout`` is no number above 0, or this worker cannot start: a host file or a rank that is not
-            one, an address that is not this machine's or in use, others that refuse.
+        InputError: ``timeout`` is no number above 0, or this worker cannot start: the host file or the rank is invalid,
+            the address is in use or belongs to another machine, or other workers refuse the connection.
     """
     global _joined
     check_timeout(timeout)
@@ -86,7 +87,7 @@ def _name(place: ring.Place | None) -> str:
 
 
 def _check_free(place: ring.Place, me: str) -> None:
-    """Two processes of one rank can listen at one port, as MLX opens it, and then one of them waits for ever."""
+    """Raises if an own address is in use. MLX lets two processes listen at one port, and one would wait for ever."""
     for address in place.own:
         if ring.in_use(address):
             raise InputError(
@@ -96,21 +97,21 @@ def _check_free(place: ring.Place, me: str) -> None:
 
 
 def _is_known(error: RuntimeError) -> bool:
-    return is_lost(error) or str(error).startswith("Can't parse address")  # a name that nobody knows
+    return is_lost(error) or str(error).startswith("Can't parse address")  # an unknown host name
 
 
 def _with_reason(text: str) -> str:
-    """MLX gives the number of an error of the system; its name says more."""
+    """Adds the description of a system error, of which MLX gives the number only."""
     number = re.search(r"error: (\d+)\)", text)
     return f"{text}, {os.strerror(int(number[1]))}" if number else text
 
 
 def _check_size(group: Group, place: ring.Place | None) -> None:
-    """Where MLX has no such backend, or lacks a variable, each worker would train alone, into one folder."""
+    """Raises if the group has not the started size. Without a backend or variable MLX would train each worker alone."""
     told = [os.environ[name] for name in ("MLX_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE") if name in os.environ]
     wanted = str(place.size) if place is not None else told[0] if told else None
     if wanted is None and (group.size() > 1 or os.environ.get("MLX_RANK", "0") == "0"):
-        return  # a launcher gives rank 0 to one that is alone
+        return  # a single worker has rank 0
     if str(group.size()) == wanted:
         return
     raise InputError(
@@ -122,10 +123,10 @@ def _check_size(group: Group, place: ring.Place | None) -> None:
 
 @contextmanager
 def _limited(seconds: float, me: str) -> Iterator[None]:
-    """A time in which nothing of Python can run; after so many ``seconds`` the process ends with exit code 1."""
+    """Ends the process with exit code 1 if the context takes more than ``seconds``, even if Python cannot run."""
     sentence = f"compiled-adam: {me} has waited {seconds:g} s for the other workers; {CHECK}\n"
     end = str(time.monotonic() + seconds)
-    # In a session of its own: Ctrl-C is for the worker.
+    # In a new session, so that Ctrl-C goes to the worker only.
     speaker = subprocess.Popen(
         [sys.executable, "-I", "-S", "-c", _SPEAKER, end, sentence],
         stdin=subprocess.PIPE,
@@ -134,7 +135,7 @@ def _limited(seconds: float, me: str) -> Iterator[None]:
     )
     try:
         with open(os.devnull, "w") as nowhere:
-            # A second later, so that the sentence is there when the process ends.
+            # One second later, so that the message is printed before this process ends.
             faulthandler.dump_traceback_later(seconds + 1, exit=True, file=nowhere)
             try:
                 yield

@@ -1,10 +1,11 @@
-"""Sums over all workers of a group, packed into few calls: what makes N workers one big batch.
+"""Sums over all workers of a group, packed into few calls, so that N workers train like one worker with a big batch.
 
-Each worker has sums over its own part of the batch: of weighted gradients, of weights and of losses. Their sums over
-the workers are those of the whole batch. If all of it is at most sixteen times `LIMIT`, as it is with adapters, it is
-communicated in one call. Otherwise leaves are packed, in their order, into buffers of at most `LIMIT` bytes, and a
-larger leaf goes alone, as it is. In float32 a few scalars ride in the first buffer. Half precision could not hold them,
-nor the weighted sums: then the scalars are summed first, and the buffers carry each worker's part of the mean.
+Each worker has sums over one part of the batch: of weighted gradients, of weights and of losses. Adding them over the
+workers gives the sums of the whole batch. If all arrays have at most sixteen times `LIMIT` bytes, as adapters do, one
+call communicates all. Otherwise the leaves (arrays) are packed, in order, into buffers of at most `LIMIT` bytes. A
+larger leaf is sent alone. In float32 the first buffer also carries a few scalars. Half precision could hold neither
+the scalars nor the weighted sums. Then the scalars are summed first, and the buffers carry each worker's part of the
+mean.
 """
 
 from __future__ import annotations
@@ -17,33 +18,33 @@ import mlx.core as mx
 
 from ..update import window
 
-LIMIT = 32 * 2**20  # bytes; what MLX's own average_gradients packs
-AT_ONCE = 16  # times the limit
+LIMIT = 32 * 2**20  # bytes of a buffer, as in MLX's own average_gradients
+AT_ONCE = 16  # up to so many times `LIMIT`, one call sends all
 SCALARS = 3  # weight, loss and extra
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "param": None}
 
 
 class Buffer(NamedTuple):
-    """One call of all_sum."""
+    """The content of one call of all_sum."""
 
-    leaves: tuple[int, ...]  # indices
-    scalars: int  # float32 numbers before them
+    leaves: tuple[int, ...]  # indices of the leaves
+    scalars: int  # how many float32 numbers come before the leaves
     size: int  # elements
     nbytes: int
 
 
 class Sums(NamedTuple):
-    """What all workers know after a reduction."""
+    """The results of a reduction, the same on all workers."""
 
-    means: list[mx.array]  # weighted mean gradients, in float32 or in what they were communicated in
-    weight: mx.array
+    means: list[mx.array]  # weighted mean gradients, in float32 or in the dtype of the communication
+    weight: mx.array  # sum of weights
     loss: mx.array  # sum of weighted losses
-    extra: mx.array
-    last: mx.array  # what the last call returned: the next one must come after it
+    extra: mx.array  # sum of `extra`
+    last: mx.array  # the result of the last call: the next communication must depend on it
 
 
 def buffers(sizes: Sequence[int], dtypes: Sequence[mx.Dtype], limit: int = LIMIT) -> list[Buffer]:
-    """The calls of `mean_over_workers` for leaves of so many elements, communicated in these dtypes, in order.
+    """The calls of `mean_over_workers`, in order. ``sizes`` and ``dtypes`` describe the leaves as they are sent.
 
     >>> [(b.leaves, b.nbytes) for b in buffers([3, 2, 100, 5], [mx.float32] * 4, limit=26)]
     [((0,), 24), ((1,), 8), ((2,), 400), ((3,), 20)]
@@ -75,27 +76,27 @@ def mean_over_workers(
     weight: mx.array | None = None,
     limit: int = LIMIT,
 ) -> Sums:
-    """The weighted mean over all workers of what each has for its part of the batch.
+    """The weighted mean gradients over all workers, each of which has the gradients of one part of the batch.
 
     Args:
-        gradients: sums of weighted gradients, as `window.add` makes them; with ``weight`` gradients to be weighted.
-        scalars: 0-d; the sums of weights and of weighted losses, and any number more.
-        group: the workers. All must call this with leaves of the same shapes.
-        dtypes: what each leaf is communicated in.
-        weight: 0-d, of the gradients. Default None: they are weighted already.
-        limit: bytes of a buffer.
+        gradients: sums of weighted gradients, as `window.add` makes them, or with ``weight`` unweighted gradients.
+        scalars: three 0-d arrays: the sum of weights, the sum of weighted losses, and any other number to sum.
+        group: the workers. All must call this function with leaves of the same shapes.
+        dtypes: the dtype in which each leaf is communicated.
+        weight: 0-d weight of the gradients. Default None: they are already weighted.
+        limit: largest number of bytes of a buffer.
     """
     first, *others = buffers([g.size for g in gradients], dtypes, limit)
     head = mx.stack([scalar.astype(mx.float32) for scalar in scalars])
     means: list[mx.array] = list(gradients)
 
     def mine(leaves: Sequence[int]) -> mx.array:
-        """Weighted after they were packed: one kernel instead of one for each leaf."""
+        """Packs the leaves and then weights them: one kernel instead of one for each leaf."""
         flat = _flat([gradients[i] for i in leaves])
         return flat if weight is None else window.weighted(flat, weight)
 
     def headed(leaves: Sequence[int]) -> mx.array:
-        """The same after the scalars, for which room is left at once, so that nothing is copied twice."""
+        """The scalars and the packed leaves. Packing leaves room for the scalars, so that no array is copied twice."""
         if weight is None:
             return _flat([head, *(gradients[i] for i in leaves)])
         room = mx.zeros(SCALARS, gradients[leaves[0]].dtype)
@@ -106,7 +107,8 @@ def mean_over_workers(
         for i, mean in zip(leaves, _split(flat, [gradients[i] for i in leaves]), strict=True):
             means[i] = mean
 
-    # Calls are chained: workers must meet in the same call, and a graph alone does not say in which order they come.
+    # Each call depends on the one before: all workers must make the calls in the same order, which a graph alone does
+    # not fix.
     before = mx.distributed.all_sum(headed(first.leaves) if first.leaves else head, group=group)
     head = before[:SCALARS]
     total = mx.where(head[0] > 0, head[0], 1.0)
@@ -121,7 +123,7 @@ def mean_over_workers(
 
 
 def sum_arrays(arrays: Sequence[mx.array], group: mx.distributed.Group, limit: int = LIMIT) -> list[mx.array]:
-    """Each array summed over all workers, packed likewise; of one dtype. Evaluates them, a buffer at a time."""
+    """Each array summed over all workers. All have the same dtype. Evaluates the sums, a buffer at a time."""
     summed: list[mx.array] = []
     for some in packed(arrays, [a.nbytes for a in arrays], limit):
         summed += _split(mx.distributed.all_sum(_flat(some), group=group), some)
@@ -133,7 +135,7 @@ Item = TypeVar("Item")
 
 
 def packed(items: Sequence[Item], nbytes: Iterable[int], limit: int = LIMIT) -> Iterator[list[Item]]:
-    """Groups of items that have at most ``limit`` bytes together, in their order; a larger one is alone.
+    """Divides items, in order, into groups of at most ``limit`` bytes. A larger item is a group of one.
 
     >>> list(packed("abcd", [3, 2, 9, 1], limit=5))
     [['a', 'b'], ['c'], ['d']]

@@ -1,7 +1,7 @@
-"""What MLX's ring backend does not say: what is wrong with the host file, and whether a connection was closed.
+"""Checks that MLX's ring backend lacks: errors in the host file, and closed connections.
 
-The thread that serves a connection ends at the first failure. Whoever waits then gets an error, but what is sent or
-awaited later waits for ever. The connections are found by the ports of the host file, and only looked at.
+MLX's thread for a connection ends at the first failure. A communication that waits at this moment raises an error, but
+every later one waits for ever. This file finds the connections by the ports of the host file, and reads no data.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..base import InputError
 
 
 class Place(NamedTuple):
-    """A worker's place in the ring: its rank, and the addresses of all by rank."""
+    """The place of a worker in the ring: the rank, and the addresses of all workers by rank."""
 
     rank: int
     addresses: list[list[str]]
@@ -36,9 +36,9 @@ class Place(NamedTuple):
 
 
 def place() -> Place | None:
-    """What ``MLX_HOSTFILE`` and ``MLX_RANK`` say; None for another backend, which has no host file.
+    """The place according to ``MLX_HOSTFILE`` and ``MLX_RANK``. None for other backends, which have no host file.
 
-    Raises InputError for what MLX would take for something else, crash at, or wait for ever with.
+    Raises InputError for values that MLX would misread, crash at, or wait for ever with.
     """
     name, rank = os.environ.get("MLX_HOSTFILE"), os.environ.get("MLX_RANK")
     if name is None:
@@ -64,7 +64,7 @@ def _read(file: Path) -> list[list[str]]:
         raise InputError(f"MLX_HOSTFILE is {str(file)!r}, which is not JSON ({error}); it must be {form}") from None
     if content is None:
         raise InputError(f"MLX_HOSTFILE is {str(file)!r}, which is no file; it must name one that has {form}")
-    if hosts is None:  # of mlx.launch -n 1
+    if hosts is None:  # mlx.launch -n 1 makes an empty file
         raise InputError(f"MLX_HOSTFILE is {str(file)!r}, which is empty; {alone}")
     hosts = [[host] if isinstance(host, str) else host for host in hosts] if isinstance(hosts, list) else []
     if not hosts or not all(isinstance(host, list) and host and all(map(_is_address, host)) for host in hosts):
@@ -94,25 +94,25 @@ def in_use(address: str) -> bool:
     """Whether another process listens at an address of this machine."""
     host, _, port = address.partition(":")
     with socket.socket() as test:
-        test.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of a run that has ended don't count
+        test.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # old connections of an ended run don't count
         try:
             test.bind((host, int(port)))
         except OSError as error:
-            return error.errno == errno.EADDRINUSE  # what else is wrong MLX will say
-        except UnicodeError:  # of a name that cannot be one
+            return error.errno == errno.EADDRINUSE  # MLX will report other errors
+        except UnicodeError:  # an invalid host name
             return False
     return False
 
 
 class Connections:
-    """The connections to the neighbours; none with other backends."""
+    """The connections to the neighbours in the ring. Empty with other backends."""
 
     def __init__(self) -> None:
-        # Found now, since one that was reset no longer has an address. Copies of the descriptors: MLX has its own.
+        # They are found now, because a reset connection has no address. The descriptors are copies of MLX's.
         self._open = list(_connections(_ports()))
 
     def is_cut(self) -> bool:
-        """Whether a neighbour has closed one."""
+        """Whether a neighbour has closed a connection."""
         return any(_is_closed(each) for each in self._open)
 
     def close(self) -> None:
@@ -130,12 +130,12 @@ def _ports() -> set[int]:
 
 def _connections(ports: set[int]) -> Iterator[socket.socket]:
     for name in os.listdir("/dev/fd") if ports else []:
-        with suppress(OSError, ValueError):  # one that was closed since
+        with suppress(OSError, ValueError):  # the descriptor was closed in the meantime
             if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
                 continue
             connection = socket.socket(fileno=os.dup(int(name)))
             is_tcp = connection.type == socket.SOCK_STREAM and connection.family in (socket.AF_INET, socket.AF_INET6)
-            # To the right neighbour the port is its own, from the left one it is ours.
+            # The port belongs to the right neighbour on the connection to it, to this worker on the other one.
             if is_tcp and _addresses(connection) & ports:
                 yield connection
             else:
@@ -145,7 +145,7 @@ def _connections(ports: set[int]) -> Iterator[socket.socket]:
 def _addresses(connection: socket.socket) -> set[int]:
     try:
         return {connection.getpeername()[1], connection.getsockname()[1]}
-    except OSError:  # it listens
+    except OSError:  # a listening socket has no peer
         return set()
 
 

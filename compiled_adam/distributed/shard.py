@@ -1,8 +1,9 @@
-"""Optimizer state spread over the workers of a group: each has that of some parameters, and updates only those.
+"""Sharded optimizer state: each worker of a group keeps the state of some parameters, and updates only those.
 
-Every worker knows the mean gradient of all parameters (see `reduce`), and so the global norm, by which it clips and
-skips like the others. It updates the parameters whose state it has; then all exchange the new weights. Parameters are
-dealt out whole, so that any update that treats each one by itself gives the same bits as it does without sharding.
+The shard of a worker is the set of these parameters. Every worker knows the mean gradient of all parameters (see
+`reduce`), and so the global norm, and clips and skips like the others. It updates the parameters of the shard. Then the
+workers exchange the new weights. No parameter is split. So an update that treats each parameter separately gives the
+same bits as without sharding.
 
 Source: Rajbhandari et al., "ZeRO: memory optimizations toward training trillion parameter models", SC 2020, stage 1.
 """
@@ -25,10 +26,10 @@ from .reduce import AT_ONCE, LIMIT
 
 
 def owners(sizes: Sequence[int], count: int) -> list[int]:
-    """Which of ``count`` workers has each of the leaves of so many elements, which decide the bytes of their state.
+    """The owner among ``count`` workers of each leaf. ``sizes`` has the elements of the leaves.
 
-    The largest first, each goes to the worker that has the least so far: nobody has more than its even share and one
-    leaf beyond.
+    The largest leaf first, each goes to the worker with the fewest elements so far. So no worker has more than an even
+    share plus one leaf.
 
     >>> owners([4, 1, 3, 2], 2)
     [0, 0, 1, 1]
@@ -41,23 +42,23 @@ def owners(sizes: Sequence[int], count: int) -> list[int]:
 
 
 class Round(NamedTuple):
-    """One call of all_gather."""
+    """The content of one call of all_gather."""
 
-    leaves: tuple[tuple[int, ...], ...]  # of each worker, indices
-    length: int  # elements of each worker, the last ones of which may be padding
+    leaves: tuple[tuple[int, ...], ...]  # for each worker the indices of the leaves
+    length: int  # elements that each worker sends, with padding at the end
     dtype: mx.Dtype
 
     @property
     def nbytes(self) -> int:
-        """Of all together."""
+        """The bytes of all workers together."""
         return len(self.leaves) * self.length * self.dtype.size
 
 
 def rounds(sizes: Sequence[int], dtypes: Sequence[mx.Dtype], count: int, limit: int = LIMIT) -> list[Round]:
-    """The calls in which ``count`` workers exchange leaves of so many elements, each those that it owns.
+    """The calls in which ``count`` workers exchange leaves. Each worker sends the leaves that it owns.
 
-    A call is for leaves of one dtype. All of them go in one if they are at most sixteen times ``limit`` bytes together,
-    otherwise in calls of at most ``limit``, or of one leaf of each worker if those are larger.
+    A call has leaves of one dtype. If all leaves have at most sixteen times ``limit`` bytes, there is one call per
+    dtype. Otherwise a call has at most ``limit`` bytes, or one leaf of each worker if these are larger.
 
     >>> [(each.leaves, each.nbytes) for each in rounds([4, 1, 3, 2], [mx.float32] * 4, 2)]
     [(((0, 1), (2, 3)), 40)]
@@ -69,7 +70,7 @@ def rounds(sizes: Sequence[int], dtypes: Sequence[mx.Dtype], count: int, limit: 
     owned = owners(sizes, count)
     found = []
     for dtype in dict.fromkeys(dtypes):
-        # The largest first, so that what the workers have in a call is of about one size.
+        # The largest first, so that all workers send about the same number of elements in a call.
         order = sorted((i for i, its in enumerate(dtypes) if its == dtype and sizes[i]), key=lambda i: -sizes[i])
         waiting = [[i for i in order if owned[i] == worker] for worker in range(count)]
         while any(waiting):
@@ -97,16 +98,16 @@ def gathered(
     group: mx.distributed.Group,
     after: mx.array,
 ) -> list[mx.array]:
-    """All ``weights``, each as its owner has it in ``mine``; ``after`` is the last communication before these."""
+    """All new ``weights``. Each worker sends the weights in ``mine``, after the communication that gave ``after``."""
     found = list(weights)
     for call in calls:
         pieces = [mine[i].reshape(-1) for i in call.leaves[group.rank()]]
         if padding := call.length - sum(piece.size for piece in pieces):
             pieces.append(mx.zeros(padding, call.dtype))
         flat = pieces[0] if len(pieces) == 1 else mx.concatenate(pieces)
-        # Chained like the calls of `reduce`: workers must meet in the same one.
+        # Each call depends on the one before, as in `reduce`: all workers must make the calls in the same order.
         after = mx.distributed.all_gather(mx.depends(flat, after), group=group)
-        places: list[int] = []  # the leaf that begins at each of the cuts
+        places: list[int] = []  # the index of the leaf that begins at each cut
         cuts: list[int] = []
         for worker, leaves in enumerate(call.leaves):
             at = worker * call.length
@@ -124,14 +125,14 @@ def gathered(
 
 
 class Shard:
-    """What one worker has of the optimizer's state.
+    """The parameters whose optimizer state this worker keeps.
 
     Args:
         trainable: the tree of parameters.
-        paths: of its leaves, in the order in which they are updated.
-        sizes: their numbers of elements.
-        dtypes: theirs.
-        group: the workers, who all make this alike.
+        paths: the paths of the parameters, in the order of the updates.
+        sizes: the number of elements of each parameter.
+        dtypes: the dtype of each parameter.
+        group: the workers. All must make a `Shard` with the same arguments.
     """
 
     def __init__(
@@ -150,15 +151,15 @@ class Shard:
         self._rounds = rounds(sizes, dtypes, group.size())
 
     def has(self, path: str) -> bool:
-        """Whether this worker has what is at a path of the state: that of its parameters, and what belongs to none."""
+        """Whether this worker keeps the array at a path of the state. Arrays that belong to no parameter are on all."""
         return path.rpartition(".")[0] not in self._others
 
     def own(self, state: Mapping[str, mx.array]) -> dict[str, mx.array]:
-        """Of a flat state what this worker has."""
+        """The part of a flat state that this worker keeps."""
         return {path: array for path, array in state.items() if self.has(path)}
 
     def init(self, optimizer: optim.Optimizer, parameters: Any) -> None:
-        """Creates what is missing of the state of this worker's ``parameters``; drops that of the others'."""
+        """Creates missing state of the parameters of this shard. Drops the state of all other parameters."""
         state = any_optimizer.flat_state(optimizer)
         if len(own := self.own(state)) < len(state):
             optimizer.state = any_optimizer.arranged(optimizer.state, own)[0]
@@ -176,7 +177,7 @@ class Shard:
         norm: mx.array,
         after: mx.array,
     ) -> list[mx.array]:
-        """All the new weights, from the gradients of all and their global ``norm``; ``after`` is as in `gathered`."""
+        """All new weights, from all gradients and their global ``norm``. ``after`` is as in `gathered`."""
         mine = tree_map(lambda i: gradients[i], self._template)
         parameters = tree_map(lambda i: weights[i], self._template)
         if isinstance(optimizer, Adam):
@@ -188,7 +189,7 @@ class Shard:
 
 
 def check(optimizer: optim.Optimizer) -> None:
-    """Raises ValueError for an optimizer that may need more than one parameter's gradient at a time."""
+    """Raises ValueError if one parameter's update by the optimizer may need the gradients of others."""
     if type(optimizer).apply_gradients not in (Adam.apply_gradients, optim.Optimizer.apply_gradients):
         raise InputError(
             f"shard_state=True needs an optimizer that updates each parameter by itself, but"
@@ -198,9 +199,9 @@ def check(optimizer: optim.Optimizer) -> None:
 
 
 def complete(optimizer: optim.Optimizer, group: mx.distributed.Group, parameters: Any) -> None:
-    """Gives an optimizer whose state an earlier step had spread over the workers all of it. All must call this.
+    """Restores the whole state of an optimizer if an earlier step has sharded it. All workers must call this function.
 
-    State of others than the tree of ``parameters`` goes.
+    State of parameters that are not in the tree of ``parameters`` is dropped.
     """
     state = any_optimizer.flat_state(optimizer)
     paths = hashlib.sha256(repr(sorted(state)).encode()).hexdigest()

@@ -1,7 +1,7 @@
-"""A thread that ends this process when other workers are gone: a wait inside MLX cannot be interrupted otherwise.
+"""A thread that ends this process when other workers are lost. No other way can interrupt a wait inside MLX.
 
-A worker that dies closes its connections, and mostly MLX raises an error at its neighbours; sometimes they wait for
-ever (see `ring`). So they do for one that is frozen, or whose network or power is gone.
+A worker that dies closes the connections. Mostly MLX then raises an error in the neighbours, but sometimes they wait
+for ever (see `ring`). They also wait for ever if a worker is frozen or has lost network or power.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from contextlib import contextmanager
 
 from . import ring
 
-GRACE = 15.0  # seconds for MLX to raise an error of its own when a connection is closed
-PATIENCE = 10  # times the timeout: for starting, loading and saving, which may take one worker long
-SLOWER = 5  # times the longest step so far
+GRACE = 15.0  # seconds that MLX has to raise an error after a connection is closed
+PATIENCE = 10  # times the timeout: the limit for starting, loading and saving, which may take one worker long
+SLOWER = 5  # times the longest step so far: the limit for a step, if longer than the timeout
 
 
 class Watchdog:
-    """A context whose process ends with exit code 1 and a message if `beat` is not called in time.
+    """A context that ends the process with exit code 1 and a message if `beat` is not called in time.
 
-    In time means: within ``timeout`` seconds, or five times the longest time between two beats so far if that is
-    longer; before the first beat and while `patient`, within ten times ``timeout``; if a connection of the ring backend
-    is closed, within fifteen seconds. What is done while `busy` may take any time.
+    The limit is ``timeout`` seconds, or five times the longest time between two beats so far, if that is longer. Before
+    the first beat and inside `patient` the limit is ten times ``timeout``. If a connection of the ring backend is
+    closed, the limit is fifteen seconds. Inside `busy` there is no limit.
     """
 
     def __init__(self, timeout: float, explain: Callable[[], str]) -> None:
@@ -47,7 +47,7 @@ class Watchdog:
         self._connections.close()
 
     def beat(self) -> None:
-        """Something was finished that needed the other workers."""
+        """Tells the watchdog that an operation that needs the other workers has finished."""
         now = time.monotonic()
         if self._beaten:
             self._longest = max(self._longest, now - self._last)
@@ -55,7 +55,7 @@ class Watchdog:
 
     @contextmanager
     def patient(self) -> Iterator[None]:
-        """A time in which others may be busy with something long; it does not count as a step."""
+        """A context in which other workers may need long. It does not count as a step."""
         self._patient += 1
         self._last = time.monotonic()
         try:
@@ -66,7 +66,7 @@ class Watchdog:
 
     @contextmanager
     def busy(self) -> Iterator[None]:
-        """A time in which this worker waits for no other."""
+        """A context in which this worker does not wait for other workers."""
         self._busy += 1
         try:
             yield
@@ -75,7 +75,7 @@ class Watchdog:
             self._busy -= 1
 
     def limit(self) -> float:
-        """Seconds after which silence is too long, now."""
+        """The present limit in seconds for the time since the last beat."""
         if self._patient or not self._beaten:
             return PATIENCE * self._timeout
         return max(self._timeout, SLOWER * self._longest)
@@ -86,7 +86,7 @@ class Watchdog:
                 self._end(why)
 
     def why_end(self) -> str | None:
-        """Why the process is to be ended now, if it is."""
+        """The reason to end the process now. None if there is none."""
         silent = time.monotonic() - self._last
         if self._busy:
             return None

@@ -1,4 +1,4 @@
-"""Several processes on one job: what they tell each other beside gradients, through MLX's own communication."""
+"""Several workers (processes) on one job: they exchange values and errors, through MLX's own communication."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ Group = mx.distributed.Group
 
 
 def gather(group: Group, value: Any) -> list[Any]:
-    """The ``value`` of every worker, by rank; values are what JSON can hold.
+    """The ``value`` of every worker, by rank. JSON must be able to hold the values.
 
-    It is also a proof that all are there, and that no communication failed until now: a connection does not recover.
+    If it succeeds, all workers are alive, and no communication has failed so far: a failed connection stays failed.
     """
     if group.size() == 1:
         return [value]
@@ -37,12 +37,12 @@ def gather(group: Group, value: Any) -> list[Any]:
 
 def _all_gather(group: Group, array: mx.array) -> Any:
     gathered = mx.distributed.all_gather(array, group=group)
-    mx.eval(gathered)  # raises an error of the communication
+    mx.eval(gathered)  # raises errors of the communication
     return gathered.tolist()
 
 
 def check_alike(group: Group, what: Mapping[str, Any]) -> None:
-    """Raises ValueError on every worker if ``what`` is not the same on all, with a table for each rank that differs."""
+    """Raises ValueError on all workers if ``what`` differs on one. The message has a table for each such rank."""
     found = gather(group, dict(what))
     texts = [json.dumps(each, sort_keys=True) for each in found]
     usual = texts.index(Counter(texts).most_common(1)[0][0])
@@ -59,9 +59,9 @@ def check_alike(group: Group, what: Mapping[str, Any]) -> None:
 
 
 def check_model(group: Group, model: nn.Module, settings: Mapping[str, Any]) -> None:
-    """`check_alike` for package versions, options and every array of the model, each by its path."""
+    """`check_alike` for package versions, options and every array of the model."""
     packages = {f"package {name}": number for name, number in fingerprint.packages().items()}
-    # Options before parameters: other options may well mean other parameters.
+    # Options before parameters: other options may be the reason for other parameters.
     check_alike(group, packages | {str(name): value for name, value in settings.items()})
     check_alike(group, fingerprint.of_each(dict(tree_flatten(model.parameters()))))
 
@@ -70,10 +70,10 @@ State = dict[str, dict[str, mx.array]]
 
 
 def share(group: Group, state: State, keep: Callable[[str, str], bool] = lambda part, path: True) -> State:
-    """What all workers have together in their ``state``, dictionaries of arrays, bit by bit; all must call this.
+    """The union of the ``state`` of all workers (dictionaries of arrays), bit by bit. All must call this function.
 
-    Of what several have it is the first one's that counts. Each gets what it says that it will ``keep(part, path)``;
-    what it does not is gone after its buffer.
+    If several workers have an array, the array of the first of them counts. A worker receives the arrays for which
+    ``keep(part, path)`` is true. The others are freed, a buffer at a time.
     """
     forms = {part: {path: _form(array) for path, array in arrays.items()} for part, arrays in state.items()}
     places: dict[tuple[str, str], tuple[int, list[int], mx.Dtype]] = {}
@@ -87,13 +87,13 @@ def share(group: Group, state: State, keep: Callable[[str, str], bool] = lambda 
         bits = []
         for part, path in some:
             rank, shape, dtype = places[part, path]
-            # Zero plus anything is that, and a sum is what every backend has.
+            # Every backend has a sum, and adding zeros changes nothing, so a sum sends the array to all.
             mine = state[part][path] if rank == group.rank() else mx.zeros(shape, dtype)
             bits.append(mine.reshape(-1).view(mx.uint8))
         for (part, path), array in zip(some, sum_arrays(bits, group), strict=True):
             _, shape, dtype = places[part, path]
             if keep(part, path):
-                # Not a view of the whole buffer, which would stay with it.
+                # A copy, because a view would keep the whole buffer in memory.
                 shared[part][path] = mx.contiguous(array).view(dtype).reshape(shape)
         mx.eval(shared)
     return shared
@@ -104,9 +104,10 @@ def _form(array: mx.array) -> tuple[tuple[int, ...], str]:
 
 
 def first_does(group: Group, function: Callable[[], Any], alone: Callable[[], Any] = nullcontext) -> Any:
-    """What ``function`` returns at the first worker, as JSON can hold it, at all of them, which wait for it.
+    """Calls ``function`` on the first worker, and returns the result (which JSON can hold) on all workers.
 
-    It is called if all workers are there, in a context of ``alone``. What it raises is raised at all of them.
+    The other workers wait. ``function`` is called only if all workers are alive, inside the context ``alone()``. If it
+    raises an error, all workers raise this error.
     """
     gather(group, None)
     value, error = None, None
@@ -120,7 +121,7 @@ def first_does(group: Group, function: Callable[[], Any], alone: Callable[[], An
 
 
 def all_do(group: Group, function: Callable[[], Any]) -> Any:
-    """What ``function`` returns here; what it raises at any worker is raised at all of them."""
+    """Calls ``function`` on every worker, and returns the result of this worker. If one raises, all raise."""
     value, error = None, None
     try:
         value = function()
@@ -130,34 +131,34 @@ def all_do(group: Group, function: Callable[[], Any]) -> Any:
     return value
 
 
-# What is wrong with input, options or files. Other errors end the worker that has them, and so the others.
+# Errors about input, options or files, which all workers raise. Other errors end one worker, and then the others.
 _TOLD = (InputError, OSError, ValueError, TypeError)
 
 
 def _agreed(group: Group, value: Any, error: Exception | None) -> list[Any]:
-    """The ``value`` of every worker; raises its own error, or else that of the first worker that has one."""
+    """The ``value`` of every worker. Raises the error of this worker, or else of the first worker with an error."""
     kind = next((i for i, kind in enumerate(_TOLD) if isinstance(error, kind)), None)
     found = gather(group, [value, None if error is None else [kind, str(error)]])
     if error is not None:
         raise error
     for rank, (_, told) in enumerate(found):
         if told is not None:
-            # Of the same kind: a fault of the program at one worker is no user's at the others.
+            # The same class of error on all: a fault of the program must not look like a fault of the input elsewhere.
             kind, text = told
             raise _TOLD[kind](text if rank == 0 else f"rank {rank}: {text}")
     return [each for each, _ in found]
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether an error of MLX, whose backends all raise RuntimeError, means that other workers cannot be reached."""
+    """Whether ``error`` is MLX's error for unreachable workers. All backends raise it as RuntimeError."""
     return isinstance(error, RuntimeError) and bool(re.search(r"\[(ring|jaccl|nccl|mpi)\]|nccl", str(error), re.I))
 
 
 class Workers:
-    """The workers of a training run, seen from one of them; alone it does everything itself.
+    """The workers of a training run, seen from one of them. It also works for a single worker.
 
     As a context it ends the process if the others are silent for ``timeout`` seconds (see `Watchdog`), and turns MLX's
-    errors about lost connections into `TrainingStopped`. ``saved`` says what a new start can go on from.
+    errors about lost connections into `TrainingStopped`. ``saved`` is a sentence about the last checkpoint.
     """
 
     def __init__(self, group: Group, timeout: float) -> None:
@@ -180,17 +181,17 @@ class Workers:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         self._open.close()
-        # A launcher sends SIGTERM when a worker has ended, maybe while the error that says so is on its way here.
+        # When a worker has ended, a launcher sends SIGTERM, maybe while this worker already handles MLX's error.
         if self.many and error is not None and (lost := while_handling(error, is_lost)) is not None:
             raise TrainingStopped(f"another worker has ended ({lost}); {self._explain()}") from lost
 
     def together(self, function: Callable[[], Any]) -> Any:
-        """What ``function`` returns, in which this worker may wait long for others."""
+        """Returns ``function()``. Other workers may take long in it."""
         with self._watchdog.patient():
             return function()
 
     def beat(self) -> None:
-        """A step was finished: the others are there."""
+        """Tells the watchdog that a step has finished, so the other workers are alive."""
         self._watchdog.beat()
 
     def check_alike(self, what: Mapping[str, Any]) -> None:
@@ -198,21 +199,21 @@ class Workers:
             check_alike(self.group, what)
 
     def first_does(self, function: Callable[[], Any]) -> Any:
-        """As `first_does`; the others may wait long."""
+        """The function `first_does` with a long time limit."""
         if not self.many:
             return function()
         return self.together(lambda: first_does(self.group, function, self._watchdog.busy))
 
     def all_do(self, function: Callable[[], Any]) -> Any:
-        """As `all_do`."""
+        """The function `all_do` with a long time limit."""
         return self.together(lambda: all_do(self.group, function)) if self.many else function()
 
     def share(self, state: State, keep: Callable[[str, str], bool]) -> State:
-        """`share` of what the workers have, in which they may wait long for each other; alone it is ``state``."""
+        """The function `share` with a long time limit. A single worker gets ``state`` back."""
         return self.together(lambda: share(self.group, state, keep)) if self.many else state
 
     def mean_steps(self, entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Entries of steps with the ``loss`` and the ``tokens`` of all workers' parts of the batch, in one call."""
+        """The entries of steps, with ``loss`` and ``tokens`` combined over all workers, in one communication."""
         if not self.many or not entries:
             return list(entries)
         mine = [[e["loss"] * e["tokens"], e["tokens"]] if e["tokens"] > 0 else [0.0, 0.0] for e in entries]

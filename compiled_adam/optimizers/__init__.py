@@ -1,4 +1,4 @@
-"""Adam and AdamW, and any optimizer of MLX as a function of arrays."""
+"""Adam and AdamW, and access to the state of any MLX optimizer."""
 
 from . import any_optimizer, options
 from .adam import Adam, ForSteps

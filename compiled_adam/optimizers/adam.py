@@ -1,4 +1,4 @@
-"""Adam: what a user constructs in place of ``mlx.optimizers.Adam``; and what `adamw.AdamW` shares with it."""
+"""The class `Adam`, which replaces ``mlx.optimizers.Adam`` and is the base of `adamw.AdamW`."""
 
 from __future__ import annotations
 
@@ -21,50 +21,51 @@ LearningRate = float | mx.array | Callable[[mx.array], mx.array]
 
 
 class Adam(optim.Adam):
-    """Adam whose update of the whole parameter tree is one compiled graph, computed in float32.
+    """Adam that updates the whole parameter tree in one compiled graph, in float32.
 
-    A drop-in for ``mlx.optimizers.Adam``, and an instance of it. Formulas, without and with bias correction::
+    It replaces ``mlx.optimizers.Adam`` and is a subclass of it. Formulas, without and with bias correction::
 
         m <- b1 m + (1 - b1) g                  v <- b2 v + (1 - b2) g^2
         p <- p - lr m / (sqrt(v) + eps)
         p <- p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)      (``bias_correction=True``, t from 1)
 
-    Arithmetic is float32 for parameters of every dtype; parameters keep their dtype and shape. Called eagerly, the
-    update is traced once for each set of paths, shapes and dtypes; a new learning rate, step or gradient value
-    traces nothing. Inside a caller's ``mx.compile`` it becomes a part of the caller's graph.
+    Arithmetic is float32 for every parameter dtype. Parameters keep their dtype and shape. MLX traces the update (runs
+    the Python code once to record a graph) once for each set of paths, shapes and dtypes. A new learning rate, step or
+    gradient value needs no new trace. Inside a caller's ``mx.compile`` the update joins the caller's graph.
 
     Args:
-        learning_rate: a number of at least 0, or a function of the step (0-d array, 0 at the first update) that
-            returns one. A compiled step traces the function: write ``mx.where``, ``mx.minimum`` and ``mx.cos`` in it
-            instead of ``if``, ``min`` and ``math.cos``.
+        learning_rate: a number of at least 0, or a schedule: a function that takes the step (0-d array, 0 at the first
+            update) and returns such a number. A compiled step traces the schedule, so write ``mx.where``,
+            ``mx.minimum`` and ``mx.cos`` in it instead of ``if``, ``min`` and ``math.cos``.
         betas: decay rates of the two moments, each in [0, 1). Default (0.9, 0.999).
         eps: added to the denominator, >= 0. Default 1e-8.
         bias_correction: divide the moments by ``1 - beta^t``. Default False, as in MLX.
-        moments: how the moments are stored: "float32" (default, 8 bytes per parameter), "bfloat16" (4), "8bit"
-            (2.06; leaves below 4096 elements stay float32) or "param", the parameter's dtype as in MLX.
-            "bfloat16" and "8bit" round stochastically, with a key in ``state["rounding_key"]``.
-        compensated: for bfloat16 and float16 parameters, keep what each weight loses to rounding in 2 more bytes
-            (``residual`` beside the moments), so that weight and residual together follow the trajectory of a
-            float32 master copy. Default True. No effect on float32 parameters.
-        max_grad_norm: the gradients are scaled so that their global norm, computed in float32, is at most this.
-            Default None: no clipping.
+        moments: storage of the moments: "float32" (default, 8 bytes per parameter), "bfloat16" (4 bytes), "8bit"
+            (2.06 bytes) or "param" (the dtype of the parameter, as in MLX). "8bit" keeps arrays below 4096 elements in
+            float32. "bfloat16" and "8bit" round stochastically, with a random key in ``state["rounding_key"]``.
+        compensated: for bfloat16 and float16 parameters, store the rounding error of each weight in 2 more bytes. This
+            residual is in the state beside the moments, as ``residual``. Weight and residual together follow the
+            trajectory of a float32 master copy. Default True. No effect on float32 parameters.
+        max_grad_norm: the largest allowed global norm of the gradients, computed in float32. Larger gradients are
+            scaled down to this norm. Default None: no clipping.
         skip_nonfinite: skip an update if the global norm of the gradients is NaN or infinite (gradients beyond 1e19
-            have an infinite norm), or the learning rate of a schedule is NaN, infinite or negative. Parameters,
+            have an infinite norm), or if a schedule returns a NaN, infinite or negative learning rate. Parameters,
             moments, residuals, rounding key and ``step`` then keep their values bit for bit, and ``skipped`` goes up by
             one. Without this option such updates are made: weights become NaN, or move uphill. Default False.
-        learning_rate_multipliers: ``{pattern: factor}``: the learning rate of parameters whose path the regular
-            expression matches (``re.search``) is multiplied by the factor. Default None.
-        lowering: how the update becomes kernels: "fused", one for each parameter, fewest bytes; "inplace", one for
-            each array, which needs no memory of its own (float32 moments; others stay fused); "auto" (default) takes
-            what was measured to be faster on the device. Results differ by rounding, in a step by 3e-7 of it.
+        learning_rate_multipliers: ``{pattern: factor}``. The learning rate of a parameter is multiplied by the factor
+            if the regular expression ``pattern`` matches the path of the parameter (``re.search``). Default None.
+        lowering: the kernels of the update. "fused": one kernel for each parameter, which moves the fewest bytes.
+            "inplace": one kernel for each array, which needs no extra memory (float32 moments only; others stay fused).
+            "auto" (default): the one that measured faster on the device. The results differ by rounding: 3e-7 of a
+            step.
 
-    ``grad_norm`` and ``skipped`` are 0-d arrays: the global norm of the last update's gradients before clipping, and
-    the number of updates skipped since the start. They cost a pass over the gradients, so they are kept with
-    ``max_grad_norm`` or ``skip_nonfinite`` only, and are None otherwise.
+    ``grad_norm`` is the global norm of the last update's gradients before clipping. ``skipped`` is the number of
+    updates skipped since the start. Both are 0-d arrays. They cost a pass over the gradients, so they are None without
+    ``max_grad_norm`` and ``skip_nonfinite``.
 
     Raises:
-        ValueError: an argument out of its range, naming it; a pattern that matches no parameter, or two that match
-            the same (when the state is created).
+        ValueError: an argument is out of range (the message names the argument). When the state is created: a pattern
+            matches no parameter, or two patterns match the same parameter.
 
     Source: Kingma and Ba, "Adam: a method for stochastic optimization", ICLR 2015.
 
@@ -103,9 +104,9 @@ class Adam(optim.Adam):
 
     @property
     def state(self) -> dict[str, Any]:
-        """The step, the learning rate, counters, and a dictionary of arrays for each parameter, as a tree.
+        """The state as a tree: the step, the learning rate, counters, and a dictionary of arrays for each parameter.
 
-        A train step keeps the moments of small parameters elsewhere; asking for the state is what puts them here.
+        A train step keeps the moments of small parameters elsewhere. Reading this property puts them into the tree.
         """
         self._kept.complete()
         return self._state
@@ -114,8 +115,8 @@ class Adam(optim.Adam):
     def state(self, state: dict[str, Any]) -> None:
         keeper = self._kept.keeper
         if keeper is not None:
-            keeper.show()  # what is assigned may be the same, or have dictionaries of it
-        # In an order that does no harm if it is interrupted: a complete state is only looked through once more.
+            keeper.show()  # the assigned state may be the present state, or share dictionaries with it
+        # An interrupt between these lines does no harm: a complete state is only checked once more.
         self._initialized = False
         self._state = state
         self._kept.keeper = None
@@ -135,12 +136,12 @@ class Adam(optim.Adam):
 
     @property
     def traces(self) -> int:
-        """How often the Python of the update ran: once for each layout, or each time where nothing is compiled."""
+        """How often the Python code of the update ran: once per layout, or once per call if compiling is disabled."""
         return self._leaves.traces
 
     @property
     def options(self) -> dict[str, Any]:
-        """The keyword options beside MLX's own, by name; ``decays`` has a digest of which parameters do."""
+        """The keyword options that MLX's Adam lacks, by name. ``decays`` is a digest of the paths that decay."""
         own = self._leaves.options
         return {
             "moments": own.moments,
@@ -153,30 +154,30 @@ class Adam(optim.Adam):
 
     @property
     def grad_norm(self) -> mx.array | None:
-        """The global norm of the last update's gradients, before clipping: 0-d float32. None if nothing needs it."""
+        """The global norm of the last update's gradients, before clipping: 0-d float32. None if no option needs it."""
         return self._kept.scalar("grad_norm") if self._leaves.options.needs_norm else None
 
     @property
     def skipped(self) -> mx.array | None:
-        """How many updates were skipped since the start: 0-d int32. None if nothing needs the norm."""
+        """How many updates were skipped since the start: 0-d int32. None if no option needs the norm."""
         return self._kept.scalar("skipped") if self._leaves.options.needs_norm else None
 
     def init(self, parameters: dict) -> None:
-        """Creates the state that is missing. Moments that exist are kept, and stored as ``moments`` says.
+        """Creates missing state. Existing moments are kept, and converted to the storage that ``moments`` names.
 
-        Raises TypeError or ValueError for parameters that Adam cannot update, for an incomplete state, and for
-        patterns that match no parameter or the same one.
+        Raises TypeError or ValueError if Adam cannot update a parameter, if the state is incomplete, if a pattern
+        matches no parameter, or if two patterns match the same parameter.
         """
         self._kept.init(parameters)
 
     def init_single(self, parameter: mx.array, state: dict) -> None:
-        """Fills ``state`` with moments that are zero, of the parameter's shape, and a residual if there is one."""
+        """Fills ``state`` with zero moments of the parameter's shape, and a zero residual for compensated weights."""
         state.update(self._leaves.options.form(parameter).zeros(parameter))
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
-        """Updates one parameter with the present ``step`` and ``learning_rate``; ``state`` gets the new moments.
+        """Returns one updated parameter, for the present ``step`` and ``learning_rate``. ``state`` gets new moments.
 
-        Raises ValueError with options that need the other gradients or the parameter's path.
+        Raises ValueError if an option needs the other gradients or the path of the parameter.
         """
         self._refuse_leaf_by_leaf()
         constants = self._leaves.constants()
@@ -194,9 +195,9 @@ class Adam(optim.Adam):
             )
 
     def update(self, model: nn.Module, gradients: dict) -> None:
-        """Updates the parameters of ``model`` in place; an interrupt leaves them and the state as before, or as after.
+        """Updates the parameters of ``model`` in place.
 
-        Raises what `apply_gradients` raises.
+        An interrupt leaves model and state either both old or both new. Raises the errors of `apply_gradients`.
         """
         if type(self).apply_gradients is not Adam.apply_gradients or type(self).apply_single is not Adam.apply_single:
             super().update(model, gradients)
@@ -209,10 +210,10 @@ class Adam(optim.Adam):
         assignments.make()
 
     def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
-        """The updated parameters, as a tree like ``gradients``, which may be a subset of ``parameters``.
+        """Returns the updated parameters as a tree like ``gradients``. ``gradients`` may cover a part of the tree only.
 
-        Raises ValueError or TypeError, naming the path, for a gradient that has no parameter or no state, is not
-        an array, or differs from its parameter in shape; moments and step are as before then.
+        Raises ValueError or TypeError if a gradient has no parameter or no state, is not an array, or differs from the
+        parameter in shape. The message names the path. Moments and step then stay unchanged.
         """
         assignments = Assignments()
         updated = self._apply(gradients, parameters, None, assignments)
@@ -220,15 +221,15 @@ class Adam(optim.Adam):
         return updated
 
     def _apply(self, gradients: dict, parameters: dict, part: Part | None, assignments: Assignments) -> dict:
-        """`apply_gradients`, whose new state becomes a part of ``assignments``.
+        """`apply_gradients` that adds the new state to ``assignments`` instead of assigning it.
 
-        If there are more gradients, whose updates are made elsewhere, ``part`` has what they have in common.
+        ``part`` describes the whole tree when ``gradients`` is one shard of it and other workers update the rest.
         """
         if not self._initialized:
             Aligned(gradients, parameters, self.state)  # raises before any state is made for a wrong tree
             self._kept.init(tree_map(lambda _, parameter: parameter, gradients, parameters), parameters)
         if type(self).apply_single is not Adam.apply_single:
-            # MLX's way to extend an optimizer: a subclass that has its own update of one parameter gets it called.
+            # MLX's way to extend an optimizer: a subclass overrides apply_single, and MLX calls it per parameter.
             self._refuse_leaf_by_leaf()
             return super().apply_gradients(gradients, parameters)
         leaves = Aligned(gradients, parameters, self.state)
@@ -237,7 +238,7 @@ class Adam(optim.Adam):
                 f"the optimizer has no state for {', '.join(leaves.without_state)}: it was initialised without;"
                 " call optimizer.init(parameters) with all parameters (moments that exist are kept)"
             )
-        # Outside of what is compiled, because a schedule may be any Python function of the step's value.
+        # Outside the compiled function, because a schedule may be any Python function of the step's value.
         scalars = self._kept.scalars()
         scalars |= self._leaves.scheduled(scalars["step"])
         new_parameters, states, scalars = self._leaves.compiled(leaves.paths)(
@@ -257,7 +258,7 @@ class Adam(optim.Adam):
 
 
 class ForSteps:
-    """What train steps and shards use of an `Adam`, beside what a user may call."""
+    """The internals of an `Adam` that train steps and shards use, and that are no public API."""
 
     def __init__(self, optimizer: Adam) -> None:
         self._optimizer = optimizer
@@ -265,16 +266,16 @@ class ForSteps:
 
     @property
     def has_own_update(self) -> bool:
-        """Whether the update is a subclass's own, of one parameter at a time or of the tree."""
+        """Whether a subclass overrides the update, of one parameter or of the tree."""
         names = ("apply_single", "apply_gradients", "update")
         return any(getattr(type(self._optimizer), name) is not getattr(Adam, name) for name in names)
 
     def lay_out(self, parameters: dict) -> None:
-        """``init`` that computes nothing: the state has its shapes and dtypes, and takes no memory."""
+        """``init`` without computing: the arrays of the state have shapes and dtypes, but take no memory yet."""
         self.kept.create(parameters, parameters, parameters)
 
     def apply_part(self, gradients: dict, parameters: dict, part: Part) -> dict:
-        """``apply_gradients`` of a part of all gradients; the others' updates are made elsewhere."""
+        """``apply_gradients`` for one part of the gradients. Other workers update the other parts."""
         assignments = Assignments()
         updated = self._optimizer._apply(gradients, parameters, part, assignments)
         assignments.make()
@@ -289,7 +290,7 @@ class ForSteps:
         scalars: Stored,
         weight: mx.array | None,
     ) -> tuple[list[mx.array], list[Stored], Stored]:
-        """The new parameters, states and ``scalars``, which is the rest of the state; for a graph that is traced.
+        """Returns the new parameters, states and ``scalars`` (the rest of the state). Call it while tracing.
 
         If the ``weight`` is 0, the gradients count as 0.
         """

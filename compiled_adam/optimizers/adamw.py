@@ -1,4 +1,4 @@
-"""AdamW: what a user constructs in place of ``mlx.optimizers.AdamW``."""
+"""The class `AdamW`, which replaces ``mlx.optimizers.AdamW``."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .options import check_number
 
 
 class AdamW(Adam):
-    """Adam with decoupled weight decay: the update of `Adam`, and ``- lr weight_decay p`` beside it.
+    """Adam with decoupled weight decay: each update of `Adam` also adds ``- lr weight_decay p`` to the parameter ``p``.
 
-    A drop-in for ``mlx.optimizers.AdamW``. Arguments as `Adam`, and:
+    It replaces ``mlx.optimizers.AdamW``. It takes the arguments of `Adam` and two more:
 
     Args:
         weight_decay: the decay per unit of learning rate, >= 0. Default 0.01.
-        decay_filter: ``decay_filter(path, parameter)`` says whether a parameter decays; it is asked once for each.
-            Default None: all do. `compiled_adam.decay_matrices` leaves out biases, norms and embeddings.
+        decay_filter: ``decay_filter(path, parameter)`` returns whether the parameter decays. It is called once for each
+            path. Default None: all decay. `compiled_adam.decay_matrices` leaves out biases, norms and embeddings.
 
     Source: Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR 2019.
 

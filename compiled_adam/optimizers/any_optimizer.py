@@ -1,4 +1,4 @@
-"""What a train step reads of any MLX optimizer, ours or not."""
+"""Functions by which a train step reads and converts the state of any MLX optimizer, ours or not."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from mlx.utils import tree_flatten
 from ..base import InputError, Row, Structure, below, differences
 from .options import as_scalar
 
-# A schedule is a function, which cannot be compared; its values at these steps can.
+# Two schedules are functions and cannot be compared. Their values at these steps can.
 _SAMPLED = (0, 1, 2, 5, *(factor * 10**power for power in range(1, 6) for factor in (1, 2, 5)))
 
-# What the form of storage decides, and what else a state may or may not have.
-_OF_A_FORM = {"residual", "m_scale", "v_scale"}
+_OF_A_FORM = {"residual", "m_scale", "v_scale"}  # arrays that only some forms of storage have
 _NO_OPTIONS = {"_initialized"}  # numbers that an update does not depend on
+# Other arrays that a state may lack: `convert_state` creates them.
 _MADE = {
     "learning_rate",
     *(f"{under}{name}" for under in ("", "_") for name in ("rounding_key", "grad_norm", "skipped")),
@@ -26,12 +26,12 @@ _MADE = {
 
 
 def states(optimizer: optim.Optimizer) -> list[Any]:
-    """The state dictionaries of an optimizer, or of those that a MultiOptimizer delegates to."""
+    """The state dictionary of the optimizer, or of each optimizer inside a MultiOptimizer."""
     return [part.state for part in parts(optimizer)]
 
 
 def parts(optimizer: optim.Optimizer) -> list[optim.Optimizer]:
-    """The optimizer itself, or those that a MultiOptimizer delegates to."""
+    """The optimizer itself, or the optimizers inside a MultiOptimizer."""
     if isinstance(optimizer, optim.MultiOptimizer):
         return [part for child in optimizer.optimizers for part in parts(child)]
     return [optimizer]
@@ -44,37 +44,37 @@ def flat_state(optimizer: optim.Optimizer) -> dict[str, mx.array]:
 
 
 def other_values(optimizer: optim.Optimizer) -> dict[str, Any]:
-    """What the state has beside arrays, such as Python numbers, by path."""
+    """The values in the state that are no arrays, such as Python numbers, by path."""
     leaves: list[tuple[str, Any]] = tree_flatten(states(optimizer))  # type: ignore[assignment]
     return {path: value for path, value in leaves if not isinstance(value, mx.array)}
 
 
 def learning_rate(optimizer: optim.Optimizer) -> mx.array | None:
-    """The 0-d learning rate of the (first) optimizer; None if it has none."""
-    rate = parts(optimizer)[0]._state.get("learning_rate")  # `state` of ours would show the moments for it
+    """The 0-d learning rate of the (first) optimizer. None for an optimizer without a learning rate."""
+    rate = parts(optimizer)[0]._state.get("learning_rate")  # `Adam.state` would put all moments into the tree
     return rate if isinstance(rate, mx.array) else None
 
 
 def skipped(optimizer: optim.Optimizer) -> list[mx.array]:
-    """How many updates each of ours has skipped."""
+    """How many updates each `Adam` has skipped."""
     counts = [getattr(part, "skipped", None) for part in parts(optimizer)]
     return [count for count in counts if isinstance(count, mx.array)]
 
 
 def take_numbers(optimizer: optim.Optimizer) -> None:
-    """Makes arrays of a step and of a learning rate that somebody has assigned to the state as Python numbers.
+    """Converts a step or learning rate that a caller assigned to the state as a Python number to an array.
 
-    Raises TypeError for what is none.
+    Raises TypeError if the assigned value is no number.
     """
     for part in parts(optimizer):
-        state = part._state  # `state` of ours would show the moments for it
+        state = part._state  # `Adam.state` would put all moments into the tree
         for name, dtype in (("step", mx.uint64), ("learning_rate", mx.float32)):
             if name in state and not isinstance(state[name], (mx.array, dict)):
                 state[name] = as_scalar(name, state[name], dtype)
 
 
 def begin_anew(optimizer: optim.Optimizer, parameters: Any) -> list[str]:
-    """Makes new state for parameters of another shape than their state was made for; returns their paths."""
+    """Replaces the state of each parameter whose shape has changed by new state; returns the paths."""
     found = []
     for part in parts(optimizer):
         for path, parameter, container, key in list(_with_state(parameters, part.state, "")):
@@ -88,7 +88,7 @@ def begin_anew(optimizer: optim.Optimizer, parameters: Any) -> list[str]:
 
 
 def _with_state(parameters: Any, state: Any, prefix: str) -> Iterator[tuple[str, mx.array, Any, Any]]:
-    """Parameters that have a state (path, parameter, container, key)."""
+    """The parameters that have a state, as (path, parameter, container of the state, key)."""
     for key, value in parameters.items() if isinstance(parameters, dict) else enumerate(parameters):
         its = below(state, key)
         if isinstance(value, (dict, list, tuple)):
@@ -103,14 +103,14 @@ def _arrays(state: dict[str, Any]) -> list[tuple[str, mx.array]]:
 
 
 def constants(optimizer: optim.Optimizer) -> list[float]:
-    """The numbers among the attributes, which a trace of the update contains; also those that a subclass counts."""
+    """The numbers among the attributes, also of a subclass. A trace of the update contains them as constants."""
     return [x for part in parts(optimizer) for value in _numbers(part).values() for x in value]
 
 
 def description(optimizer: optim.Optimizer) -> dict[str, Any]:
-    """Everything that the optimizer's updates depend on beside its state, by name, as JSON can hold it.
+    """Everything that the optimizer's updates depend on, except the state: values that JSON can hold, by name.
 
-    Of a schedule these are its values at some steps, and of a learning rate that is set by hand its value now.
+    A schedule is described by the values at some steps, a learning rate without a schedule by the present value.
     """
     take_numbers(optimizer)
     found: dict[str, Any] = {}
@@ -129,9 +129,9 @@ def description(optimizer: optim.Optimizer) -> dict[str, Any]:
 
 
 def inconvertible(own: Mapping[str, mx.array], other: Mapping[str, mx.array]) -> list[Row]:
-    """What keeps the flat state ``other`` from becoming one of the form of ``own``: rows, as of `differences`.
+    """The reasons why the flat state ``other`` cannot be converted to the form of ``own``: rows like `differences`.
 
-    Shapes of moments must be the same, and kinds of numbers. What `convert_state` makes anew may be missing.
+    Shapes of moments and kinds of numbers must be the same. Arrays that `convert_state` creates may be missing.
     """
     made = {path for path in own.keys() ^ other.keys() if path.rpartition(".")[2] in _MADE} | {
         path for path in own.keys() | other.keys() if path.rpartition(".")[2] in _OF_A_FORM
@@ -145,10 +145,10 @@ def _kind(array: mx.array) -> Any:
 
 
 def convert_state(optimizer: optim.Optimizer, state: Mapping[str, mx.array], init: Callable[[], None]) -> None:
-    """Gives the optimizer a flat ``state`` that may be of other options, in its own form; what that lacks begins anew.
+    """Gives the optimizer a flat ``state`` that was saved with other options. Missing arrays start at zero.
 
-    `inconvertible` must have no objection; ``init`` converts what is there and creates what is not. If anything raises,
-    the optimizer keeps its own.
+    `inconvertible` must have returned no rows. ``init`` converts the existing arrays to the optimizer's options and
+    creates the missing arrays. If anything raises, the optimizer keeps the state that it had before.
     """
     before = optimizer.state
     new, strange = arranged(before, state)
@@ -164,10 +164,10 @@ def convert_state(optimizer: optim.Optimizer, state: Mapping[str, mx.array], ini
 
 
 def arranged(template: Any, state: Mapping[str, mx.array]) -> tuple[Any, set[str]]:
-    """The flat ``state`` as a tree like ``template``, a state's tree; and the paths that belong nowhere in it.
+    """The flat ``state`` as a tree like ``template`` (the tree of a state), and the paths that fit nowhere in it.
 
-    The containers and keys of ``template`` decide where an array belongs, because the text of a path does not tell: a
-    name may have dots, or be a number. A parameter may have other arrays there, or none in an empty dictionary.
+    The containers and keys of ``template`` decide where an array belongs. The text of a path is ambiguous: a name may
+    have dots, or be a number. A parameter may have other arrays in ``template``, or an empty dictionary.
 
     >>> arranged({"a.b": {0: {"m": mx.array(1)}}}, {"a.b.0.m": mx.array(2), "a.b.0.v": mx.array(3), "c.m": mx.array(4)})
     ({'a.b': {0: {'m': array(2, dtype=int32), 'v': array(3, dtype=int32)}}}, {'c.m'})
@@ -188,7 +188,7 @@ def _arranged(
         below = f"{path}.{key}" if path else str(key)
         if isinstance(value, (dict, list, tuple)):
             child = _arranged(value, below, state, groups, used)
-            if child or not value or not isinstance(node, dict):  # a parameter whose state is elsewhere has no entry
+            if child or not value or not isinstance(node, dict):  # a parameter of another worker's shard has no entry
                 found[key] = child
         elif not isinstance(value, mx.array):
             found[key] = value
@@ -199,7 +199,7 @@ def _arranged(
             raise InputError(f"the state has no {below!r}; assign a complete one")
     if not isinstance(node, dict):
         return type(node)(found.values())
-    if not node or any(isinstance(value, mx.array) for value in node.values()):  # else there are only parameters in it
+    if not node or any(isinstance(value, mx.array) for value in node.values()):  # else it has containers only
         for name, array in groups.get(path, {}).items():
             below = f"{path}.{name}" if path else name
             if below not in used:

@@ -1,4 +1,4 @@
-"""How an `Adam` updates its leaves, for the graphs that do it: its own, a train step's and a shard's."""
+"""The update of the leaves (parameter arrays) of an `Adam`; `Adam`, train steps and shards build graphs from it."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from ..update import (
 )
 from .options import scheduled
 
-MOST_SUBSETS = 16  # of the parameters, whose compiled updates are kept
-MOST_TRACES = 64  # of each of them
+MOST_SUBSETS = 16  # how many subsets of the parameters keep a compiled update
+MOST_TRACES = 64  # how many traces each compiled update keeps
 
 
 class Options(NamedTuple):
-    """The keywords of an `Adam` beside MLX's own; they stay as they are."""
+    """The keyword options that MLX's Adam lacks. They never change after construction."""
 
     moments: str
     compensated: bool
@@ -57,13 +57,13 @@ class Options(NamedTuple):
         return Form.of(parameter, self.moments, self.compensated)
 
     def scalars(self) -> Stored:
-        """What the state has beside ``step`` and ``learning_rate``, at its start."""
+        """The initial scalars of the state except ``step`` and ``learning_rate``."""
         found: Stored = {"rounding_key": mx.random.key(0)} if self.moments in STOCHASTIC else {}
         return found | ({"grad_norm": mx.array(0.0), "skipped": mx.array(0, mx.int32)} if self.needs_norm else {})
 
 
 class Numbers(Protocol):
-    """What is read of an `Adam` whenever it updates, because a user may change it."""
+    """The attributes of an `Adam` that a user may change, so every update reads them anew."""
 
     betas: Any
     eps: float
@@ -73,9 +73,9 @@ class Numbers(Protocol):
 
 
 class LeafUpdate:
-    """The update of parameters and states that are given as lists, beside the scalars of the state.
+    """The update of lists of parameters and states, and of the scalars of the state.
 
-    ``traces`` counts how often the Python of the update ran.
+    ``traces`` counts how often the Python code of the update ran.
     """
 
     def __init__(self, optimizer: Numbers, options: Options) -> None:
@@ -85,22 +85,22 @@ class LeafUpdate:
         self._compiled: OrderedDict[tuple[str, ...], Compiled] = OrderedDict()
 
     def group(self, path: str, parameter: mx.array) -> Group:
-        """Which parameters are updated with the same coefficients; found once for each path."""
+        """The group of a parameter: all its members use the same coefficients. It is found once for each path."""
         if path not in self._groups:
             self._groups[path] = group(path, parameter, self.options.decay_filter, self.options.multipliers)
         return self._groups[path]
 
     def group_and_form(self, path: str, parameter: mx.array) -> tuple[Group, Form]:
-        """What decides how a parameter is updated, beside its dtype."""
+        """The group and the form of storage. With the dtype they decide how a parameter is updated."""
         return self.group(path, parameter), self.options.form(parameter)
 
     def decays(self) -> str:
-        """A digest of which parameters have weight decay."""
+        """The number of parameters that have weight decay, and a digest of their paths."""
         decaying = sorted(path for path, its in self._groups.items() if its.decays)
         return f"{len(decaying)} parameters, {hashlib.sha256(repr(decaying).encode()).hexdigest()[:8]}"
 
     def streams(self, parameters: list[mx.array]) -> list[mx.Stream]:
-        """Where `traced` will update each."""
+        """The stream on which `traced` will update each parameter."""
         return [how.stream for how in of_leaves(self.options.lowering, [p.size for p in parameters])]
 
     def scheduled(self, step: mx.array) -> Stored:
@@ -108,7 +108,7 @@ class LeafUpdate:
         return {name: scheduled(name, f, step) for name, f in self._optimizer._schedulers.items()}
 
     def constants(self) -> Constants:
-        # Arguments of the compiled update rather than attributes it reads, so that changing one takes effect.
+        # They are arguments of the compiled update, so a change takes effect. Attributes would stay in the trace.
         its = self._optimizer
         b1, b2 = map(float, its.betas)
         return Constants(
@@ -122,7 +122,7 @@ class LeafUpdate:
         )
 
     def compiled(self, paths: tuple[str, ...]) -> Compiled:
-        """`traced` for parameters with these paths, compiled; the least recently used is dropped first."""
+        """`traced`, compiled for parameters with these paths. The least recently used function is dropped first."""
         found = self._compiled.get(paths)
         if found is None:
             while len(self._compiled) >= MOST_SUBSETS:
@@ -142,9 +142,9 @@ class LeafUpdate:
         part: tuple[Any, ...] | None = None,
         weight: mx.array | None = None,
     ) -> tuple[list[mx.array], list[Stored], Stored]:
-        """`update` of leaves whose groups and forms of storage are found out here, once a trace.
+        """`update` of leaves. It finds the groups and forms of storage, once per trace.
 
-        A leaf may stand for several that are updated alike: its path is that of any of them.
+        A leaf may pack several parameters of the same group and form. The path is then the path of any of them.
         """
         self.traces += 1
         forms = [self.options.form(p) for p in parameters]

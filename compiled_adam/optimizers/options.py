@@ -1,4 +1,4 @@
-"""What the arguments of `Adam` and `AdamW` may be."""
+"""Checks of the arguments of `Adam` and `AdamW`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def check_options(
     multipliers: Mapping[str, float] | None,
     lowering: str,
 ) -> None:
-    """Raises ValueError for an option that is out of its range, naming it."""
+    """Raises ValueError if an option is out of range. The message names the option."""
     if lowering not in LOWERINGS:
         raise InputError(f"lowering is {lowering!r}; it must be one of {', '.join(map(repr, LOWERINGS))}")
     if lowering == "inplace" and moments in STOCHASTIC:
@@ -48,9 +48,9 @@ def check_options(
 
 
 def as_scalar(name: str, value: Any, dtype: mx.Dtype) -> mx.array:
-    """A 0-d array of a number that is assigned to ``state[name]``. Raises TypeError if it is none."""
+    """The number ``value``, assigned to ``state[name]``, as a 0-d array. Raises TypeError if it is no number."""
     if hasattr(value, "item") and getattr(value, "shape", None) == ():
-        value = value.item()  # of NumPy
+        value = value.item()  # a NumPy scalar
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if mx.issubdtype(dtype, mx.integer):
         if number and value >= 0 and value == int(value):
@@ -61,7 +61,7 @@ def as_scalar(name: str, value: Any, dtype: mx.Dtype) -> mx.array:
 
 
 def check_numbers(betas: Any, eps: Any, bias_correction: Any) -> None:
-    """Raises ValueError for an argument of MLX's own Adam that is out of its range, naming it."""
+    """Raises ValueError if an argument of MLX's own Adam is out of range. The message names the argument."""
     if not hasattr(betas, "__len__") or isinstance(betas, (str, Mapping)) or len(betas) != 2:
         raise InputError(f"betas is {betas!r}; it must be two numbers")
     for i, beta in enumerate(betas):
@@ -83,10 +83,10 @@ def check_number(name: str, value: object) -> None:
 def learning_rate(value: Any, name: str = "learning_rate") -> float | mx.array | Callable[[mx.array], Any]:
     """A learning rate as MLX takes it: a number of at least 0 that float32 can hold, or a function of the step.
 
-    A 0-d array, of MLX or NumPy, is a number. One that is traced has no value yet, and is taken as it is.
+    A 0-d array of MLX or NumPy is a number. An array that is being traced has no value yet and is not checked.
 
     Raises:
-        ValueError: it is none of these, with the name and the value.
+        ValueError: ``value`` is none of these. The message has the name and the value.
 
     >>> import numpy as np
     >>> learning_rate(np.float32(0.5)), learning_rate(0)
@@ -112,13 +112,13 @@ def learning_rate(value: Any, name: str = "learning_rate") -> float | mx.array |
 
 
 def assigned_rate(value: Any) -> mx.array:
-    """A learning rate that replaces another: a 0-d float32 array. ValueError as for `learning_rate`."""
+    """A newly assigned learning rate as a 0-d float32 array. Raises ValueError like `learning_rate`."""
     if callable(value):
         raise InputError(
             f"learning_rate is {_described(value)}, a function; assign a number, or make a new optimizer with the"
             " schedule as its learning_rate"
         )
-    # Always float32: an int or a float64 would change the dtype of an input, and so trace anew.
+    # Always float32: an int or a float64 would change the dtype of an input and cause a new trace.
     rate: Any = learning_rate(value)
     return mx.array(rate, mx.float32)
 
@@ -127,8 +127,8 @@ def scheduled(name: str, schedule: Callable[[mx.array], Any], step: mx.array) ->
     """The value of a schedule at a step, as a 0-d float32 array.
 
     Raises:
-        ValueError: inside a trace, where the step has no value yet, the schedule asks for it (``if``, ``min``,
-            ``math.cos``); or it returns something else than one number. The message names the schedule.
+        ValueError: the schedule reads the value of the step (``if``, ``min``, ``math.cos``) inside a trace, where the
+            step has no value yet, or it does not return one number. The message names the schedule.
     """
     try:
         value = mx.array(schedule(step), mx.float32)
@@ -148,28 +148,28 @@ def scheduled(name: str, schedule: Callable[[mx.array], Any], step: mx.array) ->
 
 
 def check_schedules(schedules: Mapping[str, Callable[[mx.array], Any]]) -> None:
-    """Raises ValueError, naming it, for a schedule of an optimizer that cannot be a part of a compiled step."""
+    """Raises ValueError if a schedule of an optimizer cannot be a part of a compiled step. The message names it."""
     for name, schedule in schedules.items():
         mx.compile(lambda step, name=name, schedule=schedule: scheduled(name, schedule, step))(mx.array(0, mx.uint64))
 
 
 def is_tracing(error: ValueError) -> bool:
-    """Whether this is MLX's error for reading an array that has no value yet, because it is being traced."""
+    """Whether ``error`` is MLX's error for reading an array that is being traced and has no value yet."""
     return str(error).startswith("[eval] Attempting to eval an array during function transformations")
 
 
-_LARGEST = 3.4028234663852886e38  # of float32
+_LARGEST = 3.4028234663852886e38  # the largest finite float32
 
 
 def _described(schedule: Callable[..., Any]) -> str:
-    """A function's name and where it is written."""
+    """The name of a function, with the file and line of the definition."""
     name = getattr(schedule, "__qualname__", type(schedule).__name__)
     code = getattr(schedule, "__code__", None)
     return f"{name} ({code.co_filename}:{code.co_firstlineno})" if code is not None else name
 
 
 def _hint(value: object) -> str:
-    """For what a YAML file has in quotes."""
+    """A hint for a number that a YAML file has in quotes."""
     if not isinstance(value, str):
         return ""
     try:
@@ -187,5 +187,5 @@ def _is_number(value: object, least: float, exclusive: bool = False) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """The Python number that a 0-d array of MLX or NumPy holds; anything else as it is."""
+    """The Python number in a 0-d array of MLX or NumPy. Any other value is returned unchanged."""
     return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value

@@ -12,33 +12,33 @@ from ..update import FLOATS, Stored, check_patterns
 from .leaf_update import LeafUpdate
 from .options import as_scalar, assigned_rate
 
-_SCALARS = ("rounding_key", "grad_norm", "skipped")  # what the state may have beside step and learning_rate
+_SCALARS = ("rounding_key", "grad_norm", "skipped")  # optional scalars; step and learning_rate are always there
 
 
 class Keeper(Protocol):
-    """Keeps a part of an optimizer's state elsewhere."""
+    """An object that keeps a part of an optimizer's state outside the tree."""
 
     def show(self) -> None:
-        """Puts it into the state's tree."""
+        """Puts that part into the tree of the state."""
 
 
 class State:
-    """What an `Adam` keeps from one update to the next.
+    """The state that an `Adam` keeps from one update to the next.
 
-    ``keeper`` is the train step that has a part of it at present, so that the tree is not complete before it is asked.
+    ``keeper`` is the train step that holds a part of the state at present. The tree is incomplete until `complete`.
     """
 
     def __init__(self, optimizer: optim.Adam, leaves: LeafUpdate) -> None:
         self._optimizer, self._leaves = optimizer, leaves
         self.keeper: Keeper | None = None
         scalars = ("step", "learning_rate", *leaves.options.scalars())
-        self._places = {name: name for name in scalars}  # of the scalars in the tree
+        self._places = {name: name for name in scalars}  # the key of each scalar in the tree
 
     def complete(self) -> None:
-        """Lets the keeper put its part into the tree."""
+        """Lets the keeper put the missing part into the tree."""
         if self.keeper is not None:
             self.keeper.show()
-            self.keeper = None  # after that, which may be interrupted
+            self.keeper = None  # after `show`, because an interrupt may come in between
 
     def scalar(self, name: str) -> mx.array:
         return self._optimizer._state[self._places[name]]
@@ -46,7 +46,7 @@ class State:
     def scalars(self) -> Stored:
         """The part of the state that belongs to no parameter: 0-d arrays, and the rounding key.
 
-        A Python number that was assigned to the step or to the learning rate becomes an array, here and in the state.
+        A Python number that a caller assigned to the step or the learning rate becomes an array in the state, too.
         """
         tree = self._optimizer._state
         if not isinstance(tree["step"], mx.array):
@@ -56,24 +56,24 @@ class State:
         return {name: tree[place] for name, place in self._places.items() if place in tree}
 
     def assign_scalars(self, scalars: Stored, assignments: Assignments) -> None:
-        """New `scalars`, as a part of ``assignments``."""
+        """Adds new `scalars` to ``assignments``."""
         for name, array in scalars.items():
             assignments.add(self._optimizer._state, self._places[name], array)
 
     def init(self, parameters: dict, all_parameters: dict | None = None) -> None:
-        """Creates what is missing of the state of ``parameters``; ``all_parameters`` are those that patterns match."""
+        """Creates missing state of ``parameters``. Patterns must match paths among ``all_parameters``."""
         self.create(parameters, parameters if all_parameters is None else all_parameters, parameters)
         evaluate(self._optimizer._state)
 
     def init_part(self, part: dict, parameters: dict) -> None:
-        """`init` of the state of a ``part`` of the parameters alone, whose others are updated elsewhere."""
+        """`init` for a ``part`` of the parameters. Other workers update the others."""
         for path, container, key in along(parameters, parameters):
-            self._leaves.group(path, container[key])  # `Adam.options` are those of all
+            self._leaves.group(path, container[key])  # `Adam.options` describes all parameters
         self.create(part, parameters, parameters)
         evaluate(self._optimizer._state)
 
     def create(self, parameters: dict, all_parameters: dict, trainable: dict) -> None:
-        """`init` that evaluates nothing; ``parameters`` are a part of those that are ``trainable``."""
+        """`init` that evaluates nothing. ``parameters`` is ``trainable`` or a part of it."""
         options, optimizer = self._leaves.options, self._optimizer
         check_patterns([path for path, _, _ in along(all_parameters, all_parameters)], options.multipliers)
         leaves = [(path, container[key]) for path, container, key in along(parameters, parameters)]
@@ -85,7 +85,7 @@ class State:
                 )
             self._leaves.group(path, parameter)
         self._check_scalars(trainable)
-        optimizer.state.setdefault("learning_rate", mx.array(0.0))  # of a schedule, which overwrites it
+        optimizer.state.setdefault("learning_rate", mx.array(0.0))  # a schedule overwrites it
         self._make_room_for_scalars(trainable)
         optim.Optimizer.init(optimizer, parameters)
         assignments = Assignments()
@@ -109,9 +109,9 @@ class State:
                 raise InputError(f"the optimizer's state has no {name!r}; assign a complete one")
 
     def _make_room_for_scalars(self, parameters: Any) -> None:
-        """Puts the scalars that the options ask for into the state, and takes those of other options out.
+        """Adds the scalars that the options need to the state, and removes the scalars of other options.
 
-        Where a parameter has the name of one, there is an underscore before it, which no parameter's name begins with.
+        If a parameter has the same name as a scalar, the scalar gets a leading underscore, as no parameter name has.
         """
         own, tree = self._leaves.options.scalars(), self._optimizer._state
         for name in _SCALARS:
@@ -125,8 +125,8 @@ class State:
 
 
 def evaluate(state: Any) -> None:
-    """Leaves nothing lazy behind: another thread, which may use the state first, could not evaluate it."""
+    """Evaluates the state, because another thread may use it first and could not evaluate lazy arrays of this one."""
     try:
         mx.eval(state)
-    except ValueError:  # MLX's word for: a caller's transformation is being traced
+    except ValueError:  # MLX raises it while a caller's transformation is being traced
         return

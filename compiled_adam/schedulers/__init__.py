@@ -1,4 +1,4 @@
-"""Learning rates as functions of the number of updates."""
+"""Learning-rate schedules: functions of the number of updates."""
 
 from . import picture
 from .config import check_values, from_config

@@ -1,4 +1,4 @@
-"""Schedules by their names, as mlx-lm's ``lr_schedule`` gives them."""
+"""Schedules from a mapping with a name and arguments, such as mlx-lm's ``lr_schedule``."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ _OURS: dict[str, Callable[..., Any]] = {
 def from_config(config: Mapping[str, Any]) -> Schedule:
     """The schedule of an mlx-lm ``lr_schedule`` mapping: ``name``, ``arguments``, ``warmup``, ``warmup_init``.
 
-    ``name`` is that of an ``mlx.optimizers`` schedule, which then starts where the warmup ends, as in mlx-lm (but at
-    step ``warmup``; mlx-lm starts it one later and has the peak twice); or it is one of this module, whose
-    horizon includes the warmup. ``arguments`` is a list in the order of that function's parameters.
+    ``name`` is a schedule of ``mlx.optimizers`` or of this module. A schedule of ``mlx.optimizers`` starts when the
+    warmup ends, at step ``warmup`` (mlx-lm starts it one step later and repeats the peak). A schedule of this module
+    counts the warmup as a part of ``steps``. ``arguments`` lists the positional arguments of the function.
 
     >>> config = {"name": "cosine_decay", "arguments": [1.0, 100], "warmup": 10}
     >>> [round(from_config(config)(step).item(), 6) for step in (0, 5, 10, 60, 110)]
@@ -80,9 +80,9 @@ def from_config(config: Mapping[str, Any]) -> Schedule:
 
 
 def check_values(schedule: Schedule, updates: int) -> None:
-    """Raises ValueError, naming the update, if one of the first ``updates`` values is no learning rate.
+    """Raises ValueError if one of the first ``updates`` values is negative or not finite. The message names the update.
 
-    At most some thousand of them are looked at, evenly spread, and the last one.
+    It checks the last value, and at most some thousand others, evenly spread.
     """
     steps = sorted({*range(0, updates, max(1, updates // 4096)), updates - 1})
     values = mx.broadcast_to(schedule(mx.array(steps, mx.float32)), (len(steps),))

@@ -1,4 +1,4 @@
-"""Pictures of learning rates: of block characters, for a terminal or a pipe, and as a matplotlib figure."""
+"""Pictures of schedules: as lines of block characters for a terminal or a pipe, and as a matplotlib figure."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .schedules import Schedule, check_count
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MOST = 20_000  # points of a curve
+MOST = 20_000  # most points of a curve
 BLOCKS, ASCII = " ▁▂▃▄▅▆▇█", "    ####"
 
 
 def curve(schedule: Callable[[Any], Any], steps: int) -> tuple[list[int], list[float]]:
-    """Steps from 0 to ``steps``, all of them or `MOST` evenly spaced ones, and the learning rate at each."""
+    """The steps from 0 to ``steps``, at most `MOST` evenly spaced ones, and the learning rate at each."""
     count = min(steps + 1, MOST)
     points = [round(i * steps / (count - 1)) for i in range(count)] if count > 1 else [0]
     return points, at(schedule, points)
@@ -26,13 +26,13 @@ def curve(schedule: Callable[[Any], Any], steps: int) -> tuple[list[int], list[f
 
 def at(schedule: Callable[[Any], Any], points: Sequence[int]) -> list[float]:
     """The learning rate at each of ``points``."""
-    # The sum gives a constant, which does not depend on the step, the shape of the others.
+    # Adding zero times the step gives a constant schedule one value per step, like the others.
     rates = mx.vmap(lambda step: schedule(step) + 0.0 * step)(mx.array(list(points), mx.float32))
     return cast(list[float], rates.tolist())
 
 
 def text(rates: Sequence[float], steps: int, width: int = 64, height: int = 10, blocks: str = BLOCKS) -> list[str]:
-    """Lines of characters: a column is as high as the highest rate in its part of the run, the axis begins at 0.
+    """A bar chart as lines of text. Each column shows the highest rate in one part of the run. The axis begins at 0.
 
     >>> print("\\n".join(text([0.0, 0.5, 1.0, 1.0], 3, width=4, height=2)))
     1.00e+00 |  ██
@@ -57,9 +57,9 @@ def text(rates: Sequence[float], steps: int, width: int = 64, height: int = 10, 
 
 
 def figure(schedules: Mapping[str, Callable[[Any], Any]], steps: int, marks: Sequence[int] = ()) -> Figure:
-    """The curves of ``schedules`` by their labels, with points at the steps ``marks``.
+    """A figure with a curve for each label in ``schedules``, and points at the steps ``marks``.
 
-    Raises ImportError without matplotlib.
+    Raises ImportError if matplotlib is missing.
     """
     try:
         from matplotlib.figure import Figure
@@ -88,13 +88,13 @@ def plot(schedule: Schedule | Mapping[str, Schedule], steps: int, *, at: Sequenc
     """A matplotlib figure of the learning rate from update 0 to ``steps``: ``plot(...).savefig("rate.svg")``.
 
     Args:
-        schedule: one, or several by their labels, which are compared.
+        schedule: one schedule, or a mapping of labels to schedules for a comparison.
         steps: the last update to draw, at least 1.
         at: updates to mark with a point. Default: none.
 
     Raises:
-        ImportError: matplotlib is missing; it says how to install it.
-        ValueError: an argument out of its range, naming it.
+        ImportError: matplotlib is missing. The message says how to install it.
+        ValueError: an argument is out of range. The message names the argument.
     """
     check_count("steps", steps, 1)
     for i, mark in enumerate(at):

@@ -1,13 +1,14 @@
 """Learning rates as functions of the step, for any MLX optimizer: ``AdamW(schedulers.cosine(1e-3, 1000, warmup=50))``.
 
-A schedule maps the number of updates made so far (a 0-d array of any dtype, or a number; 0 at the first update) to the
-learning rate, a 0-d float32 array. It is a pure function of arrays, so it can be traced. In all of them
+A schedule maps the step to the learning rate, a 0-d float32 array. The step is the number of updates made so far: 0 at
+the first update; a 0-d array of any dtype, or a number. A schedule is a pure function of arrays, so a compiled step can
+contain it. Most schedules have these arguments:
 
-- ``steps`` is the whole horizon in optimizer updates, warmup included; from ``steps`` on the value is ``end``;
-- ``warmup`` updates lead linearly from ``warmup_init`` (at step 0) to exactly ``peak`` (at step ``warmup``), where the
-  decay starts: no step is repeated, none is left out.
+- ``steps``: the length of the schedule in updates, including the warmup. From step ``steps`` on the value is ``end``.
+- ``warmup``: the number of updates in which the rate rises linearly from ``warmup_init`` (at step 0) to exactly
+  ``peak`` (at step ``warmup``). The decay starts at ``peak``: no step is repeated or left out. Default 0: no warmup.
 
-Bad arguments raise ValueError with the argument's name and value.
+Bad arguments raise ValueError with the name and the value of the argument.
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ def linear(peak: float, steps: int, end: float = 0.0, *, warmup: int = 0, warmup
 
 
 def cosine(peak: float, steps: int, end: float = 0.0, *, warmup: int = 0, warmup_init: float = 0.0) -> Schedule:
-    """Half a cosine from ``peak`` to the floor ``end``: ``end + (peak - end) (1 + cos(pi t)) / 2``, t from 0 to 1.
+    """Half a cosine from ``peak`` to ``end``: ``end + (peak - end) (1 + cos(pi t)) / 2``.
 
+    ``t`` goes from 0 at step ``warmup`` to 1 at ``steps``.
     Source: Loshchilov and Hutter, "SGDR", ICLR 2017, without restarts.
 
     >>> [round(cosine(1.0, 10, 0.1, warmup=2)(step).item(), 6) for step in (0, 2, 6, 10, 99)]
@@ -69,7 +71,7 @@ def polynomial(
     warmup: int = 0,
     warmup_init: float = 0.0,
 ) -> Schedule:
-    """``end + (peak - end) (1 - t)^power`` with t from 0 at step ``warmup`` to 1 at ``steps``.
+    """``end + (peak - end) (1 - t)^power``, where ``t`` goes from 0 at step ``warmup`` to 1 at ``steps``.
 
     >>> [round(polynomial(1.0, 10, power=2.0)(step).item(), 6) for step in (0, 5, 10)]
     [1.0, 0.25, 0.0]
@@ -93,7 +95,7 @@ def warmup_stable_decay(
     warmup: int = 0,
     warmup_init: float = 0.0,
 ) -> Schedule:
-    """``peak`` until ``decay`` updates before ``steps`` (default: a fifth of them), then a straight line to ``end``.
+    """``peak`` until step ``steps - decay``, then a straight line to ``end``. Default ``decay``: a fifth of ``steps``.
 
     Source: Hu et al., "MiniCPM", 2024 (arXiv 2404.06395).
 
@@ -114,9 +116,9 @@ def warmup_stable_decay(
 
 
 def inverse_sqrt(peak: float, timescale: int | None = None, *, warmup: int = 0, warmup_init: float = 0.0) -> Schedule:
-    """``peak / sqrt(1 + (step - warmup) / timescale)``; ``timescale`` is ``warmup`` unless given, which is ``peak
-    sqrt(warmup / step)``.
+    """``peak / sqrt(1 + (step - warmup) / timescale)``.
 
+    Default ``timescale``: ``warmup``. The formula then equals ``peak sqrt(warmup / step)``.
     Source: Vaswani et al., "Attention is all you need", 2017, section 5.3.
 
     >>> [round(inverse_sqrt(1.0, warmup=100)(step).item(), 6) for step in (50, 100, 400)]
@@ -164,7 +166,7 @@ def step_decay(
     log_rate = math.log(decay_rate)
 
     def decay(step: mx.array) -> mx.array:
-        # Half a step further than asked for, so that no rounding of the quotient (GPUs do) can miss a boundary.
+        # Half a step is added, so that a quotient that a GPU rounds down cannot miss a boundary.
         return mx.maximum(peak * mx.exp(log_rate * mx.floor((step + 0.5) / step_size)), end)
 
     return with_warmup(decay, peak, warmup, warmup_init)
@@ -180,8 +182,8 @@ def one_cycle(
 ) -> Schedule:
     """Half a cosine up from ``warmup_init`` to ``peak`` at ``warmup``, and half a cosine down to ``end`` at ``steps``.
 
-    Defaults: ``warmup`` 30 % of ``steps``, ``warmup_init`` ``peak / 25``, ``end`` ``warmup_init / 10_000``.
-    Source: Smith and Topin, "Super-convergence", 2017 (arXiv 1708.07120), in PyTorch's form of two phases.
+    Defaults: ``warmup`` is 30 % of ``steps``, ``warmup_init`` is ``peak / 25``, ``end`` is ``warmup_init / 10_000``.
+    Source: Smith and Topin, "Super-convergence", 2017 (arXiv 1708.07120), in the two-phase form of PyTorch.
 
     >>> [round(one_cycle(1.0, 100)(step).item(), 6) for step in (0, 15, 30, 65, 100)]
     [0.04, 0.52, 1.0, 0.500002, 4e-06]
@@ -202,7 +204,7 @@ def one_cycle(
 
 
 def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
-    """``schedules[i]`` from step ``boundaries[i - 1]`` on, where it starts at its own step 0.
+    """Several schedules in a row: ``schedules[i]`` begins, with step 0, at step ``boundaries[i - 1]``.
 
     >>> schedule = join([constant(1.0), linear(0.5, 10)], [100])
     >>> [round(schedule(step).item(), 6) for step in (99, 100, 105)]
@@ -232,7 +234,7 @@ def with_warmup(
     warmup_init: float = 0.0,
     ramp: Callable[[mx.array], mx.array] = lambda t: t,
 ) -> Schedule:
-    """``warmup_init`` to ``peak`` along ``ramp`` over ``warmup`` steps, then ``decay`` of the steps since."""
+    """``warmup_init`` to ``peak`` along ``ramp`` over ``warmup`` steps, then ``decay(step - warmup)``."""
     check_count("warmup", warmup, 0)
     check_number("warmup_init", warmup_init)
 
@@ -251,12 +253,12 @@ def _float(step: Step) -> mx.array:
 
 
 def _mix(first: float, last: float, t: mx.array) -> mx.array:
-    """From ``first`` at t = 0 to ``last`` at t = 1, and exactly these values there."""
+    """A straight line from exactly ``first`` at t = 0 to exactly ``last`` at t = 1."""
     return first * (1 - t) + last * t
 
 
 def _half_cosine(t: mx.array) -> mx.array:
-    """From 0 at t = 0 to 1 at t = 1 and beyond; exactly so, also where a GPU's cosine of pi is not quite -1."""
+    """From exactly 0 at t = 0 to exactly 1 at t = 1 and beyond. On some GPUs the cosine of pi is not exactly -1."""
     return mx.where(t < 1, (1 - mx.cos(math.pi * t)) / 2, 1.0)
 
 

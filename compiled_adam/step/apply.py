@@ -1,4 +1,4 @@
-"""Where the parameters and the state of any MLX optimizer live, and its update as a function of their arrays."""
+"""The update of any MLX optimizer as a function of flat lists of arrays, and the places of these arrays in trees."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from ..update import counted, global_norm, residual
 class Trees:
     """The places of the ``parameters`` of ``model`` and of an optimizer's state.
 
-    ``template`` is the tree of the parameters' indices. With a ``shard`` the state, and the update, is that of this
-    worker's part of them.
+    ``template`` is the tree of parameters with an index in place of each array. With a ``shard`` (the parameters whose
+    state this worker keeps) the state and the update cover the shard only.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Trees:
         self._structure = Structure(self._roots)
         self._state = Places(self._structure.leaves)
         places = {path: j for j, path in enumerate(self._state.paths)}
-        # Of each compensated parameter where its residual is in the state of one of the optimizers.
+        # Index of each compensated parameter -> index of the residual (the rounding error of the weight) in the state.
         self._residuals = {
             i: places[name]
             for i, path in enumerate(parameters.paths)
@@ -48,16 +48,16 @@ class Trees:
             if (name := f"{root}.{path}.residual") in places
         }
         self._shapes = [parameter.shape for parameter in parameters.read()]
-        self._written: dict[int, tuple[Written, Written]] = {}  # a parameter and its residual
+        self._written: dict[int, tuple[Written, Written]] = {}  # each compensated parameter and the residual
 
     def intact(self) -> bool:
-        """Whether the state is still in the containers that it was in."""
+        """Whether the state is still in the same containers."""
         roots = any_optimizer.states(self._optimizer)
         same = len(roots) == len(self._roots) and all(a is b for a, b in zip(roots, self._roots, strict=True))
         return same and self._structure.intact()
 
     def read(self, assigned: Mapping[int, mx.array] = MappingProxyType({})) -> tuple[list[mx.array], list[mx.array]]:
-        """The parameters, some of which the forward pass has ``assigned``, and all arrays of the state."""
+        """All parameters and all arrays of the state. ``assigned`` has parameters that the forward pass replaced."""
         any_optimizer.take_numbers(self._optimizer)
         parameters, state = self._parameters.read(), self._state.read()
         parameters = [assigned.get(i, parameter) for i, parameter in enumerate(parameters)]
@@ -68,7 +68,7 @@ class Trees:
         return parameters, state
 
     def settle(self) -> None:
-        """Puts the residuals of weights that somebody has replaced into the state: the next update would take them."""
+        """Resets in the state the residuals of weights that a caller has replaced, as the next update would do."""
         parameters = self._parameters.read()
         if not all(weight.are([parameters[i]]) for i, (weight, _) in self._written.items()):
             self.write(*self.read())
@@ -79,28 +79,28 @@ class Trees:
         return self._state.read()
 
     def places(self) -> list[tuple[Any, Any, mx.array]]:
-        """Where arrays of the state are in trees that others see, as (container, key, array)."""
+        """The places of the state's arrays in the trees that users see, as (container, key, array)."""
         return [(container, key, container[key]) for container, key in self._state.places]
 
     def forget(self) -> None:
-        """Weights that are there now belong to the residuals that are there now."""
+        """Declares that the present weights belong to the present residuals, so that `read` resets none."""
         self._written = {}
 
     def write(self, parameters: list[mx.array], state: list[mx.array]) -> None:
-        """Assigns what `update` has returned."""
+        """Assigns the arrays that `update` has returned."""
         assignments = Assignments()
         self.assign(parameters, state, assignments)
         assignments.make()
 
     def assign(self, parameters: list[mx.array], state: list[mx.array], assignments: Assignments) -> None:
-        """What `update` has returned, as a part of ``assignments``."""
+        """Adds the arrays that `update` has returned to ``assignments``."""
         self._parameters.assign(parameters, assignments)
         self._state.assign(state, assignments)
         written = {i: (Written([parameters[i]]), Written([state[j]])) for i, j in self._residuals.items()}
         assignments.attribute(self, "_written", written)
 
     def named(self, parameters: list[mx.array], state: list[mx.array]) -> list[tuple[str, mx.array]]:
-        """The arrays of an update; what has the same last name is the same kind of thing."""
+        """The arrays of an update with names. Arrays of the same kind have the same last part of the name."""
         return [("parameter", p) for p in parameters] + list(zip(self._state.paths, state, strict=True))
 
     def update(
@@ -111,10 +111,10 @@ class Trees:
         after: mx.array | None = None,
         weight: mx.array | None = None,
     ) -> tuple[list[mx.array], list[mx.array], mx.array]:
-        """What `read` returned after one update, and the gradients' norm; for a trace.
+        """Returns updated parameters and state, as from `read`, and the norm of the gradients. Call it while tracing.
 
-        ``after`` is the last communication before it, if there are other workers. With a ``weight`` of 0 the gradients
-        count as 0.
+        ``after`` is the result of the last communication, if there are other workers. With a ``weight`` of 0 the
+        gradients count as 0.
         """
         if weight is not None:
             gradients = [counted(g, weight) for g in gradients]
@@ -137,7 +137,7 @@ class Trees:
                 except ValueError as error:
                     self._refuse_other_shapes(parameters, error)
                     raise
-                known = getattr(self._optimizer, "grad_norm", None)  # ours computes it itself if it clips or skips
+                known = getattr(self._optimizer, "grad_norm", None)  # our `Adam` has computed it if it clips or skips
                 norm = known if isinstance(known, mx.array) else global_norm(gradients)
             if not self._structure.intact():
                 raise InputError("the optimizer changed the structure of its state; create all of it in init_single")
@@ -157,7 +157,7 @@ class Trees:
                 ) from error
 
     def _refuse_other_numbers(self, before: dict[str, Any]) -> None:
-        """A trace would contain them for ever."""
+        """Raises ValueError if the update changes numbers of the state: a trace would contain the old ones for ever."""
         now = any_optimizer.other_values(self._optimizer)
         for path, value in before.items():
             if now.get(path) is not value and now.get(path) != value:
@@ -169,7 +169,7 @@ class Trees:
     def _updated(self, gradients: list[mx.array], parameters: list[mx.array]) -> list[mx.array]:
         optimizer = self._optimizer
         if type(optimizer).update not in (optim.Optimizer.update, Adam.update):
-            # A subclass that does more than MLX's `update`, which calls apply_gradients, works on the model itself.
+            # A subclass overrides `update` and expects a model with parameters, so call it on the model.
             self._parameters.write(parameters)
             optimizer.update(self._model, self._tree(gradients))
             return self._parameters.read()

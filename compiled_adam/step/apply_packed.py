@@ -1,12 +1,12 @@
-"""Small leaves in flat arrays: a train step updates a hundred norms, biases or adapters as one leaf.
+"""Small leaves packed into flat arrays: a train step updates a hundred norms, biases or adapters as one leaf.
 
-Model and optimizer state keep their trees. Where a leaf is packed, the array there is a view of the flat array, made
-anew with every update. What somebody else assigns is another object than that view: it is noticed so, and the flat
-array is put together again from what stands in the tree. Nothing of this is in a checkpoint.
+A leaf is one parameter array. Model and optimizer state keep their trees. A packed leaf in a tree is a view of the flat
+array, made anew with every update. If a caller assigns another array, it is not that view object: the step sees this
+and builds the flat array again from the arrays in the tree. A checkpoint does not show the packing.
 
-Packed are leaves of up to `SMALL` elements, whose kernels would cost more than their loops, with others of the same
-dtype, group and form, in flat arrays of up to `FULL` elements, which fit into a core's cache with their moments, and of
-up to `MANY` leaves. Leaves whose moments are rounded stochastically stay alone: their random bits belong to them.
+Leaves of up to `SMALL` elements are packed, because starting a kernel for one costs more than its loop. A flat array
+has leaves of the same dtype, group and form. It has up to `FULL` elements, so that it fits into a core's cache with the
+moments, and up to `MANY` leaves. Leaves whose moments are rounded stochastically are not packed: each has a random key.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MANY = 256
 
 
 class Leaf(NamedTuple):
-    """What decides with which others a parameter can be packed."""
+    """The properties of a parameter that decide with which others it can be packed."""
 
     size: int
     dtype: mx.Dtype
@@ -39,14 +39,14 @@ class Leaf(NamedTuple):
 
 
 def packs(leaves: Sequence[Leaf], small: int = SMALL, full: int = FULL) -> list[tuple[int, ...]]:
-    """The indices of the leaves of each flat array, two or more, in the leaves' order.
+    """The indices of the leaves of each flat array (at least two per array), in the order of the leaves.
 
     >>> leaf = Leaf(3, mx.float32, Group(1.0, True), Form("float32", False, False))
     >>> packs([leaf, leaf._replace(dtype=mx.bfloat16), leaf, leaf, leaf._replace(size=9), leaf], small=8, full=7)
     [(0, 2), (3, 5)]
     """
     found: list[list[int]] = []
-    last: dict[Hashable, tuple[list[int], int]] = {}  # the pack that is being filled, and its elements
+    last: dict[Hashable, tuple[list[int], int]] = {}  # the pack that is being filled, and how many elements it has
     for i, leaf in enumerate(leaves):
         if leaf.size > small or leaf.form.stochastic:
             continue
@@ -61,10 +61,10 @@ def packs(leaves: Sequence[Leaf], small: int = SMALL, full: int = FULL) -> list[
 
 
 class Slot:
-    """An array in a tree; or several as one flat array, with views of it in the tree, or `hidden` without.
+    """One array in a tree, or one flat array for several. The tree then has views of the flat array, unless `hidden`.
 
-    What is assigned to it is written by others, together with everything else that an update changes. ``watched``: also
-    a single array is told from one that somebody has put in its place.
+    A slot never assigns by itself: `assign` adds to the assignments of the whole update. ``watched``: a slot of one
+    array also detects that a caller has replaced the array.
     """
 
     def __init__(self, places: Sequence[tuple[str, Any, Any]], watched: bool = False) -> None:
@@ -77,13 +77,13 @@ class Slot:
         self._layout = [(a.shape, _strides(a.shape), start) for a, start in zip(arrays, starts, strict=True)]
         self.hidden = False
         self._flat: mx.array | None = None
-        self._written: Written | None = None  # what the tree was given; None: nothing, or it is forgotten
+        self._written: Written | None = None  # the arrays that were put into the tree; None: none, or `forget`
 
     def read(self, assigned: Mapping[int, mx.array] = MappingProxyType({})) -> tuple[mx.array, mx.array | None]:
-        """The array, and if somebody has put it in the place of another one, that one.
+        """The present array, and the array that a caller has replaced by it (None if the array was not replaced).
 
-        ``assigned`` has those that take the place of what the tree has. Raises ValueError for an array that has become
-        one of another shape or dtype, TypeError for one that has become something else.
+        ``assigned`` has arrays that replace those in the tree. Raises ValueError if an array has changed in shape or
+        dtype, TypeError if it was replaced by something that is no array.
         """
         if self.hidden and self._flat is not None:
             return self._flat, None
@@ -109,7 +109,7 @@ class Slot:
                 )
 
     def assign(self, array: mx.array, assignments: Assignments) -> None:
-        """Puts a new array here, as a part of ``assignments``; while it is hidden, the tree gets nothing."""
+        """Adds the assignment of a new array to ``assignments``. While it is hidden, the tree gets nothing."""
         if len(self._places) == 1:
             container, key = self._places[0]
             assignments.add(container, key, array)
@@ -129,9 +129,9 @@ class Slot:
         return views
 
     def show(self, assignments: Assignments) -> list[mx.array]:
-        """Puts views of a hidden array into the tree, as a part of ``assignments``; returns them.
+        """Adds to ``assignments`` that the tree gets views of a hidden array; returns the views.
 
-        What somebody has put there in the meantime stays.
+        An array that a caller has put there in the meantime stays.
         """
         if not self.hidden or self._flat is None:
             return []
@@ -140,11 +140,11 @@ class Slot:
         return views
 
     def hideable(self) -> list[tuple[Any, Any]]:
-        """Where `hide` takes something out of the tree."""
+        """The places (container, key) that `hide` empties."""
         return self._places if len(self._places) > 1 else []
 
     def hide(self) -> None:
-        """Takes what is packed out of the tree, where it would be out of date, and keep memory, after an update."""
+        """Takes packed arrays out of the tree: after an update they would be out of date and take memory."""
         if self.hidden or len(self._places) == 1:
             return
         own, flat = vars(self), self.read()[0]
@@ -158,22 +158,22 @@ class Slot:
         )
 
     def places(self) -> list[tuple[Any, Any, mx.array]]:
-        """Where the arrays are, as (container, key, array); nowhere while they are hidden."""
+        """The places of the arrays, as (container, key, array). Empty while they are hidden."""
         return [] if self.hidden else [(container, key, container[key]) for container, key in self._places]
 
     def forget(self) -> None:
-        """Takes what is there now for what was written."""
+        """Declares that the arrays now in the tree are those that were written, so that none counts as replaced."""
         if not self.hidden:
             self._written = None
 
 
-State = tuple[list[Stored], Stored]  # of the leaves, and the scalars
+State = tuple[list[Stored], Stored]  # the states of the leaves, and the scalars
 
 
 class PackedTrees:
-    """What `apply.Trees` does, for an `Adam` and with small leaves packed.
+    """Like `apply.Trees`, but for an `Adam`, and with small leaves packed.
 
-    The moments in ``optimizer.state`` are made when somebody asks for the state, which is less often than once a step.
+    The packed moments are put into ``optimizer.state`` only when a caller reads it, which is rarer than once a step.
     """
 
     def __init__(self, optimizer: Adam, parameters: Places, template: Any, small: int = SMALL) -> None:
@@ -187,7 +187,7 @@ class PackedTrees:
         packed = packs(leaves, small)
         alone = set(range(len(leaves))) - {i for pack in packed for i in pack}
         self._rows = [*packed, *((i,) for i in sorted(alone))]
-        self._paths = tuple(parameters.paths[row[0]] for row in self._rows)  # the first stands for all of its pack
+        self._paths = tuple(parameters.paths[row[0]] for row in self._rows)  # the first path stands for the pack
         places = [(path, *place) for path, place in zip(parameters.paths, parameters.places, strict=True)]
         self._parameters = [
             Slot([places[i] for i in row], watched=leaves[row[0]].form.compensated) for row in self._rows
@@ -200,7 +200,7 @@ class PackedTrees:
         self._states: list[dict[str, Slot]] = []
         self._known: list[tuple[Any, Any, mx.array]] = []
         for row in self._rows:
-            names = leaves[row[0]].form.names  # nothing else that somebody has put there
+            names = leaves[row[0]].form.names  # no other arrays that a caller may have put there
             own = [(f"{parameters.paths[i]}.", containers[i]) for i in row]
             self._states.append(
                 {name: Slot([(path + name, c, name) for path, c in own], name == "residual") for name in names}
@@ -211,15 +211,15 @@ class PackedTrees:
         self._hidden = [container for container, _ in hidden], [key for _, key in hidden]
 
     def intact(self) -> bool:
-        """Whether the state is still in the containers that it was in."""
+        """Whether the state is still in the same containers."""
         if self._kept.keeper is self and not self._edited():
-            return True  # nobody has asked for the state since the last update
+            return True  # no caller has read the state since the last update
         return self._optimizer.state is self._root and self._structure.intact()
 
     def _edited(self) -> bool:
-        """Whether somebody who has kept the state, or a part of it, has put something there while moments are hidden.
+        """Whether a caller who kept a reference to the state (or a part) has edited it while moments are hidden.
 
-        All loops are in C: it is asked at every step.
+        All loops run in C, because this runs at every step.
         """
         parents, keys, children = self._containers
         try:
@@ -229,7 +229,7 @@ class PackedTrees:
         return not same or any(map(operator.contains, *self._hidden))
 
     def read(self, assigned: Mapping[int, mx.array] = MappingProxyType({})) -> tuple[list[mx.array], State]:
-        """The parameters, some of which the forward pass has ``assigned``, and the state; flat arrays as one leaf."""
+        """All parameters and the state, with flat arrays as one leaf. The forward pass has replaced ``assigned``."""
         parameters, states = [], []
         for row, slot, slots in zip(self._rows, self._parameters, self._states, strict=True):
             own = {n: assigned[i] for n, i in enumerate(row) if i in assigned} if assigned else {}
@@ -244,7 +244,7 @@ class PackedTrees:
         return parameters, (states, self._kept.scalars())
 
     def settle(self) -> None:
-        """Puts the residuals of weights that somebody has replaced into the state: the next update would take them."""
+        """Resets in the state the residuals of weights that a caller has replaced, as the next update would do."""
         compensated = [slot for slot, s in zip(self._parameters, self._states, strict=True) if "residual" in s]
         if any(slot.read()[1] is not None for slot in compensated):
             parameters, state = self.read()
@@ -257,32 +257,32 @@ class PackedTrees:
         return states, self._kept.scalars()
 
     def places(self) -> list[tuple[Any, Any, mx.array]]:
-        """Where arrays of the state are in trees that others see, as (container, key, array); `show` adds to it."""
+        """The places of the state's arrays in trees that users see, as (container, key, array). `show` adds more."""
         self._known = [place for slots in self._states for slot in slots.values() for place in slot.places()]
         self._known += [(self._root, key, value) for key, value in self._root.items() if isinstance(value, mx.array)]
         return self._known
 
     def forget(self) -> None:
-        """Weights that are there now belong to the residuals that are there now."""
+        """Declares that the present weights belong to the present residuals, so that `read` resets none."""
         for slot, slots in zip(self._parameters, self._states, strict=True):
             for each in (slot, *slots.values()):
                 each.forget()
 
     def _hide(self) -> None:
-        """Takes the moments out of the tree. Whoever asks for the state gets them back."""
-        self._kept.keeper = self  # first, so that they can be asked for whenever this is interrupted
+        """Takes the moments out of the tree. `Adam.state` puts them back when a caller reads it."""
+        self._kept.keeper = self  # first, so that `Adam.state` works after an interrupt at any line
         for slots in self._states:
             for slot in slots.values():
                 slot.hide()
 
     def write(self, parameters: list[mx.array], state: State) -> None:
-        """Assigns what `update` has returned."""
+        """Assigns the arrays that `update` has returned."""
         assignments = Assignments()
         self.assign(parameters, state, assignments)
         assignments.make()
 
     def assign(self, parameters: list[mx.array], state: State, assignments: Assignments) -> None:
-        """What `update` has returned, as a part of ``assignments``."""
+        """Adds the arrays that `update` has returned to ``assignments``."""
         self._hide()
         states, scalars = state
         for slot, array in zip(self._parameters, parameters, strict=True):
@@ -296,13 +296,13 @@ class PackedTrees:
         """Puts views of the state into the optimizer's tree."""
         assignments = Assignments()
         views = [slot.show(assignments) for slots in self._states for slot in slots.values()]
-        # Evaluated, for another thread may be asking, and what it left unevaluated no other could evaluate.
+        # Evaluated, because this may be another thread, and only that thread could evaluate its lazy arrays later.
         mx.async_eval(views)
         assignments.make()
         self._known += [place for slots in self._states for slot in slots.values() for place in slot.places()]
 
     def named(self, parameters: list[mx.array], state: State) -> list[tuple[str, mx.array]]:
-        """The arrays of an update; what has the same last name is the same kind of thing."""
+        """The arrays of an update with names. Arrays of the same kind have the same last part of the name."""
         states, scalars = state
         leaves = [("parameter", p) for p in parameters]
         return leaves + [each for arrays in (*states, scalars) for each in arrays.items()]
@@ -315,18 +315,18 @@ class PackedTrees:
         after: mx.array | None = None,
         weight: mx.array | None = None,
     ) -> tuple[list[mx.array], State, mx.array]:
-        """What `read` returned after one update, and the gradients' norm; for a trace.
+        """Returns updated parameters and state, as from `read`, and the norm of the gradients. Call it while tracing.
 
-        ``gradients`` has one for each parameter. There are no other workers, and nothing to be ``after``. With a
+        ``gradients`` has one array per parameter. There are no other workers, so ``after`` is not used. With a
         ``weight`` of 0 the gradients count as 0.
         """
         packed, streams = [], self._inside.leaves.streams(parameters)
         for row, stream in zip(self._rows, streams, strict=True):
-            with mx.stream(stream):  # that of its update, so that neither waits for the other stream
+            with mx.stream(stream):  # the stream of this pack's update, so that no stream waits for another
                 packed.append(_flat([gradients[i] for i in row]))
         states, scalars = state
         new = self._inside.update_leaves(self._paths, packed, parameters, states, scalars, weight)
-        norm = new[2].get("grad_norm")  # it knows it if it clips or skips
+        norm = new[2].get("grad_norm")  # the update has computed it if it clips or skips
         if norm is None:
             norm = global_norm(packed, streams)
             norm = norm if weight is None else counted(norm, weight)
@@ -334,15 +334,15 @@ class PackedTrees:
 
 
 def _flat(arrays: Sequence[mx.array]) -> mx.array:
-    """All elements in memory order, as one row after the other where all have rows of the same shape."""
+    """All elements in memory order, as one array. It keeps the shape of the rows if all arrays have the same."""
     if len(arrays) == 1:
         return arrays[0]
     rows = arrays[0].shape[1:]
     if all(array.ndim and array.shape[1:] == rows for array in arrays):
-        return mx.concatenate(list(arrays))  # without a task for each that makes it flat
+        return mx.concatenate(list(arrays))  # saves a task per array that flattens it
     return mx.concatenate([array.flatten() for array in arrays])
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Of a contiguous array, in elements."""
+    """The strides of a contiguous array, in elements."""
     return tuple(accumulate(reversed(shape[1:]), operator.mul, initial=1))[::-1] if shape else ()

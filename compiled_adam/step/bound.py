@@ -1,4 +1,4 @@
-"""Where the arrays of a model and of an optimizer are, and the graphs that a train step has made for them."""
+"""The places of the arrays of a model and an optimizer, and the graphs that a train step has made for them."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from .update_graph import UpdateGraph
 class Bound(NamedTuple):
     structure: Structure
     parameters: Places
-    arrays: Places  # all of the model; the parameters come first
-    paths: set[str]  # of the trainable parameters, tied ones under each of their paths
-    template: Any  # the tree of the parameters' indices
+    arrays: Places  # all arrays of the model; the parameters come first
+    paths: set[str]  # the paths of the trainable parameters; a tied parameter has several
+    template: Any  # the tree of parameters with an index in place of each array
     shard: Shard | None
     trees: Trees | PackedTrees
     gradients: GradientGraphs
     graph: UpdateGraph
 
     def intact(self) -> bool:
-        """Whether the model's and the optimizer's arrays are still in the containers that they were in."""
+        """Whether the arrays of the model and of the optimizer are still in the same containers."""
         return self.structure.intact() and self.trees.intact()
 
     def tree(self, arrays: list[mx.array]) -> Any:
-        """Arrays of the parameters as a tree."""
+        """A flat list of one array per parameter, as a tree."""
         return tree_map(lambda index: arrays[index], self.template)
 
     def running_statistics(self) -> dict[str, mx.array]:
-        """Those of a model that was trained before; they belong to a checkpoint from before the first step, too."""
+        """The running statistics of BatchNorm layers. A checkpoint from before the first step needs them, too."""
         return {
             path: container[key]
             for path, (container, key) in zip(self.arrays.paths, self.arrays.places, strict=True)
@@ -49,7 +49,7 @@ class Bound(NamedTuple):
 
 
 def bind(model: nn.Module, loss_fn: LossFunction, optimizer: optim.Optimizer, settings: Settings) -> Bound:
-    """Finds every array of the model and of the optimizer's state, creates what is missing of it, and makes graphs."""
+    """Finds every array of the model and of the optimizer's state, creates missing state, and makes the graphs."""
     trainable = model.trainable_parameters()
     structure = Structure(model)
     found, template = trainable_places(model)
@@ -65,15 +65,15 @@ def bind(model: nn.Module, loss_fn: LossFunction, optimizer: optim.Optimizer, se
     if settings.shard_state and settings.group is not None:
         sizes = [weight.size for weight in weights]
         shard = Shard(template, list(parameters.paths), sizes, dtypes, settings.group)
-    # State exists before the first trace, or that trace would hold for the first step only. Nothing stays lazy, for
-    # the first step may be another thread's, which could not evaluate it.
+    # The state is created before the first trace, or that trace would fit the first step only. All is evaluated,
+    # because another thread may make the first step, and that thread could not evaluate lazy arrays of this one.
     tree = tree_map(lambda i: weights[i], template)
     if reshaped := any_optimizer.begin_anew(optimizer, tree):
         warnings.warn(f"the moments of {', '.join(reshaped)} had another shape; they begin anew", stacklevel=5)
     init(optimizer, tree, shard)
     mx.eval(arrays.read(), any_optimizer.states(optimizer))
     trees: Trees | PackedTrees
-    # Not with other workers: sharded or not, they sum the same norm and use the same kernels, to the last bit.
+    # No packing with other workers: the norm and the kernels must be the same to the last bit with and without shards.
     if isinstance(optimizer, Adam) and not ForSteps(optimizer).has_own_update and settings.group is None:
         trees = PackedTrees(optimizer, parameters, template)
     else:
@@ -85,7 +85,7 @@ def bind(model: nn.Module, loss_fn: LossFunction, optimizer: optim.Optimizer, se
 
 
 def init(optimizer: optim.Optimizer, parameters: Any, shard: Shard | None) -> None:
-    """Creates what the optimizer's state lacks."""
+    """Creates missing state of the optimizer."""
     if shard is None:
         optimizer.init(parameters)
     else:
@@ -93,7 +93,7 @@ def init(optimizer: optim.Optimizer, parameters: Any, shard: Shard | None) -> No
 
 
 def check_parameters(model: nn.Module, bound: Bound) -> None:
-    """Raises ValueError, with their paths, if parameters were frozen, unfrozen or added."""
+    """Raises ValueError if parameters were frozen, unfrozen or added. The message names the paths."""
     trainable = model.trainable_parameters()
     now = {path for path, *_ in along(trainable, trainable)}
     if bound.paths == now:

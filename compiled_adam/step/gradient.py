@@ -1,4 +1,4 @@
-"""The forward and backward pass: one compiled function for each batch signature, the least recently used goes first."""
+"""The forward and backward pass: a compiled function per batch signature. The least recently used is dropped first."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from .settings import LossFunction, Settings
 
 
 class Gradients(NamedTuple):
-    """What the forward and backward pass of a batch give, all lazy."""
+    """The results of the forward and backward pass of a batch. All arrays are lazy."""
 
     loss: mx.array
     aux: list[Any]
-    assigned: dict[int, mx.array]  # what the forward pass has assigned, by the index among the model's arrays
+    assigned: dict[int, mx.array]  # arrays that the forward pass has assigned, by the index among the model's arrays
     gradients: list[mx.array]
     weight: mx.array
 
 
 class GradientGraphs:
-    """The gradient of ``loss_fn`` for a model whose arrays stand at ``arrays``.
+    """The gradient of ``loss_fn`` for a model whose arrays are at the places ``arrays``.
 
-    The first ``trainable`` of them are parameters. ``made`` and ``evicted`` count traces.
+    The first ``trainable`` of these arrays are parameters. ``made`` and ``evicted`` count traces.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class GradientGraphs:
         self._compiled: OrderedDict[Hashable, Compiled] = OrderedDict()
 
     def __call__(self, signature: Hashable, batch: list[mx.array]) -> Gradients:
-        # Layers read `training` while they are traced, so a trace holds for one setting of it only.
+        # Layers read `training` while they are traced, so a trace is valid for one value of each flag only.
         key = signature, tuple([module.training for module in self._structure.modules])
         graph = self._compiled.get(key)
         if graph is None:
@@ -63,8 +63,8 @@ class GradientGraphs:
         def gradient(arrays: list[mx.array], batch: list[mx.array]) -> Any:
             self.made += 1
             args, kwargs = batches.rebuild(signature, iter(batch))
-            # Everything but the loss leaves by a list: as a further output of value_and_grad it gets a
-            # stop_gradient, over which mx.compile loses outputs (IndexError) if a cast occurs in the loss as well.
+            # All results except the loss are passed out in a list. value_and_grad would put a stop_gradient on further
+            # outputs, and mx.compile then loses outputs (IndexError) if a cast occurs in the loss as well.
             rest: list[Any] = []
 
             def forward(parameters: list[mx.array]) -> mx.array:
@@ -75,11 +75,11 @@ class GradientGraphs:
                 self._follow_structure()
                 after = self._arrays.read()
                 changed = [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a is not b]
-                if operations(before) != before_it:  # of all at once, for it is rare
-                    # value_and_grad differentiates with respect to copies: one operation is none of the forward pass.
+                if operations(before) != before_it:  # an array was edited in place: rare, so one check for all
+                    # value_and_grad differentiates with respect to copies: one operation is that copy, no edit.
                     edited = (i for i, a in enumerate(before) if operations([a]) > (i < self._trainable))
                     changed = sorted({*changed, *edited})
-                # Only these leave the graph; most models have none. MLX keeps the indices with the trace.
+                # The graph returns only changed arrays; most models have none. MLX keeps the indices with the trace.
                 rest.extend((aux, {i: after[i] for i in changed}, weight))
                 return loss
 
@@ -87,7 +87,7 @@ class GradientGraphs:
 
             def traced() -> Any:
                 found = mx.value_and_grad(forward)(arrays[: self._trainable])
-                # What the forward pass did to other things than arrays stays, as it does without a step.
+                # Changes that the forward pass made to other things than arrays stay, as they do without a step.
                 self._arrays.write(originals)
                 return found
 
@@ -98,7 +98,7 @@ class GradientGraphs:
         return Compiled(gradient, self._settings.max_traces, draws=True)
 
     def _follow_structure(self) -> None:
-        """Lets the forward pass keep what depends neither on the batch nor on the parameters, such as a mask."""
+        """Accepts new arrays, such as a cached mask, that depend on neither batch nor parameters. Raises for others."""
         if self._structure.intact():
             return
         now = Structure(self._model)
@@ -114,7 +114,7 @@ class GradientGraphs:
 
 
 def _taken_apart(output: Any, weighted: bool) -> tuple[mx.array, list[Any], mx.array]:
-    """What loss_fn returned as (loss, aux, weight); raises an error that says what to return instead."""
+    """The output of loss_fn as (loss, aux, weight). Raises an error that says what to return instead."""
     loss, *aux = output if isinstance(output, (tuple, list)) and output else (output,)
     if not isinstance(loss, mx.array):
         raise TypeError(

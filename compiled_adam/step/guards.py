@@ -1,4 +1,4 @@
-"""What a train step tries before it assigns anything, so that a failure changes nothing."""
+"""Checks that a train step makes before it assigns anything, so that a failure changes nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Traced(InputError):
 
 
 def evaluate(*trees: Any) -> None:
-    """``mx.async_eval``; in another transformation, which would keep what the step assigns, an error that says so."""
+    """``mx.async_eval``. Raises `Traced` inside another transformation, where the step would assign placeholders."""
     try:
         mx.async_eval(*trees)
     except ValueError as error:
@@ -31,9 +31,9 @@ def evaluate(*trees: Any) -> None:
 
 
 def try_kernels(arrays: Iterable[tuple[str, mx.array]]) -> None:
-    """Evaluates the smallest of each kind of array, so that a kernel that cannot be compiled raises.
+    """Evaluates the smallest array of each kind, so that a kernel that cannot be compiled raises an error now.
 
-    Later nothing could be undone: then the old arrays are not there any more, whose memory the new ones take.
+    A later error could not be undone, because the new arrays take the memory of the old ones.
     """
     smallest: dict[Hashable, mx.array] = {}
     for name, array in arrays:
@@ -44,10 +44,10 @@ def try_kernels(arrays: Iterable[tuple[str, mx.array]]) -> None:
 
 
 def take_out_placeholders(known: Iterable[Place], key: mx.array) -> None:
-    """Puts back the ``known`` arrays, and the random ``key``, where ``mx.compile`` has put others in their place.
+    """Puts back the ``known`` arrays and the random ``key`` in the places where ``mx.compile`` has put placeholders.
 
-    It does so to trace a function that calls a step, and does not put back what was there after an error. They cannot
-    be evaluated: the model would be lost.
+    ``mx.compile`` does this while it traces a function that calls a step. After an error it does not put the arrays
+    back. Placeholders cannot be evaluated, so the model would be lost.
     """
     assignments = Assignments()
     for container, index, array in known:

@@ -1,4 +1,4 @@
-"""Loss functions for language models: the mean over the tokens that are to be predicted, and how many there are."""
+"""Loss functions for language models. They return the mean over the predicted tokens and the number of these tokens."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import mlx.nn as nn
 
 
 def next_token(model: Any, tokens: mx.array, lengths: mx.array) -> tuple[mx.array, mx.array]:
-    """The mean cross entropy of the tokens of each example from ``offset`` on, given the tokens before them.
+    """The mean cross entropy of the target tokens, each predicted from the tokens before it.
 
-    ``-sum log softmax(logits)[target] / targets`` in float32. It is called like ``mlx_lm.tuner.trainer.default_loss``.
-    The only difference: mlx-lm's loss also trains the first token of the padding after each example.
+    ``-sum log softmax(logits)[target] / targets`` in float32. It takes the arguments of
+    ``mlx_lm.tuner.trainer.default_loss``. The only difference: mlx-lm's loss also trains the first token of the padding
+    after each example.
 
     Args:
         model: ``model(tokens)`` returns logits of shape (batch, length, vocabulary).
-        tokens: int32, (batch, length), padded at the end with anything.
-        lengths: int32, (batch, 2): for each example ``offset`` and ``end``. The targets are the tokens at ``offset``,
+        tokens: int32, (batch, length), padded at the end with any tokens.
+        lengths: int32, (batch, 2): ``offset`` and ``end`` of each example. The targets are the tokens at ``offset``,
             ..., ``end - 1``, without the token at 0, because no token comes before it. There is no target if ``offset``
             is at least ``end``.
 
@@ -32,13 +33,13 @@ def next_token(model: Any, tokens: mx.array, lengths: mx.array) -> tuple[mx.arra
     positions = mx.arange(1, tokens.shape[1])
     trained = (positions >= lengths[:, 0:1]) & (positions < lengths[:, 1:])
     targets = trained.sum()
-    # A choice and not a product: what is computed for the padding must not count even if it is not a number.
+    # `where` and not a product: the loss of the padding must not count even if it is not a number.
     losses = mx.where(trained, cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]), 0.0)
     return losses.sum() / mx.maximum(targets, 1), targets
 
 
 def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
-    """``logsumexp(logits) - logits[target]`` over the last axis, in float32 whatever the dtype of ``logits``."""
+    """``logsumexp(logits) - logits[target]`` over the last axis, in float32 for every dtype of ``logits``."""
     fused = getattr(mx.fast, "cross_entropy", None)
     if fused is not None and mx.default_device() == mx.gpu:
         return fused(logits, targets)  # a kernel with float32 inside; a float32 copy of the logits would be large

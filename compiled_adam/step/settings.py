@@ -1,4 +1,4 @@
-"""The options of a train step, which its traces contain."""
+"""The options of a train step. They are fixed, because traces contain them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Settings(NamedTuple):
     accumulate: int
     weighted: bool
     max_traces: int
-    group: mx.distributed.Group | None  # None for one of size 1, too
+    group: mx.distributed.Group | None  # None without other workers
     reduce_dtype: str
-    shard_state: bool  # never without a group
+    shard_state: bool  # False without a group
 
 
 def check_arguments(model: Any, loss_fn: Any, optimizer: Any) -> None:
-    """Raises TypeError, saying what to pass instead."""
+    """Raises TypeError for an argument of the wrong type. The message says what to pass instead."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}; pass an mlx.nn.Module")
     if not callable(loss_fn):
@@ -42,7 +42,7 @@ def checked(
     reduce_dtype: str,
     shard_state: bool,
 ) -> Settings:
-    """The options of `TrainStep`. Raises ValueError, naming it, for one that is out of its range."""
+    """The options of `TrainStep`. Raises ValueError if an option is out of range. The message names the option."""
     for name, value in (("accumulate", accumulate), ("max_traces", max_traces)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(f"{name} is {value!r}; it must be an integer of at least 1")

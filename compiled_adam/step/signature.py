@@ -1,4 +1,4 @@
-"""Batches as flat arrays and a hashable signature: what a gradient trace is specific to."""
+"""Batches as flat arrays and a hashable signature. Each signature has a gradient trace of its own."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import mlx.core as mx
 
 
 def flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[mx.array], Hashable]:
-    """The arrays of a call's arguments, and its signature: structure, shapes, dtypes and constants.
+    """The arrays in the arguments of a call, and the signature: structure, shapes, dtypes and constants.
 
-    Arguments are trees of dicts, lists and tuples. Equal signatures mean that one trace serves both. Numbers,
-    strings and None are constants, a part of the signature; anything else is a TypeError that names its place.
+    Arguments are trees of dicts, lists and tuples. Calls with equal signatures use the same trace. Numbers, strings and
+    None are constants in the signature. Any other value raises TypeError; the message says where the value is.
 
     >>> arrays, signature = flatten((mx.zeros((2, 3)), 7), {"mask": mx.zeros(3)})
     >>> rebuild(signature, iter(["first array", "second"]))
@@ -31,9 +31,9 @@ def _flatten(node: Any, path: str, arrays: list[mx.array]) -> Hashable:
     if type(node) is dict:
         return dict, tuple((key, _flatten(value, f"{path}[{key!r}]", arrays)) for key, value in node.items())
     if isinstance(node, float):
-        return "float", node.hex()  # its bits, since 0.0 == -0.0 and nan != nan
+        return "float", node.hex()  # the bits, since 0.0 == -0.0 and nan != nan
     if node is None or isinstance(node, (bool, int, str)):
-        return "constant", type(node), node  # with its type, since 1 == True
+        return "constant", type(node), node  # with the type, since 1 == True
     raise TypeError(
         f"{path} is {type(node).__module__}.{type(node).__qualname__}; a batch is made of mx.array, dict, list, tuple,"
         " numbers, strings and None: convert it, for example with mx.array(...)"

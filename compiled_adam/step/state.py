@@ -1,4 +1,4 @@
-"""What a train step keeps between two calls, and everything that a run continues from, as dictionaries of arrays."""
+"""The state that a train step keeps between two calls, and its export and import as dictionaries of arrays."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ StateDict = dict[str, dict[str, mx.array]]  # parts: "model", "optimizer", "wind
 
 
 class StepState:
-    """The window, how many micro-batches it has, and what the model's ``buffers`` were before the first step.
+    """The window (the sums of accumulated gradients), the number of micro-batches in it, and the initial ``buffers``.
 
-    A buffer is an array that is no parameter, but that the forward pass assigns. ``current`` returns where the arrays
-    of the model and of the optimizer are now.
+    A buffer is an array that is no parameter, but that the forward pass assigns. ``buffers`` has the values from before
+    the first step. ``current`` returns the present places of the arrays of model and optimizer.
     """
 
     def __init__(self, optimizer: optim.Optimizer, settings: Settings, current: Callable[[], Bound]) -> None:
         self._optimizer, self._settings, self._current = optimizer, settings, current
-        self.window: window.Window | None = None  # while it is empty
+        self.window: window.Window | None = None  # None while the window is empty
         self.filled = 0
         self.buffers: dict[str, mx.array] = {}
 
     def note_buffer(self, path: str, array: mx.array, assignments: Assignments) -> None:
-        """Keeps what a buffer was before the first step, as a part of ``assignments``."""
+        """Adds to ``assignments`` that the value of a buffer before the first step is kept."""
         if path not in self.buffers:
             assignments.add(self.buffers, path, array)
 
     def assign_window(self, sums: window.Window | None, filled: int, assignments: Assignments) -> None:
-        """A new window, as a part of ``assignments``."""
+        """Adds a new window to ``assignments``."""
         assignments.attribute(self, "window", sums)
         assignments.attribute(self, "filled", filled)
 
     def whole(self, everywhere: bool) -> StateDict:
-        """What `TrainStep.state_dict` returns."""
+        """The result of `TrainStep.state_dict`."""
         state, bound, group = self._own(), self._current(), self._settings.group
         if bound.shard is not None and group is not None:
             every, has = everywhere or group.rank() == 0, bound.shard.has
@@ -56,7 +56,7 @@ class StepState:
         return state
 
     def _own(self) -> StateDict:
-        """The state whose window, and sharded part, is this worker's alone."""
+        """The state of this worker alone: the window and the shard are not yet combined with the other workers'."""
         bound = self._current()
         bound.trees.settle()
         everything = _everything(bound)
@@ -68,11 +68,11 @@ class StepState:
             "window": sums,
             "random": {"key": random_state.get()},
         }
-        # Other objects than those in the trees, which may be edited in place.
+        # New array objects, because callers may edit the arrays in the trees in place.
         return {part: {path: array[...] for path, array in arrays.items()} for part, arrays in state.items()}
 
     def load(self, state: StateDict, convert: bool) -> None:
-        """What `TrainStep.load_state_dict` does."""
+        """Implements `TrainStep.load_state_dict`."""
         if rows := self.mismatches(state, convert):
             raise InputError("the state does not fit:\n" + table(("what", "here", "state"), rows))
         filled = cast(int, state["window"]["batches"].item()) if state["window"] else 0
@@ -81,14 +81,14 @@ class StepState:
                 f"the state has a window of {filled} micro-batches, but accumulate is {self._settings.accumulate};"
                 f" make it {filled + 1} or more (accumulate=..., --grad-accumulation-steps)"
             )
-        mx.eval(state)  # what cannot be read raises here
+        mx.eval(state)  # an array that cannot be read from the file raises here
         assignments = Assignments()
         self._load_optimizer(state["optimizer"], convert, assignments)
         bound = self._current()
         self._load_model(bound, state["model"], assignments)
         sums, group = None, self._settings.group
         if filled and group is not None and group.rank() > 0:
-            sums = window.empty(bound.parameters.read())  # the first worker has the sum
+            sums = window.empty(bound.parameters.read())  # the first worker gets the sum of all workers
             mx.eval(sums)
         elif filled:
             sums = window.from_dict(state["window"], bound.parameters.paths)
@@ -110,17 +110,17 @@ class StepState:
         everything = _everything(bound)
         for path in state.keys() - set(bound.parameters.paths) - self.buffers.keys():
             assignments.add(self.buffers, path, everything[path])
-        # What the forward pass assigns is not in a state from before it did: then it becomes what it was.
+        # A state from before the first step lacks the buffers. They then get their values from before the first step.
         model = {**self.buffers, **state}
         for path, place in zip(everything, bound.arrays.places, strict=True):
             if path in model:
                 assignments.add(*place, model[path][...])
 
     def mismatches(self, state: StateDict, convert: bool) -> list[Row]:
-        """What of a state does not fit here, as rows (path, here, in the state)."""
+        """The mismatches of a state, as rows (path, here, in the state)."""
         bound = self._current()
         everything = _everything(bound)
-        # The forward pass may give what it assigns another dtype, and assigns what a state from before lacks.
+        # The forward pass may change the dtype of a buffer, and a state from before the first step lacks buffers.
         buffers = (everything.keys() & state["model"].keys()) - set(bound.parameters.paths)
         fitting = {path for path in buffers if state["model"][path].shape == everything[path].shape}
         wanted = {*bound.parameters.paths, *buffers} - fitting
@@ -146,5 +146,5 @@ def _everything(bound: Bound) -> dict[str, mx.array]:
 
 
 def _its_own(bound: Bound, state: dict[str, mx.array]) -> dict[str, mx.array]:
-    """Of the optimizer's state what this worker has."""
+    """The part of the optimizer's ``state`` that this worker keeps."""
     return state if bound.shard is None else bound.shard.own(state)

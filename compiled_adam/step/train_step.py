@@ -1,7 +1,8 @@
 """``make_step``: a compiled train step, made of a gradient graph per batch signature and one update graph.
 
-The gradient graph depends on the batch's shapes, the update never does. They are separate compiled functions,
-joined lazily and evaluated together: a new sequence length traces the forward and backward pass only.
+The gradient graph depends on the shapes of the batch. The update graph does not. They are separate compiled functions
+whose lazy results are evaluated together. So a new sequence length needs a new trace (a recording of the Python code as
+a graph) of the forward and backward pass only.
 """
 
 from __future__ import annotations
@@ -28,64 +29,67 @@ from .update_graph import Update
 
 
 class StepResult(NamedTuple):
-    """What one call of a `TrainStep` gives. Arrays are lazy: reading one waits for the step."""
+    """The result of one call of a `TrainStep`. Arrays are lazy: reading one waits for the step."""
 
-    loss: mx.array  # 0-d, of this batch before the update; from `flush` the mean over the window
-    aux: tuple[Any, ...]  # what loss_fn returned after the loss
-    grad_norm: mx.array | None  # 0-d float32, global norm of the (mean) gradient; None where nothing was updated
-    learning_rate: mx.array | None  # 0-d, of the last update; None for an optimizer that has none
+    loss: mx.array  # 0-d, loss of this batch before the update; from `flush`: the mean over the window
+    aux: tuple[Any, ...]  # the values that loss_fn returned after the loss
+    grad_norm: mx.array | None  # 0-d float32, global norm of the (mean) gradient; None if this call made no update
+    learning_rate: mx.array | None  # 0-d, rate of the last update; None for an optimizer without a learning rate
     updated: bool  # whether this call applied an update
     skipped: mx.array  # 0-d, how many updates were skipped so far
-    extra: mx.array | None = None  # 0-d, sum of the workers' `extra`; None without other workers or an update
+    extra: mx.array | None = None  # 0-d, sum of `extra` over the workers; None without other workers or an update
 
 
 class TrainStep:
-    """A compiled train step: ``step(*batch)`` computes the loss and its gradient and updates the model in place.
+    """A compiled train step: ``step(*batch)`` computes the loss and the gradient, and updates the model in place.
 
-    With ``accumulate=N`` every N-th call updates, with the mean gradient ``sum_i w_i g_i / sum_i w_i`` of the N
-    micro-batches (summed in float32), where ``w_i`` is 1, or with ``weighted=True`` what loss_fn returns second.
+    With ``accumulate=N`` every N-th call makes an update. The N micro-batches between two updates are the window. The
+    update uses their mean gradient ``sum_i w_i g_i / sum_i w_i``, summed in float32. The weight ``w_i`` is 1, or the
+    second value that loss_fn returns if ``weighted=True``.
 
-    loss_fn is traced: its Python runs when a batch has a new signature, not at every call. A trace keeps the values
-    that Python had when it was made: arrays of other objects (a second model in a closure), attributes such as a
-    dropout rate, activation functions. Pass what changes in the batch. Changes of the modules' ``training`` flags are
-    followed.
-    A schedule must be a pure function of the step.
+    MLX traces loss_fn: the Python code runs once for each new batch signature and records a graph, the trace. A trace
+    keeps the Python values of that moment: arrays of other objects (a second model in a closure), attributes such as
+    a dropout rate, activation functions. Pass changing values in the batch. A change of a module's ``training`` flag
+    makes the step use (or trace) another graph. A schedule must be a pure function of the step.
 
     Args:
-        model: the module to train: its trainable parameters are updated, and arrays that the forward pass assigns
-            (such as running statistics) are kept. The random state (dropout) advances as it does without a step.
-        loss_fn: ``loss_fn(model, *args, **kwargs)`` returns the loss, a 0-d float array, or a tuple that begins
-            with it.
+        model: the module to train. The step updates the trainable parameters and keeps arrays that the forward pass
+            assigns (such as running statistics). The random state (dropout) advances as it does without a step.
+        loss_fn: ``loss_fn(model, *args, **kwargs)`` returns the loss (a 0-d float array), or a tuple that begins
+            with the loss.
         optimizer: any ``mlx.optimizers`` optimizer. Default ``Adam(1e-3)``.
         accumulate: micro-batches per update, at least 1. Default 1.
-        weighted: whether the second item of loss_fn's tuple is the weight of the batch, a 0-d array of at least 0,
-            usually its number of tokens. The loss is then a mean over so many tokens. A batch of weight 0 adds
-            nothing to the gradient, whatever its loss. An update whose batches all have weight 0 has the gradient 0.
-            Default False.
+        weighted: whether the second item of loss_fn's tuple is the weight of the batch: a 0-d array of at least 0,
+            usually the number of tokens that the loss is a mean over. A batch of weight 0 adds nothing to the gradient,
+            even if the loss is NaN. If all batches of an update have weight 0, the gradient is 0. Default False.
         max_traces: how many gradient traces are kept. A trace belongs to a batch signature (structure, shapes,
-            dtypes, Python constants) and the modules' ``training`` flags; the least recently used is dropped first.
-        group: workers of ``mx.distributed`` that train the same model, each with its own part of every batch; all call
-            the step alike. Gradients are averaged over them once per update, weighted like micro-batches, before
-            clipping and guard; a step's loss stays this worker's. Default None: no others.
-        reduce_dtype: what gradients are communicated in: "float32" (default), "bfloat16" or "param", the parameters'.
-        shard_state: whether each worker of the group keeps the optimizer's state of its part of the parameters only,
-            updates those, and gets the others' new weights. Same results to the bit, for parameters are dealt out
-            whole; a checkpoint has the whole state. Default False. No effect without other workers.
+            dtypes, Python constants) and the modules' ``training`` flags. The least recently used trace is dropped
+            first. Default 64.
+        group: the ``mx.distributed`` workers that train the same model, each on a different part of every batch. All
+            workers must make the same calls. Gradients are averaged over the workers once per update, before
+            clipping and the ``skip_nonfinite`` check, with the weights of the batches. The returned loss is the loss of
+            this worker. Default None: a single worker.
+        reduce_dtype: the dtype in which workers exchange gradients: "float32" (default), "bfloat16", or "param" for the
+            dtype of each parameter.
+        shard_state: split the optimizer's state over the workers. Each worker keeps the state of some parameters (a
+            shard), updates these parameters, and receives the others from the other workers. The results are
+            bit-identical, because no parameter is split. A checkpoint has the whole state. Default False. No effect
+            without other workers.
 
-    A call returns a `StepResult`; ``flush()`` applies a partly filled window; ``traces`` counts how often the Python
-    of each graph ran, which is once a trace, or at every call where nothing is compiled. ``extra`` is a number that is
-    summed over the workers with the next update, for `StepResult.extra`.
+    A call returns a `StepResult`. ``flush()`` applies a partly filled window. ``traces`` counts how often the Python
+    code of each graph ran: once per trace, or at every call if compiling is disabled. ``extra`` is a number that the
+    next update sums over the workers; `StepResult.extra` is the sum.
 
     Raises:
-        TypeError, ValueError: `make_step` raises them for an unusable argument, a model without trainable parameters,
-            and workers with other parameters, options or package versions (at all workers, naming the rank). A call
-            raises them for a loss that is no scalar, inside another ``mx.compile``, and if parameters were frozen,
-            unfrozen or added since `make_step`.
+        TypeError, ValueError: `make_step` raises them for an unusable argument, for a model without trainable
+            parameters, and on all workers if one has other parameters, options or package versions (the message names
+            the rank). A call raises them if the loss is no scalar, inside another ``mx.compile``, and if parameters
+            were frozen, unfrozen or added since `make_step`.
 
-    If anything in a call raises, model, optimizer, window and random state are as they were before the call. Ctrl-C
-    leaves all of them as before the call, or all as after it. For that, everything but the update is evaluated before
-    anything is assigned. The first update of a trace is tested on one parameter of each kind, which takes the memory of
-    these parameters once more. A step cannot undo an update that runs out of memory.
+    If a call raises, model, optimizer, window and random state are as they were before the call. Ctrl-C leaves them
+    either all as before the call, or all as after the call. For this, everything except the update is evaluated before
+    anything is assigned. The first update of a trace is tested on one parameter of each kind, which needs memory for a
+    second copy of these parameters. A step cannot undo an update that runs out of memory.
 
     >>> mx.random.seed(0)
     >>> model = nn.Linear(2, 1)
@@ -119,7 +123,7 @@ class TrainStep:
         if self._settings.shard_state:
             shard.check(self._optimizer)
         if (others := self._settings.group) is not None:
-            workers.check_alike(others, {"shard_state": shard_state})  # first: it decides what is communicated
+            workers.check_alike(others, {"shard_state": shard_state})  # first: it decides which arrays are exchanged
             shard.complete(self._optimizer, others, model.parameters())
         for part in any_optimizer.parts(self._optimizer):
             check_schedules(part._schedulers)
@@ -142,7 +146,7 @@ class TrainStep:
 
     @property
     def optimizer(self) -> optim.Optimizer:
-        """The optimizer, whose state the step updates."""
+        """The optimizer. Each update changes the state of this object."""
         return self._optimizer
 
     @property
@@ -157,18 +161,18 @@ class TrainStep:
 
     @property
     def group(self) -> mx.distributed.Group | None:
-        """The workers that train together; None for a group of size 1, too."""
+        """The workers that train together. None without other workers."""
         return self._settings.group
 
     @property
     def traces(self) -> dict[str, int]:
-        """How often the Python of each graph ran, and how many gradient traces were dropped."""
+        """How often the Python code of each graph ran, and how many gradient traces were dropped ("evicted")."""
         gradients, graph = self._bound.gradients, self._bound.graph
         now = {"grad": gradients.made, "accumulate": graph.added, "update": graph.updated, "evicted": gradients.evicted}
         return {name: self._earlier[name] + count for name, count in now.items()}
 
     def __call__(self, *args: Any, **kwargs: Any) -> StepResult:
-        """One (micro-)batch: ``loss_fn(model, *args, **kwargs)``, its gradient and, at a window's end, the update."""
+        """Computes ``loss_fn(model, *args, **kwargs)`` and the gradient. The last call of a window makes the update."""
         batch, signature = batches.flatten(args, kwargs)
         try:
             evaluate(batch)
@@ -180,21 +184,21 @@ class TrainStep:
             raise
 
     def flush(self) -> StepResult | None:
-        """Applies a window that is only partly filled, as the mean over what it has; None if it is empty."""
+        """Makes an update from a partly filled window, with the mean over the present micro-batches. None if empty."""
         if not self._state.filled:
             return None
         self._current()
         return self._all_or_nothing(self._rest_of_window)
 
     def _all_or_nothing(self, work: Callable[[Assignments], StepResult]) -> StepResult:
-        """``work`` builds what it makes, lazily, and then assigns it at once; it raises before that, or not at all."""
+        """Runs ``work``, which makes lazy arrays and then assigns all of them at once. An error changes nothing."""
         key = random_state.get()
         made: dict[str, bool] = {}
         assignments = Assignments()
         assignments.add(made, "all", True)
 
         def undo() -> None:
-            if not made:  # a compiled function has assigned the random state already
+            if not made:  # nothing was assigned except the random state, which a compiled function assigns itself
                 random_state.assign(key)
 
         return undone_on_error(partial(work, assignments), undo)
@@ -216,8 +220,8 @@ class TrainStep:
             update = bound.graph.update(gradients, weight, total_loss, self.extra, assigned)
             sums, filled = None, 0
         if mx.default_device().type == mx.DeviceType.cpu:
-            mx.eval(*made)  # what fails on another thread, such as the inverse of a singular matrix, raises only now
-        del made, gradients  # the graph alone must hold them, or their memory cannot be reused
+            mx.eval(*made)  # errors of MLX's worker thread, such as the inverse of a singular matrix, raise only here
+        del made, gradients  # MLX reuses the memory only if nothing but the graph refers to these arrays
         self._assign(assigned, update, sums, filled, assignments)
         return self._result(loss, aux, update)
 
@@ -238,7 +242,7 @@ class TrainStep:
         filled: int,
         assignments: Assignments,
     ) -> None:
-        """Assigns what the forward pass and the update have made, and the window, all at once."""
+        """Assigns the results of the forward pass and of the update, and the window, all at once."""
         bound = self._bound
         for index, array in assigned.items():
             container, key = bound.arrays.places[index]
@@ -252,71 +256,71 @@ class TrainStep:
         assignments.make()
 
     def _result(self, loss: mx.array, aux: list[Any], update: Update | None) -> StepResult:
-        """Starts the evaluation of everything that has changed."""
+        """Starts the evaluation of every changed array and returns the result of the call."""
         grad_norm = None if update is None else update.grad_norm
         skipped = sum(any_optimizer.skipped(self._optimizer), mx.array(0))
         extra = update.sums[2] if update is not None and update.sums else None
         rate = any_optimizer.learning_rate(self._optimizer)
-        self._remember()  # before the evaluation, in which the update overwrites the old arrays
+        self._remember()  # before the evaluation, because the update overwrites the memory of the old arrays
         model, _, key = self._known
         state = None if update is None else update.state
         evaluate(loss, aux, grad_norm, skipped, extra, rate, [a for *_, a in model], state, self._state.window, key)
-        # Other objects than those in the state, so that what is done to these in place does not change a result.
+        # New array objects, so that editing the arrays of the state in place does not change this result.
         grad_norm, rate = (None if array is None else array[...] for array in (grad_norm, rate))
         return StepResult(loss, tuple(aux), grad_norm, rate, update is not None, skipped, extra)
 
-    # What a run continues from.
+    # Saving and continuing.
 
     def state_dict(self, *, everywhere: bool = True) -> dict[str, dict[str, mx.array]]:
         """Everything that an exact continuation needs, as dictionaries of arrays by ``tree_flatten``'s paths.
 
-        ``"model"``: the trainable parameters, and the other arrays that the forward pass assigns; ``"optimizer"``:
-        its state; ``"window"``: the sums of a partly filled window, empty otherwise; ``"random"``: MLX's ``key``.
-        With other workers all must call this: the window is the sum of theirs, and state that is sharded is gathered.
-        Without ``everywhere`` the first worker alone gets that, where the others have no use for it.
+        ``"model"`` has the trainable parameters and the other arrays that the forward pass assigns. ``"optimizer"`` has
+        the state of the optimizer. ``"window"`` has the sums of a partly filled window, or is empty. ``"random"`` has
+        the ``key`` of MLX's random state. With several workers all must call this method: it sums their windows and
+        gathers sharded state. With ``everywhere=False`` only the first worker gets the gathered state.
         """
         return self._state.whole(everywhere)
 
     def load_state_dict(self, state: dict[str, dict[str, mx.array]], *, convert: bool = False) -> None:
-        """Continues from a `state_dict`: the model, the optimizer, the window and MLX's random state become its.
+        """Continues from a `state_dict`: replaces the content of model, optimizer, window and MLX's random state.
 
-        With ``convert`` the optimizer's state may be one of MLX's own Adam or AdamW, or have moments that are stored in
-        another way. What the state lacks (residuals, counters) starts at zero. Running statistics, and whatever else
-        the forward pass assigns, get the dtype that they have in the state. If the state lacks them, because it is from
-        before the first batch, they become what they were before the first batch.
+        With ``convert`` the optimizer's state may come from MLX's own Adam or AdamW, or have moments stored in another
+        way. Missing arrays (residuals, counters) then start at zero. Arrays that the forward pass assigns, such as
+        running statistics, get the dtype that they have in ``state``. A state from before the first batch may lack
+        them: they then get the values that they had before the first batch.
 
         Raises:
-            ValueError: with a table of everything that does not fit; nothing is changed then.
+            ValueError: the state does not fit. The message has a table of all mismatches. Nothing is changed then.
         """
         self._state.load(state, convert)
 
     def mismatches(self, state: dict[str, dict[str, mx.array]], *, convert: bool = False) -> list[Row]:
-        """What of a `state_dict` does not fit here, as rows (path, here, in the state); empty if it can be loaded."""
+        """The mismatches of a `state_dict`, as rows (path, here, in the state). An empty list: it can be loaded."""
         return self._state.mismatches(state, convert)
 
     def keeps(self, part: str, path: str) -> bool:
-        """Whether this worker has a use for an array of a `state_dict`."""
+        """Whether this worker needs the array at ``path`` of a `state_dict`."""
         return part != "optimizer" or self._bound.shard is None or self._bound.shard.has(path)
 
     def description(self) -> dict[str, Any]:
-        """What the updates depend on beside the state: options by name, as JSON can hold them."""
+        """The options that the updates depend on, by name. JSON can hold all values."""
         own: dict[str, Any] = {"accumulate": self.accumulate, "weighted": self.weighted}
         reduce_dtype = self._settings.reduce_dtype
         own |= {"reduce_dtype": reduce_dtype} if reduce_dtype != "float32" else {}
         return own | any_optimizer.description(self._optimizer)
 
-    # What the graphs are bound to.
+    # The arrays of the model and of the optimizer.
 
     def _bind(self) -> None:
         bound = bind(self._model, self._loss_fn, self._optimizer, self._settings)
         for path, array in bound.running_statistics().items():
             self._state.buffers.setdefault(path, array)
         earlier = Counter(self.traces) if hasattr(self, "_bound") else self._earlier
-        vars(self).update(_earlier=earlier, _bound=bound)  # at once: an interrupt must not count traces twice
+        vars(self).update(_earlier=earlier, _bound=bound)  # in one call: an interrupt must not count traces twice
         self._remember()
 
     def _current(self) -> Bound:
-        """Follows a model or an optimizer state whose containers were replaced; refuses other parameters."""
+        """Binds anew if a caller has replaced containers of model or state. Raises if the parameters changed."""
         bound = self._bound
         if bound.intact():
             return bound
@@ -330,9 +334,9 @@ class TrainStep:
         return self._bound
 
     def _remember(self) -> None:
-        """Keeps the arrays that are there now, for `take_out_placeholders`; the old ones are not kept any more.
+        """Keeps references to the present arrays, for `take_out_placeholders`, and drops the references to older ones.
 
-        They take no memory of their own, except those that somebody replaces, until the next step.
+        This takes extra memory only for arrays that a caller replaces, until the next step.
         """
         places = self._bound.arrays.places
         model: list[Place] = [(container, key, container[key]) for container, key in places]

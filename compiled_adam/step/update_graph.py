@@ -1,4 +1,4 @@
-"""The update as compiled functions: a micro-batch more in the window, and the whole optimizer."""
+"""Two compiled functions: one adds a micro-batch to the window of accumulated gradients, one makes the update."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from .settings import Settings
 
 
 class Update(NamedTuple):
-    """What an update makes, all lazy."""
+    """The results of an update. All arrays are lazy."""
 
     parameters: list[mx.array]
     state: Any
     grad_norm: mx.array
-    sums: list[mx.array]  # with other workers: of weights, of weighted losses, of the steps' `extra`
+    sums: list[mx.array]  # sums over the workers of weights, weighted losses and `extra`; empty without other workers
 
 
 class UpdateGraph:
-    """The update of the arrays of ``trees`` by an optimizer, whose gradients have ``dtypes``.
+    """The update of the arrays of ``trees`` by an optimizer. The gradients have the given ``dtypes``.
 
-    ``added`` and ``updated`` count how often the Python of each graph ran.
+    ``added`` and ``updated`` count how often the Python code of each graph ran.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class UpdateGraph:
     ) -> Update:
         """An update by the sums of a window, or by the gradients of one batch.
 
-        ``assigned`` has the parameters that the forward pass has assigned. ``extra`` is summed over the workers.
+        ``assigned`` has the parameters that the forward pass has replaced. ``extra`` is summed over the workers.
         """
         scalars = [weight] if self._settings.group is None else [weight, loss, mx.array(extra)]
         before = self.updated
@@ -83,7 +83,7 @@ class UpdateGraph:
         state: Any,
         constants: list[Any],
     ) -> tuple[list[mx.array], Any, mx.array, list[mx.array]]:
-        # `constants` are not read, the optimizer reads its own: they make a trace hold for these values only.
+        # `constants` is not read, because the optimizer reads its attributes. It makes other values cause a new trace.
         self.updated += 1
         gradients, weight, sums, last = self._mean(gradients, scalars)
         return *self._trees.update(gradients, parameters, state, last, weight), sums
@@ -91,14 +91,14 @@ class UpdateGraph:
     def _mean(
         self, gradients: list[mx.array], scalars: list[mx.array]
     ) -> tuple[list[mx.array], mx.array | None, list[mx.array], mx.array | None]:
-        """The mean gradients, a weight that is not in them yet, the sums over workers, and the last communication."""
+        """Mean gradients, a weight not yet applied to them, sums over workers, and the last communication's result."""
         accumulate, weighted, _, group, reduce_dtype, _ = self._settings
         if group is not None:
             own = None
             if accumulate == 1:
                 own, loss, extra = scalars
                 scalars = [mx.maximum(own, 0.0), window.weighted(loss, own), extra]
-            own = own if weighted else None  # all are 1
+            own = own if weighted else None  # without `weighted` all weights are 1
             sent = [reduce.DTYPES[reduce_dtype] or dtype for dtype in self._dtypes]
             gradients, *sums, last = reduce.mean_over_workers(gradients, scalars, group, sent, own)
             return [g.astype(dtype) for g, dtype in zip(gradients, self._dtypes, strict=True)], None, sums, last

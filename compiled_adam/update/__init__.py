@@ -1,4 +1,4 @@
-"""The update rule, and how MLX is made to run it in few kernels."""
+"""The update rule of Adam, and its arrangement so that MLX runs it in few kernels."""
 
 from . import residual, window
 from .groups import ALL_ALIKE, DecayFilter, Group, check_patterns, decay_matrices, group

@@ -1,4 +1,4 @@
-"""Parameter groups: which parameters decay and which learn faster or slower, resolved once from their paths."""
+"""Parameter groups: which parameters decay and which learn faster or slower. A path decides the group, once."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from ..base import InputError
 
 
 class Group(NamedTuple):
-    """What is the same for some leaves of a tree: a group of parameters, in the words of other libraries."""
+    """The settings that a group of parameters has in common."""
 
     learning_rate_multiplier: float
     decays: bool
 
 
-ALL_ALIKE = Group(1.0, True)  # of every parameter, without a filter and multipliers
+ALL_ALIKE = Group(1.0, True)  # the group of every parameter without a filter and multipliers
 DecayFilter = Callable[[str, mx.array], bool]
 
 
 def group(
     path: str, parameter: mx.array, decay_filter: DecayFilter | None, multipliers: Mapping[str, float] | None
 ) -> Group:
-    """The group of one parameter. Raises ValueError if two of the ``multipliers``' patterns match its path."""
+    """The group of the parameter at ``path``. Raises ValueError if two patterns of ``multipliers`` match the path."""
     matching = [pattern for pattern in multipliers or {} if re.search(pattern, path)]
     if len(matching) > 1:
         raise InputError(
@@ -37,7 +37,7 @@ def group(
 
 
 def check_patterns(paths: Sequence[str], multipliers: Mapping[str, float] | None) -> None:
-    """Raises ValueError for a pattern that matches none of ``paths``, which is a typing error."""
+    """Raises ValueError if a pattern matches none of ``paths``: it is probably misspelled."""
     for pattern in multipliers or {}:
         if not any(re.search(pattern, path) for path in paths):
             raise InputError(
@@ -48,10 +48,10 @@ def check_patterns(paths: Sequence[str], multipliers: Mapping[str, float] | None
 
 
 def decay_matrices(path: str, parameter: mx.array) -> bool:
-    """A ``decay_filter``: decay for weights of two and more dimensions that are no embeddings.
+    """A ``decay_filter`` that gives weight decay to weights of two or more dimensions, except embeddings.
 
-    Biases, norms and other vectors do not decay, nor does what is in a module named like an embedding (``embed``
-    in its name, ``wte``, ``wpe``).
+    Biases, norms and other vectors do not decay. A parameter counts as an embedding if the path contains ``embed``, or
+    has a part ``wte`` or ``wpe``.
 
     >>> w = mx.zeros((4, 4))
     >>> decay_matrices("layers.0.up.weight", w), decay_matrices("layers.0.norm.weight", w[0])

@@ -1,17 +1,18 @@
-"""How MLX is made to run the update of a leaf well: in one kernel, or each array in one that overwrites it.
+"""The lowering of the update: how MLX runs the update of a leaf (one parameter array) in kernels.
 
-Nothing here changes what is computed. The rest of this folder calls `of_leaves`, `Runner`, `in_place`, `square_root`
-and `unfused`, and reads as the algorithm.
+Nothing here changes the results, except for rounding. The rest of this folder calls `of_leaves`, `Runner`, `in_place`,
+`square_root` and `unfused`, and has the algorithm only.
 
-"fused"     One kernel with three outputs: each array is read and written once, 28 bytes per float32 parameter. MLX
+"fused"     One kernel with three outputs. Each array is read and written once: 28 bytes per float32 parameter. MLX
             gives each output of such a kernel new memory, as much as all parameters and moments together.
-"inplace"   A kernel for each of ``m``, ``v`` and the weight: 40 bytes per float32 parameter, and no memory at all, as
-            MLX lets a kernel with a single output write to an input that nobody else needs.
+"inplace"   One kernel each for ``m``, ``v`` and the weight: 40 bytes per float32 parameter, but no new memory. MLX lets
+            a kernel with a single output overwrite an input that is not needed elsewhere.
 
-On a GPU the bytes decide, so "auto" is "fused". The CPU backend has one thread for each stream, and g++ leaves a loop
-with three outputs scalar; there "auto" is in place for leaves from `LARGE` elements, below which a kernel costs more
-than its loop. In both, those leaves are shared out to two streams. On Linux g++ leaves a loop with a square root scalar
-too; there "auto" has Heron's method, from guesses that take 2 bytes per parameter of the leaves that are under way.
+On a GPU the number of bytes decides, so "auto" is "fused". On the CPU g++ does not vectorize a loop with three outputs.
+So "auto" is "inplace" for leaves from `LARGE` elements; below that a kernel costs more than its loop. The CPU backend
+has one thread per stream, so "auto" and "inplace" divide the large leaves between two streams. On Linux g++ does not
+vectorize a loop with a square root either. So "auto" uses Heron's method there. The first guesses take 2 bytes per
+parameter of the leaves in progress.
 """
 
 from __future__ import annotations
@@ -30,20 +31,20 @@ LARGE = 1 << 15
 SLOW_SQRT = sys.platform == "linux"
 
 T = TypeVar("T")
-_second = threading.local()  # MLX's streams belong to the thread that made them
+_second = threading.local()  # an MLX stream belongs to the thread that made it
 
 
 class Lowering(NamedTuple):
-    """What becomes of one leaf."""
+    """How and where the update of one leaf runs."""
 
     inplace: bool
     stream: mx.Stream
-    second: bool = False  # whether that is not the default stream
+    second: bool = False  # whether ``stream`` is the second stream and not the default stream
     heron: bool = False  # whether the square root is computed by Heron's method
 
 
 def of_leaves(choice: str, sizes: Sequence[int]) -> list[Lowering]:
-    """The lowering of each leaf of so many elements, on the default device."""
+    """The lowering of each leaf on the default device. ``sizes`` has the number of elements of each leaf."""
     streams = [mx.default_stream(mx.default_device())]
     shared = choice != "fused" and streams[0].device.type == mx.DeviceType.cpu
     if shared:
@@ -70,16 +71,16 @@ def _second_stream() -> mx.Stream:
 class Runner(Generic[T]):
     """Runs the update of each leaf on the stream that its `Lowering` names.
 
-    ``shared`` is what all leaves read; ``copy`` makes the same from other nodes of the graph, for what reads an array
-    of another stream waits for it, each time again.
+    ``shared`` has the arrays that all leaves read. ``copy`` makes the same arrays from new nodes of the graph, for the
+    second stream: every read of an array of another stream would wait for that stream again.
     """
 
     def __init__(self, shared: T, copy: Callable[[T], T], parameters: Sequence[mx.array]) -> None:
         self._copy = copy
-        self._shared = {False: shared}  # by whether it is for the second stream
-        # MLX merges a constant that is broadcast to the same shape twice, on different streams too. A kernel cannot
-        # take in what belongs to another stream: it would read the constant as a strided array, wait for it, and be
-        # twice as slow. So on the second stream shapes have axes of one in front, more than on the default stream.
+        self._shared = {False: shared}  # key: whether the arrays are for the second stream
+        # MLX merges two broadcasts of a constant to the same shape, also on different streams. A kernel cannot fuse an
+        # array of another stream: it would wait for the constant, read it as a strided array, and be twice as slow.
+        # So on the second stream all shapes begin with additional axes of length one, and are never the same.
         self._front = (1,) * (1 + max((leading_ones(p.shape) for p in parameters), default=0))
 
     def run(
@@ -90,7 +91,7 @@ class Runner(Generic[T]):
         parameter: mx.array,
         state: Stored,
     ) -> tuple[mx.array, Stored]:
-        """``leaf(shared, gradient, parameter, state)``, the new parameter and state, in the shapes of the old."""
+        """Runs ``leaf(shared, gradient, parameter, state)``. The new parameter and state keep the old shapes."""
         front = self._front if how.second else ()
         with mx.stream(how.stream):
             if how.second not in self._shared:
@@ -106,10 +107,10 @@ class Runner(Generic[T]):
 
 
 def in_place(moments: Callable[[mx.array], tuple[mx.array, mx.array]], gradient: mx.array) -> tuple[mx.array, mx.array]:
-    """``moments(gradient)``, each in a kernel of its own, which can overwrite the old one."""
+    """``moments(gradient)`` with a separate kernel for ``m`` and for ``v``. Each can overwrite the old moment."""
     m, _ = moments(gradient)
-    # From another node of the graph: of the same one MLX would cast and clip the gradient once, in a kernel of its own,
-    # and write it out for both to read.
+    # `unfused` makes a second graph node of the gradient. With one node MLX would cast and clip the gradient in a
+    # third kernel, and write the result to memory for the other two.
     _, v = moments(unfused(gradient))
     return unfused(m), unfused(v)
 
@@ -120,18 +121,18 @@ def square_root(v: mx.array, heron: bool) -> mx.array:
 
 
 def unfused(x: mx.array) -> mx.array:
-    """``x`` itself, computed in a kernel of its own rather than in that of what uses it.
+    """``x``, computed in a separate kernel and not fused into the kernels that use it.
 
-    MLX fuses a chain of scalars into its consumer if there is only one, and then computes it once per element: with a
-    single parameter that would be two expm1 for each weight. ``contiguous`` is not fusable, and moves nothing here.
+    MLX fuses a chain of scalar operations into a single consumer, and then computes the chain once per element: a
+    model with one parameter would compute two expm1 for each weight. ``contiguous`` is not fusable, and copies nothing.
     """
     return mx.contiguous(x, allow_col_major=True)
 
 
 def _root_guess(v: mx.array) -> mx.array:
-    """The square root of each of ``v``, float32 and not negative, within 4 %: bfloat16.
+    """The square root of each element of ``v`` (float32, not negative) within 4 %, as bfloat16.
 
-    The upper half of the bits, shifted by one: that halves the exponent, and the mantissa almost as a root does.
+    It shifts the upper half of the bits by one. This halves the exponent, and changes the mantissa almost as a root.
 
     >>> _root_guess(mx.array([1.0, 2.0, 1e-20])).tolist()
     [0.984375, 1.46875, 9.913492249324918e-11]
@@ -140,11 +141,12 @@ def _root_guess(v: mx.array) -> mx.array:
 
 
 def _heron(v: mx.array, guess: mx.array) -> mx.array:
-    """The square root of ``v``, float32, from its `_root_guess`: Heron's ``(r + v / r) / 2`` twice.
+    """The square root of ``v``, float32, from ``_root_guess(v)``: two steps of Heron's ``(r + v / r) / 2``.
 
-    With g++ a loop of these divisions takes a third of the time of one that must set ``errno`` for the square root of
-    a negative number. Heron's step is never too small; the first by at most 0.07 %: with its mean error taken off, the
-    second is right to 1.1 * 2^-24 before rounding. From 0 and denormal ``v`` the root is up to 2e-20 too large.
+    With g++ this loop takes a third of the time of a loop with square roots, which must set ``errno`` for negative
+    numbers. A Heron step never gives too small a root. The first step is at most 0.07 % too large. With the mean error
+    subtracted, the second step is right to 1.1 * 2^-24 before rounding. If ``v`` is 0 or denormal, the root is up to
+    2e-20 too large.
 
     >>> _heron(v := mx.array([0.0, 4.0, 1e10, float('inf')]), _root_guess(v)).tolist()
     [1.989815275238986e-20, 2.0, 100000.0, inf]

@@ -1,4 +1,7 @@
-"""The whole update as one function of arrays: norm, clipping, guard, coefficients, and every leaf."""
+"""The whole update as one function of arrays: norm, clipping, guard, coefficients, and every leaf.
+
+A leaf is one parameter array. The guard is the check of ``skip_nonfinite``, which decides whether an update is made.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,11 @@ FLOATS = (mx.float32, mx.bfloat16, mx.float16)
 
 
 class Form(NamedTuple):
-    """How one parameter's state is stored."""
+    """How the state of one parameter is stored."""
 
     moments: str  # "float32", "bfloat16", "float16" or "8bit"
     stochastic: bool  # whether the moments are rounded at random
-    compensated: bool  # whether the weight has a residual
+    compensated: bool  # whether the weight has a residual, which stores the rounding error
 
     @classmethod
     def of(cls, parameter: mx.array, policy: str, compensated: bool) -> Form:
@@ -34,7 +37,7 @@ class Form(NamedTuple):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What a parameter's state has."""
+        """The names of the arrays in the state of a parameter."""
         scales = ("m_scale", "v_scale") if self.moments == "8bit" else ()
         return ("m", "v", *scales, *(("residual",) if self.compensated else ()))
 
@@ -52,10 +55,10 @@ class Form(NamedTuple):
         return found is not None and found.shape == parameter.shape and residual.belongs_to(parameter.dtype, found)
 
     def converted(self, path: str, parameter: mx.array, state: Stored) -> Stored:
-        """A parameter's state, which may be stock MLX's or another policy's, in this form.
+        """The state of a parameter, converted to this form from stock MLX's Adam or from other options.
 
-        Raises KeyError for moments that are incomplete, ValueError with the ``path`` for those of another shape. A
-        residual of another dtype's weight is dropped.
+        Raises KeyError if a moment is missing, ValueError with the ``path`` if a moment has another shape. A residual
+        that belongs to a weight of another dtype is dropped.
         """
         for name in ("m", "v"):
             if state[name].shape != parameter.shape:
@@ -64,7 +67,7 @@ class Form(NamedTuple):
                     f" {state[name].shape}: give the parameter its old shape, or make a new optimizer"
                 )
         if self.fits(parameter, state):
-            return state  # the same dictionary: a new one would make every train step with this optimizer trace anew
+            return state  # the same dictionary: a new one would make every train step of this optimizer trace again
         if moments.is_stored(state, self.moments, parameter.shape):
             new = {name: array for name, array in state.items() if name != "residual"}
         else:
@@ -75,7 +78,7 @@ class Form(NamedTuple):
 
 
 class Constants(NamedTuple):
-    """The numbers and switches that a trace contains."""
+    """The numbers and switches that a trace (a recorded graph) contains as constants."""
 
     betas: tuple[float, float]
     eps: float
@@ -107,22 +110,22 @@ class Constants(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What an update of some parameters must know of all of them, whose other updates are made elsewhere."""
+    """Facts about all parameters, for the update of one part. Other workers update the other parts."""
 
-    norm: mx.array  # the global norm
-    places: tuple[int, ...]  # where these stand among all
-    total: int  # how many there are
+    norm: mx.array  # the global norm of all gradients
+    places: tuple[int, ...]  # the indices of this part among all parameters
+    total: int  # the number of all parameters
 
 
 class Shared(NamedTuple):
-    """What the update of every leaf reads."""
+    """The values that the update of every leaf reads."""
 
     coefficients: Mapping[Group, rule.Coefficients]
-    finite: mx.array | None = None  # with the guard: whether the new values count
+    finite: mx.array | None = None  # with the guard: whether the update is made
 
     @property
     def keep(self) -> Keep:
-        # Selected, not multiplied by zero: 0 * inf is not a number.
+        # A selection and not a product with zero, because 0 * inf is not a number.
         return residual.new_value if self.finite is None else partial(mx.where, self.finite)
 
     def copy(self) -> Shared:
@@ -141,11 +144,11 @@ def update(
     part: Part | None = None,
     weight: mx.array | None = None,
 ) -> tuple[list[mx.array], list[Stored], Stored]:
-    """The new parameters, states and scalars, all in the order and form of the old.
+    """Returns new parameters, states and scalars, all in the order and form of the old.
 
-    ``scalars`` has ``step``, ``learning_rate`` (already that of this step), ``rounding_key`` for stochastic rounding,
-    and ``grad_norm`` and ``skipped`` with clipping or the guard. With ``part`` the new parameters, states and scalars
-    are those that an update of all would have made. If the ``weight`` is 0, the gradients count as 0.
+    ``scalars`` has ``step``, ``learning_rate`` (already the value for this step), ``rounding_key`` with stochastic
+    rounding, and ``grad_norm`` and ``skipped`` with clipping or the guard. With ``part`` the results are the same as
+    from an update of all parameters at once. If the ``weight`` is 0, the gradients count as 0.
     """
     lowerings = of_leaves(constants.lowering, [p.size for p in parameters])
     new = {**scalars, "step": scalars["step"] + 1}
@@ -184,12 +187,12 @@ def update(
 
 
 def _guard(norm: mx.array, learning_rate: mx.array) -> mx.array:
-    """Whether an update may be made. A schedule may return any learning rate."""
+    """Whether the update may be made. The learning rate is checked, because a schedule may return any number."""
     return unfused(mx.isfinite(norm) & mx.isfinite(learning_rate) & (learning_rate >= 0))
 
 
 def _rounding_keys(count: int, scalars: Stored, part: Part | None) -> tuple[Sequence[mx.array | None], Stored]:
-    """A random key for each of so many leaves, and ``scalars`` with the next rounding key; None without one."""
+    """``count`` random keys (None without stochastic rounding), and ``scalars`` with the next rounding key."""
     if "rounding_key" not in scalars:
         return [None] * count, scalars
     places, total = (range(count), count) if part is None else (part.places, part.total)
@@ -210,14 +213,14 @@ def update_leaf(
     inplace: bool = False,
     heron: bool = False,
 ) -> tuple[mx.array, Stored]:
-    """Decode, update, encode: a new parameter and its new state, or the old ones where the guard says so.
+    """Decodes the state, updates, and encodes: a new parameter and state, or the old ones if the guard skips.
 
-    MLX fuses a value into a kernel only if all that uses it is in that kernel or is an output. So what is selected is
-    selected first, and everything after it uses the selected value.
+    MLX fuses a value into a kernel only if every use of the value is in that kernel or is an output. So the guard
+    selects between old and new moments first, and all later operations use the selected values.
     """
     c, keep = shared.coefficients[group], shared.keep
     if c.counts is not None and c.clip is not None and form.compensated and not inplace:
-        # With these there is one level more than MLX fuses: a kernel of its own, or it would make four.
+        # With all three, the graph has one level more than MLX fuses. Without this extra kernel MLX would make four.
         gradient = unfused(counted(gradient, c.counts))
         c = c._replace(counts=None)
     old_m, old_v = moments.decode(state)
@@ -238,7 +241,7 @@ def update_leaf(
         coarse = parameter.dtype != mx.float32
         value = rule.next_weight(parameter.astype(mx.float32), m, root, c, coarse)
         return keep(value.astype(parameter.dtype), parameter), new
-    # Kernels of their own: in one, MLX would cut where its eleven levels happen to end.
+    # Two separate kernels: one would be too deep, and MLX would cut it wherever the limit of eleven levels is reached.
     join = residual.join if inplace else residual.fusable_join
     value = unfused(rule.next_weight(join(parameter, state["residual"]), m, root, c))
     weight, new["residual"] = residual.split(value, parameter, state["residual"], keep, inplace)
@@ -246,12 +249,12 @@ def update_leaf(
 
 
 def _separate(c: rule.Coefficients) -> rule.Coefficients:
-    """The same in kernels of their own: MLX would compute them once for each element."""
+    """The same coefficients, computed in separate kernels. If fused, MLX would compute them once per element."""
     return rule.Coefficients._make(None if x is None else unfused(x) for x in c)
 
 
 def check_leaf(path: str, gradient: mx.array, parameter: mx.array, state: Stored, form: Form) -> None:
-    """Raises an error that names ``path`` for a gradient or a state that does not belong to the parameter."""
+    """Raises an error that names ``path`` if the gradient or the state does not fit the parameter."""
     for what, array in (("gradient", gradient), ("first moment", state["m"])):
         if array.shape != parameter.shape:
             raise InputError(

@@ -1,16 +1,16 @@
-"""How the two moments are stored: encode and decode, as pure functions of arrays.
+"""The storage of the two moments: encode and decode, as pure functions of arrays.
 
-"float32"   4 bytes each. The reference.
-"bfloat16"  2 bytes each, rounded stochastically: to the upper neighbour with a probability equal to the distance from
-            the lower one. Rounded to nearest, an average that changes by less than half a unit in the last
-            place per update never changes: with ``beta2 = 0.999`` that is every bfloat16 second moment.
-"8bit"      1 byte each and a float32 scale for every block of 128 in memory order, stochastically rounded too: ``m``
-            as absmax-scaled int8, ``v`` as the uint8 code of ``sqrt(v)``, whose range is half that of ``v`` in decades.
-            A code of 0 means half a code, so that no small ``v`` becomes the zero that Adam divides by. Leaves of
-            fewer than 4096 elements stay float32.
-"param"     the dtype of the parameter, rounded to nearest: what stock MLX does.
+"float32"   4 bytes per moment. The reference.
+"bfloat16"  2 bytes per moment, rounded stochastically: to the upper neighbour with a probability equal to the distance
+            from the lower one. With rounding to nearest, an average that changes by less than half a unit in the last
+            place per update would never change. With ``beta2 = 0.999`` this holds for every bfloat16 second moment.
+"8bit"      1 byte per moment, and a float32 scale for every block of 128 elements in memory order, also rounded
+            stochastically. ``m`` is int8, scaled by the largest absolute value. ``v`` is a uint8 code of ``sqrt(v)``,
+            which has half the range of ``v`` in decades. The code 0 means half a code, because Adam divides by the
+            root and a small ``v`` must not become 0. Leaves of fewer than 4096 elements stay float32.
+"param"     the dtype of the parameter, rounded to nearest, as in stock MLX.
 
-Source: Dettmers et al., "8-bit optimizers via block-wise quantization", ICLR 2022, for the blocks; these codes are
+Source of the blocks: Dettmers et al., "8-bit optimizers via block-wise quantization", ICLR 2022. The codes here are
 linear.
 """
 
@@ -30,7 +30,7 @@ Stored = dict[str, mx.array]
 
 
 def storage(policy: str, shape: tuple[int, ...], dtype: mx.Dtype) -> str:
-    """How the moments of a parameter are stored under a policy: "float32", "bfloat16", "float16" or "8bit".
+    """The storage that a policy gives the moments of a parameter: "float32", "bfloat16", "float16" or "8bit".
 
     >>> storage("8bit", (64,), mx.bfloat16), storage("param", (64,), mx.float16)
     ('float32', 'float16')
@@ -41,7 +41,7 @@ def storage(policy: str, shape: tuple[int, ...], dtype: mx.Dtype) -> str:
 
 
 def is_stored(state: Stored, kind: str, shape: tuple[int, ...]) -> bool:
-    """Whether ``state`` holds moments of a parameter of ``shape`` in the form of ``kind``."""
+    """Whether ``state`` has the moments of a parameter of ``shape``, stored as ``kind``."""
     dtypes = (mx.int8, mx.uint8) if kind == "8bit" else (_DTYPES[kind], _DTYPES[kind])
     blocks = (-(-math.prod(shape) // BLOCK),)
     scales = [("m_scale", mx.float32, blocks), ("v_scale", mx.float32, blocks)] if kind == "8bit" else []
@@ -52,7 +52,7 @@ def is_stored(state: Stored, kind: str, shape: tuple[int, ...]) -> bool:
 
 
 def zeros(kind: str, shape: tuple[int, ...]) -> Stored:
-    """Moments that are zero: ``m`` and ``v`` of the parameter's shape, and the scales of "8bit"."""
+    """Zero moments: ``m`` and ``v`` of the parameter's shape, and for "8bit" the scales."""
     zero = mx.zeros(shape, mx.float32)
     return encode(kind, zero, zero)
 
@@ -70,14 +70,14 @@ def decode(state: Stored) -> tuple[mx.array, mx.array]:
 
 
 def encode(kind: str, m: mx.array, v: mx.array, bits: mx.array | None = None) -> Stored:
-    """Stores float32 ``m`` and ``v``; ``bits`` (uint32, as many as elements) decide roundings, None: to nearest.
+    """Encodes float32 ``m`` and ``v``. Random ``bits`` (one uint32 per element) decide the rounding. None: to nearest.
 
     >>> stored = encode("8bit", mx.array([0.5, -1.0]), mx.array([0.0, 4.0]))
     >>> [f"{x:.3f}" for array in decode(stored) for x in array.tolist()]
     ['0.504', '-1.000', '0.000', '4.000']
     """
     if kind == "8bit":
-        # Sixteen bits each as a number in [0, 1); one operation more, and MLX would make it more kernels.
+        # Sixteen bits each, as a number in [0, 1). With one more operation MLX would need more kernels.
         low = 0.5 if bits is None else (_blocked(bits) & 0xFFFF).astype(mx.float32) * 2.0**-16
         high = 0.5 if bits is None else (_blocked(bits) >> 16).astype(mx.float32) * 2.0**-16
         m_blocks, roots = _blocked(m), mx.sqrt(_blocked(v))
@@ -96,24 +96,24 @@ def encode(kind: str, m: mx.array, v: mx.array, bits: mx.array | None = None) ->
 
 
 def random_bits(key: mx.array, shape: tuple[int, ...]) -> mx.array:
-    """Uniform random uint32 of ``shape``, by splitting ``key``: MLX has no other function that returns raw bits."""
+    """Uniform random uint32 of ``shape``. It splits ``key``: no other function of MLX returns raw bits."""
     size = math.prod(shape)
     return mx.random.split(key, (size + 1) // 2).reshape(-1)[:size].reshape(shape)
 
 
 def _per_scale(codes: int, scale: mx.array) -> mx.array:
-    """``codes / scale`` for each block; 0 for a block of zeros, and for one so small that the quotient is infinite."""
+    """``codes / scale`` for each block. 0 for a block of zeros, or if the quotient would be infinite."""
     return mx.where(scale > 2.0**-100, codes / scale, 0.0)
 
 
 def _stochastic_bfloat16(x: mx.array, bits: mx.array) -> mx.array:
-    """Adds sixteen random bits below the mantissa of bfloat16 and cuts them off: the carry is the rounding."""
+    """Adds sixteen random bits below the mantissa of bfloat16, and cuts the bits there off. A carry rounds up."""
     pattern = (x.view(mx.uint32) + (bits & 0xFFFF)) & 0xFFFF0000
     return pattern.view(mx.float32).astype(mx.bfloat16)
 
 
 def leading_ones(shape: tuple[int, ...]) -> int:
-    """How many axes of one a shape begins with.
+    """How many axes of length one a shape begins with.
 
     >>> leading_ones((1, 1, 3, 1)), leading_ones((1,)), leading_ones(())
     (2, 1, 0)
@@ -122,7 +122,7 @@ def leading_ones(shape: tuple[int, ...]) -> int:
 
 
 def _blocked(x: mx.array) -> mx.array:
-    """Flat, padded with zeros to whole blocks: (ceil(size / 128), 128), after as many axes of one as ``x`` has."""
+    """``x`` padded with zeros to blocks: (ceil(size / 128), 128), after the leading axes of length one of ``x``."""
     flat = x.reshape(-1)
     if padding := -x.size % BLOCK:
         flat = mx.pad(flat, (0, padding))

@@ -1,4 +1,4 @@
-"""The global norm of the gradients, and the factor that clips them by it."""
+"""The global norm of the gradients, and the factor that clips the gradients to a largest norm."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import mlx.core as mx
 def global_norm(gradients: Sequence[mx.array], streams: Sequence[mx.Stream] | None = None) -> mx.array:
     """The Euclidean norm over all gradients together, in float32: a 0-d array, 0 for an empty list.
 
-    Each one's sum of squares is computed on its stream, if ``streams`` says which.
+    ``streams``, if given, has a stream for the sum of squares of each gradient.
 
     >>> global_norm([mx.array([3.0]), mx.array(4.0, mx.float16)]).item()
     5.0
     """
-    # Without `abs`, MLX would see that the update casts the gradient too, and write the cast out for both to share.
+    # Without `abs` MLX would share the cast of the gradient with the update, and so write the cast to memory.
     squares = []
     for i, g in enumerate(gradients):
         with mx.stream(streams[i]) if streams else contextlib.nullcontext():
@@ -25,9 +25,9 @@ def global_norm(gradients: Sequence[mx.array], streams: Sequence[mx.Stream] | No
 
 
 def _sum(x: mx.array, width: int = 4096) -> mx.array:
-    """The sum over all elements. On the CPU MLX adds them up one after the other: ten million come out 0.7 % too small.
+    """The sum over all elements. On the CPU MLX adds one after the other: a sum of ten million is 0.7 % too small.
 
-    There long arrays are added up in ``width`` columns first, whose sums are then added; a GPU's reduction is a tree.
+    So on the CPU long arrays are first summed in ``width`` columns, and then over the columns. A GPU sums in a tree.
     """
     if x.size <= 4 * width or mx.default_device().type != mx.DeviceType.cpu:
         return x.sum()
@@ -37,7 +37,7 @@ def _sum(x: mx.array, width: int = 4096) -> mx.array:
 
 
 def clip_factor(norm: mx.array, max_norm: float) -> mx.array:
-    """What gradients of global norm ``norm`` are multiplied by so that it is at most ``max_norm``: 1 or less.
+    """The factor (at most 1) that scales gradients of global norm ``norm`` to a norm of at most ``max_norm``.
 
     >>> clip_factor(mx.array(4.0), 1.0).item(), clip_factor(mx.array(0.0), 1.0).item()
     (0.25, 1.0)
