@@ -45,7 +45,7 @@ def write_data(folder: Path) -> None:
     from compiled_adam.commands import demo
 
     text = demo.texts()[1]
-    pieces = [json.dumps({"text": text[i : i + demo.CHUNK]}) for i in range(0, len(text), demo.CHUNK)]
+    pieces = [json.dumps({"text": piece}) for piece in demo._pieces(text)]
     folder.mkdir()
     for name, part in (("train", [piece for i, piece in enumerate(pieces) if i % 5]), ("valid", pieces[::5])):
         (folder / f"{name}.jsonl").write_text("\n".join(part) + "\n")
