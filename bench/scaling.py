@@ -1,4 +1,4 @@
-"""``python -m bench.scaling``: writes docs/scaling.md, where `compiled_adam.plan` is applied to published models.
+"""``python -m bench.scaling``: writes docs/scaling.md, the plans of published models.
 
 Nothing is measured here, and nothing downloaded: the configs are copied from the models' pages.
 """
@@ -115,9 +115,9 @@ def page() -> str:
 
 TEXT = """# Scaling: what fits, and what is communicated
 
-Made by `python -m bench.scaling` from published configs and `compiled_adam.plan`; a test compares this page with what
-that computes. **Everything here is computed.** What was run are models of up to 0.3 M parameters with 1, 2 and 4
-processes on one machine, where the number of calls and their bytes were the computed ones (`tests/distributed`).
+Made by `python -m bench.scaling` from published configs and `compiled_adam.commands.plan`; a test compares this page
+with what that computes. **Everything here is computed.** What was run are models of up to 0.3 M parameters with 1, 2
+and 4 processes on one machine, where the number of calls and their bytes were the computed ones (`tests/distributed`).
 Nothing was run on several machines, on Thunderbolt or InfiniBand, or with more than 4 workers. For a model and options
 of your own: `compiled-adam plan MODEL --workers N --link GB/S --memory GB`, with the options of `compiled-adam lora`.
 

@@ -114,14 +114,19 @@ def _tell(message: str) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="compiled-adam", description="Adam for MLX whose whole update is one compiled graph."
+        prog="compiled-adam",
+        description="Fine-tunes language models on Apple's MLX, with float32 arithmetic for half-precision weights and"
+        " exact resume.",
+        epilog="Begin with doctor and demo. compiled-adam COMMAND --help lists the options of a command.",
     )
     parser.add_argument("--version", action="version", version=f"compiled-adam {__version__}")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     demo = commands.add_parser(
         "demo",
-        help="make a small language model and fine-tune it, with LoRA and in bfloat16; needs no network",
+        help="make a small language model and fine-tune it; needs no network",
+        description="Makes a small Llama and trains it a little. Then fine-tunes it: with LoRA, and in full in bfloat16"
+        " with stock AdamW and with ours. Needs no network.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_argument("--out", type=Path, default=Path("demo"), help="the folder for the model and the adapters")
@@ -129,19 +134,28 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--pretraining", type=int, default=100, help="iterations of the training before the fine-tuning")
     demo.add_argument("--seed", type=int, default=0, help="the seed of the weights and of the order of the batches")
     demo.set_defaults(command=_demo)
-    told = "fine-tune a model: mlx_lm.lora's flags and files (see lora --help)"
+    told = "fine-tune a model, with the flags and files of mlx_lm.lora"
     commands.add_parser("lora", help=told, add_help=False).set_defaults(command=_lora)
-    told = "memory and communication of a job, from the model's config alone (see plan --help)"
+    told = "compute the memory and communication of a job from the model's config.json"
     commands.add_parser("plan", help=told, add_help=False).set_defaults(command=_plan)
-    report = commands.add_parser("report", help="draw the runs in one or more adapter folders as one HTML file")
+    report = commands.add_parser(
+        "report",
+        help="draw one or more runs as one HTML file",
+        description="Draws the runs of one or more folders of adapters as one HTML file. Needs matplotlib.",
+    )
     report.add_argument(
         "folders", type=Path, nargs="+", metavar="FOLDER", help="a folder of adapters that `lora` wrote"
     )
     report.add_argument("--out", type=Path, help="the file to write (default: report.html in the first folder)")
     report.set_defaults(command=_report)
-    told = "draw a learning rate, here and as a picture (see schedule --help)"
+    told = "draw a learning rate schedule in the terminal, or as a picture"
     commands.add_parser("schedule", help=told, add_help=False).set_defaults(command=_schedule)
-    doctor = commands.add_parser("doctor", help="say whether this machine can train, how well, and what would help")
+    doctor = commands.add_parser(
+        "doctor",
+        help="check whether this machine can train, and give advice",
+        description="Runs a small training and prints a line for each check, with advice below it. The exit code is 0"
+        " if training works, and 1 if it does not.",
+    )
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
     doctor.set_defaults(command=_doctor)
     return parser

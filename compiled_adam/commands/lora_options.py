@@ -36,16 +36,16 @@ class Option(NamedTuple):
 _TRACES = "The number of batch shapes that stay compiled; the least recently used is dropped. Default: {default}."
 _PATIENCE = "Stop when the validation loss has not improved N times in a row. Default: never."
 _BUCKET = (
-    "Pad batches to lengths of a geometric series with this ratio (1.25 if none is given) instead of to multiples of"
-    " 32, so that fewer shapes are compiled. The padding that this costs is printed. Default: off."
+    "Pad batches to lengths of a geometric series with this ratio (1.25 if none is given), not to multiples of 32, so"
+    " that fewer shapes are compiled. A line says how much padding this adds. Default: off."
 )
 _KEEP = (
-    "Keep the newest N checkpoints, and only N numbered adapter files; 0 writes no checkpoints. Default:"
-    f" {KEPT} checkpoints, and all adapter files like mlx_lm.lora."
+    "Keep only the newest N checkpoints and N numbered adapter files; 0 writes no checkpoints. Default:"
+    f" {KEPT} checkpoints, and all adapter files, as mlx_lm.lora does."
 )
 _LIMIT = "Stop after N steps in a row whose loss or gradient is infinite or not a number. Default: {default}."
 _RESUME = (
-    "Go on from this checkpoint, as if the run had never stopped. Without PATH (or with auto): from the newest"
+    "Continue from this checkpoint, as if the run had never stopped. Without PATH (or with auto): from the newest"
     " undamaged checkpoint beside the adapters, or from the beginning if none was ever written. Default: start from the"
     " beginning."
 )
@@ -55,15 +55,15 @@ _REDUCE = (
     " half-precision weights. Default: {default}."
 )
 _SHARD = (
-    "Spread the optimizer's state over the workers: each keeps the state of its part of the parameters. The results are"
-    " the same, in less memory, but new weights are communicated, too. Default: off."
+    "Spread the optimizer's state over the workers: each keeps the state of its part of the parameters. Results are the"
+    " same and memory is saved, but new weights must be communicated too. Default: off."
 )
 _TIMEOUT = (
     "Stop when the other workers are silent for this many seconds, or for five of the longest steps if that is more."
     " Default: {default:g}."
 )
 GROUPS = {
-    "optimizer, also as YAML keys; for adam and adamw": (
+    "options of adam and adamw (also YAML keys)": (
         Option("max_grad_norm", float, "Clip gradients to this global norm. Default: no clipping."),
         Option("skip_nonfinite", bool, "Skip updates whose gradients are infinite or not a number. Default: on."),
         Option("moments", POLICIES, "The format in which the moments are stored. Default: {default}."),
@@ -73,7 +73,7 @@ GROUPS = {
             "decay_matrices_only", bool, "No weight decay for biases, norms and embeddings, in adamw. Default: off."
         ),
     ),
-    "training, also as YAML keys": (
+    "options of training (also YAML keys)": (
         Option("max_traces", int, _TRACES),
         Option("bucket", float, _BUCKET, {"nargs": "?", "const": 1.25, "metavar": "RATIO"}),
         Option("keep_checkpoints", int, _KEEP),
@@ -84,7 +84,7 @@ GROUPS = {
         Option("allow_change", str, _ALLOW, {"action": "append", "metavar": "NAME"}),
         Option("report", bool, "Draw the run into report.html beside the adapters when it ends. Default: off."),
     ),
-    "several workers, also as YAML keys; for processes that mlx.launch starts, which share every batch": (
+    "options of several workers, which mlx.launch starts and which share each batch (also YAML keys)": (
         Option("reduce_dtype", DTYPES, _REDUCE),
         Option("shard_state", bool, _SHARD),
         Option("worker_timeout", float, _TIMEOUT, {"metavar": "SECONDS"}),
@@ -94,6 +94,12 @@ GROUPS = {
 _OTHER_DEFAULTS = {"keep_checkpoints": None, "nonfinite_limit": 20}
 _DEFAULTS = {**{field.name: field.default for field in dataclasses.fields(TrainOptions)}, **_OTHER_DEFAULTS}
 OURS: dict[str, Any] = {option.name: _DEFAULTS.get(option.name) for group in GROUPS.values() for option in group}
+# Help for options of mlx-lm whose own help says less than they do here.
+_CLEARER = {
+    "optimizer": "The optimizer. adam and adamw are compiled_adam's, the others are MLX's. Default: adam.",
+    "resume_adapter_file": "Begin a new run with the weights in this file. To continue a run, use --resume.",
+    "save_every": "Save the adapters and a checkpoint every N iterations. Default: 100.",
+}
 # Options of mlx-lm that a test does not read.
 _OF_TRAINING = (
     *("fine_tune_type", "optimizer", "num_layers", "iters", "val_batches", "learning_rate", "steps_per_report"),
@@ -128,23 +134,27 @@ def parser() -> argparse.ArgumentParser:
     """mlx-lm's own parser, and our options. An option that is not given is None, so that the YAML file can have it."""
     made = mlx_lm_lora.build_parser()
     made.prog = "compiled-adam lora"
-    made.description = "Fine-tuning with mlx-lm's models, data sets and files, on a compiled step."
+    made.description = (
+        "Fine-tunes a language model, with the models, data sets, flags and files of mlx_lm.lora. Every option is also"
+        " a YAML key, with _ for -."
+    )
     made.epilog = (
-        "Ctrl-C and SIGTERM finish the step and save. The folder of the adapters also has log.jsonl, with a line of"
-        " JSON for each step, and checkpoints, from which --resume goes on exactly."
+        "After Ctrl-C or SIGTERM the run finishes its step and saves. The folder of the adapters also has log.jsonl,"
+        " with a line for each step, and checkpoints. --resume continues from a checkpoint exactly."
     )
     for action in made._actions:
         if action.dest in ("clear_cache_threshold", "trust_remote_code"):
             action.default = None  # mlx-lm's defaults of 0 and False would hide the YAML keys
+        if action.dest in _CLEARER:
+            action.help = _CLEARER[action.dest]
         if action.dest == "optimizer":
             action.type = str.lower
         if action.dest == "clear_cache_threshold":
             action.type = size
             action.help = (
-                "After a step, give the allocator's cached memory back to the system if it is more than this"
-                " (such as 4GB). Memory in the cache is used again by the next step without asking the system, so a"
-                " small threshold makes steps slow; set one if other programs need the memory. Default: 0, never"
-                " (mlx_lm.lora: after every step)."
+                "After a step, give MLX's cached memory back to the system if it is more than this (such as 4GB). The"
+                " next step reuses memory in the cache, so a small threshold makes steps slow. Set a threshold if other"
+                " programs need the memory. Default: 0, which means never (mlx_lm.lora: after every step)."
             )
     of_adamw = {name: each.default for name, each in inspect.signature(AdamW).parameters.items()}
     for title, options in GROUPS.items():

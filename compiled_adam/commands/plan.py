@@ -216,21 +216,24 @@ def _memory_here() -> float:
 def _parser() -> argparse.ArgumentParser:
     made = parser()
     made.prog = "compiled-adam plan"
-    made.description = "What a job needs, from the model's config.json alone; takes the options of compiled-adam lora."
+    made.description = (
+        "Computes the memory and communication that a job needs. Reads only the model's config.json. Takes the options"
+        " of compiled-adam lora."
+    )
     made.epilog = None
     ours = made.add_argument_group("planning")
     ours.add_argument(
-        "planned", metavar="MODEL", help="A folder with a config.json, that file, or a cached model's name."
+        "planned", metavar="MODEL", help="A folder with a config.json, the file itself, or the name of a cached model."
     )
     ours.add_argument(
-        "--workers", type=int, default=1, metavar="N", help="Processes that share a batch. Default: %(default)s."
+        "--workers", type=int, default=1, metavar="N", help="How many processes share each batch. Default: %(default)s."
     )
     ours.add_argument(
         "--link",
         type=float,
         default=5.0,
         metavar="GB/S",
-        help="The bandwidth between workers in each direction. Default: %(default)g, Thunderbolt 4.",
+        help="The bandwidth between workers in each direction. Default: %(default)g (Thunderbolt 4).",
     )
     ours.add_argument(
         "--memory", type=float, metavar="GB", help="The memory of each worker. Default: the memory of this machine."

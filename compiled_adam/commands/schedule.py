@@ -75,9 +75,11 @@ def parser(name: str | None = None) -> argparse.ArgumentParser:
         prog=f"compiled-adam schedule{f' {name}' if name else ''}",
         description=inspect.getdoc(SCHEDULES[name]).split("\n\n")[0].replace("``", "")  # type: ignore[union-attr]
         if name
-        else "Draws the learning rate of a schedule, or of the lr_schedule in a YAML file of mlx-lm.",
+        else "Draws the learning rate of a schedule, or of the lr_schedule in a YAML file for lora.",
         usage=None if name else "compiled-adam schedule [-h] (NAME ARGUMENTS... | --config FILE) [options]",
-        epilog=None if name else f"NAME is one of {', '.join(SCHEDULES)}; NAME --help tells its arguments.",
+        epilog=None
+        if name
+        else f"NAME is one of {', '.join(SCHEDULES)}; compiled-adam schedule NAME --help lists its arguments.",
     )
     if name is None:
         made.add_argument("--config", type=Path, required=True, metavar="FILE", help="a YAML file with an lr_schedule")
