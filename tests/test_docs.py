@@ -333,7 +333,7 @@ def test_a_screen_is_read_as_a_terminal_does() -> None:
     assert doctest.testmod(script()) == doctest.TestResults(failed=0, attempted=1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_picture_shows_what_the_command_prints(tmp_path: Path, tiny_model: Path) -> None:
     # Another model of the same shape, so that all but the numbers must be the same.
     screen = script()
