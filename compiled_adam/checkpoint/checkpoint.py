@@ -221,11 +221,11 @@ def read_checkpoint(
         if rows:
             raise InputError(
                 f"{folder} was saved by another run:\n{table(('what', 'here', 'checkpoint'), rows)}\n"
-                "make it the same, or allow what may change by its name (allow=..., --allow-change)"
+                "use the same values, or allow the change of a setting by name (allow=..., --allow-change)"
             )
         mx.eval(state)  # before the files are closed
     if state["window"] and state["window"]["batches"].item() != meta["accumulated"]:
-        raise InputError(f"{found / META} is damaged: it has another number of accumulated batches than the window")
+        raise InputError(f"{found / META} is damaged: its number of accumulated batches is not the one in the window")
     check_finite(state["model"])
     if others := differences(_packages(), meta["packages"]):
         names = ", ".join(f"{name} {there}" for name, _, there in others)

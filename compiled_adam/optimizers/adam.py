@@ -190,7 +190,7 @@ class Adam(optim.Adam):
     def _refuse_leaf_by_leaf(self) -> None:
         if self._leaves.options.needs_all:
             raise InputError(
-                "apply_single sees one parameter without its path; clipping, skip_nonfinite, stochastic rounding,"
+                "apply_single gets one parameter without a path; max_grad_norm, skip_nonfinite, stochastic rounding,"
                 " multipliers and a decay_filter need apply_gradients, and no apply_single of a subclass"
             )
 
@@ -235,8 +235,8 @@ class Adam(optim.Adam):
         leaves = Aligned(gradients, parameters, self.state)
         if leaves.without_state:
             raise InputError(
-                f"the optimizer has no state for {', '.join(leaves.without_state)}: it was initialised without;"
-                " call optimizer.init(parameters) with all parameters (moments that exist are kept)"
+                f"the optimizer has no state for {', '.join(leaves.without_state)}: it was initialised without them;"
+                " call optimizer.init(parameters) with all parameters (existing moments are kept)"
             )
         # Outside the compiled function, because a schedule may be any Python function of the step's value.
         scalars = self._kept.scalars()

@@ -27,7 +27,7 @@ def check_options(
         raise InputError(f"lowering is {lowering!r}; it must be one of {', '.join(map(repr, LOWERINGS))}")
     if lowering == "inplace" and moments in STOCHASTIC:
         raise InputError(
-            f"lowering='inplace' needs moments that are stored as computed; with moments={moments!r} use 'auto'"
+            f"lowering='inplace' cannot round stochastically, as moments={moments!r} does; use lowering='auto'"
         )
     if moments not in POLICIES:
         raise InputError(f"moments is {moments!r}; it must be one of {', '.join(map(repr, POLICIES))}")
