@@ -56,8 +56,7 @@ class Adam(optim.Adam):
             if the regular expression ``pattern`` matches the path of the parameter (``re.search``). Default None.
         lowering: the kernels of the update. "fused": one kernel for each parameter, which moves the fewest bytes.
             "inplace": one kernel for each array, which needs no extra memory (float32 moments only; others stay fused).
-            "auto" (default): the one that measured faster on the device. The results differ by rounding: 3e-7 of a
-            step.
+            "auto" (default): the one that measured faster on the device. Results differ by rounding: 3e-7 of a step.
 
     ``grad_norm`` is the global norm of the last update's gradients before clipping. ``skipped`` is the number of
     updates skipped since the start. Both are 0-d arrays. They cost a pass over the gradients, so they are None without
