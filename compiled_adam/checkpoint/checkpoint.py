@@ -53,12 +53,10 @@ def save_checkpoint(
     Args:
         folder: the folder to write. An older checkpoint there is replaced. A folder with other content is refused.
         step: a step from `make_step`. The checkpoint has the trainable parameters, the other arrays that the forward
-            pass assigns, the optimizer's state, a partly filled window of accumulated gradients, and MLX's random
-            state.
+            pass assigns, the optimizer's state, the gradients of a partly filled window, and MLX's random state.
         extra: data of the caller that a continuation needs (data position, best loss, ...). It is stored as JSON: keys
             become text, and tuples become lists. Numbers may be infinite or NaN. Default None.
-        settings: options of the caller that the results depend on, by name. `load_checkpoint` compares them. Default
-            None.
+        settings: options of the caller that results depend on, by name. `load_checkpoint` compares them. Default None.
 
     Several processes or threads may save to the same folder. Each checkpoint is complete, and the last one stays.
 
@@ -165,8 +163,7 @@ def load_checkpoint(
         settings: the options that were given to `save_checkpoint`, with their present values. Default None.
         allow: names of settings or options that may differ from the checkpoint. The value of ``step`` is used then.
             The learning rate is an option, too: to change it, allow "learning_rate". Default: none.
-        warn: a function that gets a sentence about other package versions, or another device. Default
-            ``warnings.warn``.
+        warn: a function that gets a sentence about other package versions or another device. Default ``warnings.warn``.
 
     Raises:
         ValueError: the checkpoint is damaged, or does not fit. The message has a table of the differences. Nothing is
@@ -221,11 +218,11 @@ def read_checkpoint(
         if rows:
             raise InputError(
                 f"{folder} was saved by another run:\n{table(('what', 'here', 'checkpoint'), rows)}\n"
-                "make it the same, or allow what may change by its name (allow=..., --allow-change)"
+                "use the same values, or allow the change of a setting by name (allow=..., --allow-change)"
             )
         mx.eval(state)  # before the files are closed
     if state["window"] and state["window"]["batches"].item() != meta["accumulated"]:
-        raise InputError(f"{found / META} is damaged: it has another number of accumulated batches than the window")
+        raise InputError(f"{found / META} is damaged: its number of accumulated batches is not the one in the window")
     check_finite(state["model"])
     if others := differences(_packages(), meta["packages"]):
         names = ", ".join(f"{name} {there}" for name, _, there in others)

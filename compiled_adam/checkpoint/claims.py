@@ -114,8 +114,7 @@ def remove_abandoned(leftover: Path) -> None:
 def held(path: Path) -> Iterator[bool]:
     """Holds the lock of the file or folder at ``path``. Yields False if there is none.
 
-    Other processes that also call this function cannot move or remove it meanwhile. Waits until others release the
-    lock. Raises TimeoutError if that takes too long.
+    Other processes that call this function cannot move or remove it meanwhile. Raises TimeoutError after a long wait.
     """
     end = time.monotonic() + PATIENCE
     while True:

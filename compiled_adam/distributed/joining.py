@@ -91,8 +91,8 @@ def _check_free(place: ring.Place, me: str) -> None:
     for address in place.own:
         if ring.in_use(address):
             raise InputError(
-                f"{me} cannot start: {address} is in use by another process, maybe one of the same rank or of a run"
-                " before; end that one, or give the rank another port in the host file"
+                f"{me} cannot start: {address} is in use by another process, maybe a second start of this rank or"
+                " an earlier run; end that process, or give the rank another port in the host file"
             )
 
 

@@ -107,8 +107,7 @@ def mean_over_workers(
         for i, mean in zip(leaves, _split(flat, [gradients[i] for i in leaves]), strict=True):
             means[i] = mean
 
-    # Each call depends on the one before: all workers must make the calls in the same order, which a graph alone does
-    # not fix.
+    # Each call depends on the one before: workers must make the calls in the same order, which a graph does not fix.
     before = mx.distributed.all_sum(headed(first.leaves) if first.leaves else head, group=group)
     head = before[:SCALARS]
     total = mx.where(head[0] > 0, head[0], 1.0)

@@ -170,7 +170,7 @@ class Workers:
 
     def _explain(self) -> str:
         return (
-            f"{self.saved}. See what that worker said, then start all workers again, with"
+            f"{self.saved}. Read the output of that worker, then start all workers again, with"
             ' resume="auto" or --resume if there is a checkpoint'
         )
 

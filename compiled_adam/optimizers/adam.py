@@ -56,8 +56,7 @@ class Adam(optim.Adam):
             if the regular expression ``pattern`` matches the path of the parameter (``re.search``). Default None.
         lowering: the kernels of the update. "fused": one kernel for each parameter, which moves the fewest bytes.
             "inplace": one kernel for each array, which needs no extra memory (float32 moments only; others stay fused).
-            "auto" (default): the one that measured faster on the device. The results differ by rounding: 3e-7 of a
-            step.
+            "auto" (default): the one that measured faster on the device. Results differ by rounding: 3e-7 of a step.
 
     ``grad_norm`` is the global norm of the last update's gradients before clipping. ``skipped`` is the number of
     updates skipped since the start. Both are 0-d arrays. They cost a pass over the gradients, so they are None without
@@ -190,7 +189,7 @@ class Adam(optim.Adam):
     def _refuse_leaf_by_leaf(self) -> None:
         if self._leaves.options.needs_all:
             raise InputError(
-                "apply_single sees one parameter without its path; clipping, skip_nonfinite, stochastic rounding,"
+                "apply_single gets one parameter without a path; max_grad_norm, skip_nonfinite, stochastic rounding,"
                 " multipliers and a decay_filter need apply_gradients, and no apply_single of a subclass"
             )
 
@@ -235,8 +234,8 @@ class Adam(optim.Adam):
         leaves = Aligned(gradients, parameters, self.state)
         if leaves.without_state:
             raise InputError(
-                f"the optimizer has no state for {', '.join(leaves.without_state)}: it was initialised without;"
-                " call optimizer.init(parameters) with all parameters (moments that exist are kept)"
+                f"the optimizer has no state for {', '.join(leaves.without_state)}: it was initialised without them;"
+                " call optimizer.init(parameters) with all parameters (existing moments are kept)"
             )
         # Outside the compiled function, because a schedule may be any Python function of the step's value.
         scalars = self._kept.scalars()

@@ -26,9 +26,7 @@ def check_options(
     if lowering not in LOWERINGS:
         raise InputError(f"lowering is {lowering!r}; it must be one of {', '.join(map(repr, LOWERINGS))}")
     if lowering == "inplace" and moments in STOCHASTIC:
-        raise InputError(
-            f"lowering='inplace' needs moments that are stored as computed; with moments={moments!r} use 'auto'"
-        )
+        raise InputError(f"lowering='inplace' cannot round moments stochastically; with moments={moments!r} use 'auto'")
     if moments not in POLICIES:
         raise InputError(f"moments is {moments!r}; it must be one of {', '.join(map(repr, POLICIES))}")
     for name, flag in (("compensated", compensated), ("skip_nonfinite", skip_nonfinite)):

@@ -50,9 +50,8 @@ def linear(peak: float, steps: int, end: float = 0.0, *, warmup: int = 0, warmup
 
 
 def cosine(peak: float, steps: int, end: float = 0.0, *, warmup: int = 0, warmup_init: float = 0.0) -> Schedule:
-    """Half a cosine from ``peak`` to ``end``: ``end + (peak - end) (1 + cos(pi t)) / 2``.
+    """``end + (peak - end) (1 + cos(pi t)) / 2``, half a cosine: ``t`` is 0 at step ``warmup`` and 1 at ``steps``.
 
-    ``t`` goes from 0 at step ``warmup`` to 1 at ``steps``.
     Source: Loshchilov and Hutter, "SGDR", ICLR 2017, without restarts.
 
     >>> [round(cosine(1.0, 10, 0.1, warmup=2)(step).item(), 6) for step in (0, 2, 6, 10, 99)]
@@ -116,9 +115,8 @@ def warmup_stable_decay(
 
 
 def inverse_sqrt(peak: float, timescale: int | None = None, *, warmup: int = 0, warmup_init: float = 0.0) -> Schedule:
-    """``peak / sqrt(1 + (step - warmup) / timescale)``.
-
-    Default ``timescale``: ``warmup``. The formula then equals ``peak sqrt(warmup / step)``.
+    """``peak / sqrt(1 + (step - warmup) / timescale)``. By default ``timescale`` is ``warmup``, which gives
+    ``peak sqrt(warmup / step)``.
     Source: Vaswani et al., "Attention is all you need", 2017, section 5.3.
 
     >>> [round(inverse_sqrt(1.0, warmup=100)(step).item(), 6) for step in (50, 100, 400)]
@@ -268,7 +266,7 @@ def _decay_length(peak: float, steps: int, end: float, warmup: int) -> int:
     check_count("steps", steps, 1)
     check_count("warmup", warmup, 0)
     if warmup >= steps:
-        raise InputError(f"warmup is {warmup}; it must be less than steps = {steps}, which includes it")
+        raise InputError(f"warmup is {warmup}; it must be less than steps = {steps}, which include the warmup")
     return steps - warmup
 
 

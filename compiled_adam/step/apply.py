@@ -162,8 +162,8 @@ class Trees:
         for path, value in before.items():
             if now.get(path) is not value and now.get(path) != value:
                 raise InputError(
-                    f"the optimizer's update changes {path!r} of its state, which is {type(value).__name__} and no"
-                    " array: make it an mx.array in init_single"
+                    f"the optimizer's update changes {path!r} of its state, which is {type(value).__name__}, not"
+                    " an array: make it an mx.array in init_single"
                 )
 
     def _updated(self, gradients: list[mx.array], parameters: list[mx.array]) -> list[mx.array]:

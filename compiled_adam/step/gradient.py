@@ -109,7 +109,7 @@ class GradientGraphs:
             names = ", ".join(sorted(refused)) or "replaced a container"
             raise InputError(
                 f"loss_fn changed the structure of the model ({names});"
-                " what the forward pass assigns must exist before make_step, so create it in __init__"
+                " an array that the forward pass assigns must exist before make_step, so create it in __init__"
             )
 
 

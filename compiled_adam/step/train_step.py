@@ -69,8 +69,7 @@ class TrainStep:
             workers must make the same calls. Gradients are averaged over the workers once per update, before
             clipping and the ``skip_nonfinite`` check, with the weights of the batches. The returned loss is the loss of
             this worker. Default None: a single worker.
-        reduce_dtype: the dtype in which workers exchange gradients: "float32" (default), "bfloat16", or "param" for the
-            dtype of each parameter.
+        reduce_dtype: the dtype of exchanged gradients: "float32" (default), "bfloat16", or "param" (the parameter's).
         shard_state: split the optimizer's state over the workers. Each worker keeps the state of some parameters (a
             shard), updates these parameters, and receives the others from the other workers. The results are
             bit-identical, because no parameter is split. A checkpoint has the whole state. Default False. No effect
