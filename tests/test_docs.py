@@ -7,7 +7,6 @@ import doctest
 import importlib.util
 import inspect
 import json
-import os
 import re
 import shlex
 import shutil
@@ -89,7 +88,7 @@ def test_examples_of_data_are_accepted(page: Path, tiny_model: Path, tmp_path: P
 
 def is_run(command: str) -> bool:
     words = command.split()
-    if words[:2] == ["mlx.launch", "-n"] or words[0] == "echo":
+    if words[0] == "echo":
         return True
     outside = any(name in command for name in ("mlx-community/", "my_data"))
     return words[0] == "compiled-adam" and words[1] != "demo" and not outside
@@ -112,8 +111,9 @@ def understood(command: str) -> None:
         end = words.index("--")
         flags = [word for word in words[1:end] if word.startswith("-")]
         assert flags and all(f'"{flag}"' in inspect.getsource(launch.main) for flag in flags), command
-        assert words[end + 1 : end + 3] == ["-m", "compiled_adam.cli"], command
-        understood(shlex.join(["compiled-adam", *words[end + 3 :]]))
+        program = ["compiled-adam"] if words[end + 1] == "compiled-adam" else ["-m", "compiled_adam.cli"]
+        assert words[end + 1 : end + 1 + len(program)] == program, command
+        understood(shlex.join(["compiled-adam", *words[end + 1 + len(program) :]]))
     elif words[:3] == ["python", "-m", "bench"]:
         bench_command._parser().parse_args(words[3:])
     elif words[:2] == ["pip", "install"]:
@@ -151,8 +151,6 @@ def test_commands_run(page: Path, tmp_path: Path, tiny_model: Path, data: Path, 
         words = shlex.split(line, comments=True)
         if words[0] == "compiled-adam":
             done = command(*shorter(words[1:]))
-        elif words[0] == "mlx.launch":
-            done = launched(words, tmp_path)
         else:
             done = subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
@@ -165,23 +163,6 @@ def shorter(words: list[str]) -> list[str]:
     place = words.index("--iters") + 1 if "--iters" in words else None
     iterations = 1000 if place is None else int(words[place])  # mlx-lm's default
     return [*words, "--iters", str(max(2, iterations // 50))]  # of two, the last counts
-
-
-def launched(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    if not LAUNCH.exists():
-        pytest.skip("no mlx.launch beside this Python")
-    end = words.index("--")
-    assert words[end + 1] == "compiled-adam"
-    program = [sys.executable, "-m", "compiled_adam.cli", *words[end + 2 :]]
-    return subprocess.run(
-        [LAUNCH, *words[1:end], "--env", f"PYTHONPATH={ROOT}", "--env", "HF_HUB_OFFLINE=1", "--", *program],
-        cwd=folder,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
 
 
 @pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: page.stem)
