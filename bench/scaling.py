@@ -72,10 +72,10 @@ def _planned(name: str, job: str, many: bool) -> Plan:
     return plan(config(name), settings(["--train", "--optimizer", "adamw", *argv]), 2 if many else 1)
 
 
-def page() -> str:
-    """The text of docs/scaling.md."""
+def page(models: Sequence[str] = tuple(MODELS)) -> str:
+    """The text of docs/scaling.md, with the rows of these ``models``."""
     memory = [["model", "parameters", "job", "weights", "gradients", *POLICIES, "fits in"]]
-    for name in MODELS:
+    for name in models:
         for job in ("LoRA", "full"):
             made = planned(name, job, 1)
             states = [_gb(sum(made.states[policy])) for policy in POLICIES]
@@ -83,23 +83,23 @@ def page() -> str:
             row = [f"{made.parameters / 1e9:.2f} B", job, _gb(made.weights), _gb(made.gradients), *states, fits]
             memory.append([name, *row])
     shards = [["model", "moments", *(f"{n} workers" if n > 1 else "1 worker" for n in WORKERS)]]
-    for name in MODELS:
+    for name in models:
         for policy in ("float32", "8bit"):
             shards.append([name, policy, *(_gb(sum(sharded(name, n).states[policy])) for n in WORKERS)])
     traffic = [["model", "job", "calls", "one pass", *(f"{n} workers" for n in WORKERS[1:])]]
-    for name in MODELS:
+    for name in models:
         for job in JOBS:
             plans = [planned(name, job, n) for n in WORKERS[1:]]
             sizes = [_gb(each.traffic()) for each in plans]
             traffic.append([name, job, str(len(plans[0].calls)), _gb(sum(plans[0].calls)), *sizes])
-    for name in MODELS:
+    for name in models:
         plans = [sharded(name, n) for n in WORKERS[1:]]
         sizes = [_gb(each.traffic()) for each in plans]
         calls = f"{len(plans[0].calls)} and {len(plans[0].gathers)}"
         one_pass = _gb(sum(plans[0].calls) + sum(plans[0].gathers))
         traffic.append([name, "full, `--shard-state`", calls, one_pass, *sizes])
     times = [["model", "job", "workers", *(f"{link}, {speed:g} GB/s" for link, speed in LINKS.items())]]
-    for name in MODELS:
+    for name in models:
         for job in JOBS:
             for n in (2, 64):
                 made = planned(name, job, n)

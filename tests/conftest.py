@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -54,6 +55,14 @@ def pytest_sessionfinish() -> None:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     mx.random.seed(0)
+
+
+@pytest.fixture
+def only_new_objects() -> Iterator[None]:
+    """The garbage collector neither visits nor lists what exists already. Else counting takes most of a test's time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

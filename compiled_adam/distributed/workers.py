@@ -180,10 +180,13 @@ class Workers:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        self._open.close()
-        # When a worker has ended, a launcher sends SIGTERM, maybe while this worker already handles MLX's error.
-        if self.many and error is not None and (lost := while_handling(error, is_lost)) is not None:
-            raise TrainingStopped(f"another worker has ended ({lost}); {self._explain()}") from lost
+        # When a worker has ended, a launcher sends SIGTERM, maybe while this worker already handles MLX's error, or
+        # while it closes: `finally` replaces the SystemExit of both.
+        try:
+            self._open.close()
+        finally:
+            if self.many and error is not None and (lost := while_handling(error, is_lost)) is not None:
+                raise TrainingStopped(f"another worker has ended ({lost}); {self._explain()}") from lost
 
     def together(self, function: Callable[[], Any]) -> Any:
         """Returns ``function()``. Other workers may take long in it."""

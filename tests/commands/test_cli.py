@@ -200,12 +200,14 @@ def test_a_further_ctrl_c_while_the_first_is_told(pythons_own_handler, monkeypat
     assert main(["demo"]) == 130
 
 
-@pytest.mark.parametrize("at", ["as it was raised", "on its way out"])
+@pytest.mark.parametrize("at", ["as it was raised", "as the watchdog ends", "on its way out"])
 def test_a_launcher_ends_a_worker_that_is_about_to_say_why_it_ends(at: str, monkeypatch, capsys) -> None:
     """`mlx.launch` sends SIGTERM to the others when a worker has ended, at any moment."""
     workers = Workers(SimpleNamespace(rank=lambda: 0, size=lambda: 1), 6.0)
     workers.many = True
     monkeypatch.setattr(workers, "_open", ExitStack())
+    if at == "as the watchdog ends":
+        workers._open.callback(signal.raise_signal, signal.SIGTERM)
     workers.saved = "there is a checkpoint"
 
     def command(_) -> None:

@@ -38,6 +38,7 @@ def live_arrays() -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("only_new_objects")
 def test_four_hundred_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[ca.TrainStep] = []
 

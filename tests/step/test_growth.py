@@ -161,7 +161,7 @@ SLOW |= {"steps begun anew", "caches by length"}
 
 
 def counted() -> tuple[int, int]:
-    """Live arrays, and the bytes of their memory, when everything is computed."""
+    """Live arrays made since the test began, and the bytes of all, when everything is computed."""
     gc.collect()
     mx.synchronize()
     return sum(isinstance(each, mx.array) for each in gc.get_objects()), mx.get_active_memory()
@@ -170,6 +170,7 @@ def counted() -> tuple[int, int]:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in WORKLOADS]
 )
+@pytest.mark.usefixtures("only_new_objects")
 def test_three_thousand_steps(name: str) -> None:
     run = WORKLOADS[name]()
     found = {}
