@@ -34,10 +34,10 @@ demo: .venv/installed
 	$(BIN)/compiled-adam demo
 
 test: .venv/installed
-	$(TEST) -n $(JOBS) --dist loadfile
+	$(TEST) -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-fast: .venv/installed
-	$(TEST) -n $(JOBS) --dist loadfile -m 'not slow and not long'
+	$(TEST) -n $(JOBS) --dist loadfile --no-loadscope-reorder -m 'not slow and not long'
 
 test-long: .venv/installed
 	$(TEST) -m long

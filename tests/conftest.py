@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -43,9 +44,17 @@ PROCESSES = {"run", "start", "steps", "fine", "ran"}
 
 @pytest.hookimpl(tryfirst=True)  # before what `-m` leaves out is chosen
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    slow: Counter[Path] = Counter()
     for item in items:
         if PROCESSES.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
+        slow[item.path] += item.get_closest_marker("slow") is not None
+    # The longest files first, so that of two processes of pytest none is alone at the end.
+    items.sort(key=lambda item: -slow[item.path])
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # else each garbage collection of a test visits all that pytest has collected
 
 
 def pytest_sessionfinish() -> None:
