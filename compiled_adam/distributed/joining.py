@@ -23,7 +23,7 @@ from . import ring
 from .watchdog import PATIENCE
 from .workers import Group, is_lost
 
-_LONGEST = 1e8  # seconds of a timeout, three years; Python cannot wait longer than some centuries
+_LONGEST = 1e8  # seconds of a timeout, three years; Python's timers accept not much more
 # Environment variables that mlx.launch sets for each backend, or mpirun.
 LAUNCHERS = ("MLX_RANK", "MLX_HOSTFILE", "OMPI_COMM_WORLD_SIZE")
 CHECK = (
@@ -39,7 +39,6 @@ ready, _, _ = select.select([0], [], [], max(0.0, end - time.monotonic()))
 if not (ready and os.read(0, 1)) and time.monotonic() >= end:
     os.write(2, sentence.encode())
 """
-LONGEST = 1e8  # seconds; the timers here accept not much more
 _joined: Group | None = None
 
 
@@ -69,7 +68,7 @@ def join(timeout: float = 60.0) -> Group:
         if place is not None:
             _check_free(place, me)
         try:
-            with _limited(min(PATIENCE * timeout, LONGEST), me):
+            with _limited(min(PATIENCE * timeout, _LONGEST), me):
                 group = mx.distributed.init()
         except RuntimeError as error:
             if not _is_known(error):

@@ -10,7 +10,7 @@ float16     ``x = w + r u(w)`` with ``u = max(|w|, 2^-14) 2^-11 / 32767``: half 
 
 ``r`` is stored as int16 for bfloat16, and as uint16 with 32768 for 0 for float16, so the two cannot be confused. Weight
 and residual together follow the trajectory of a float32 master copy. A residual in bfloat16 would spend 9 of 16 bits on
-sign and exponent, and keep 81 % of the movement at a learning rate of 1e-5.
+sign and exponent, and lose a part of small steps.
 
 A caller may replace a weight (a pruning mask, a clamp, new adapters) and leave the old residual. So a weight with *any*
 residual gives a harmless value: within one unit in the last place of the weight, finite if the weight is finite, and

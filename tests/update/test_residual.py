@@ -57,6 +57,24 @@ def test_the_join_for_fused_kernels_gives_the_same_bits() -> None:
     assert mx.array_equal(residual.fusable_join(weight, steps), residual.join(weight, steps)).item()
 
 
+def test_a_residual_in_bfloat16_would_lose_movement() -> None:
+    """What docs/numerics.md says of 2000 steps of 1e-5, for weights that are uniform in 0.05 to 1."""
+    start = mx.random.uniform(0.05, 1.0, (4096,)).astype(mx.bfloat16)
+    ours, simple = (start, residual.zeros(start)), (start, mx.zeros_like(start))
+    for _ in range(2000):
+        ours = residual.split(residual.join(*ours) - 1e-5, *ours)
+        whole = simple[0].astype(mx.float32) + simple[1] - 1e-5
+        weight = whole.astype(mx.bfloat16)
+        simple = weight, (whole - weight).astype(mx.bfloat16)
+        mx.eval(ours, simple)
+    moved, would_have = (
+        (start.astype(mx.float32) - now).mean().item() / 0.02
+        for now in (residual.join(*ours), simple[0].astype(mx.float32) + simple[1])
+    )
+    # float32 itself rounds each step by up to 3e-8 of 1e-5.
+    assert moved == pytest.approx(1, abs=3e-3) and would_have == pytest.approx(0.945, abs=0.005)
+
+
 def test_what_is_not_a_number_stays_so() -> None:
     # The second is what NVIDIA's GPUs make; rounded up as an integer it would become -0.
     values = mx.array([0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0xFFC00000], mx.uint32).view(mx.float32)
