@@ -11,6 +11,7 @@ import mlx.core as mx
 import pytest
 from conftest import ROOT
 
+from compiled_adam import blas
 from compiled_adam.commands import doctor
 
 DOCTOR = ("-m", "compiled_adam.cli", "doctor")
@@ -41,6 +42,8 @@ def test_here_training_works(run) -> None:
 
     found = findings(run(*DOCTOR, "--json"))
     assert list(found)[:5] == ["MLX", "device", "mx.compile", "kernels", "training"]
+    if "matmul" in found:
+        assert f"({blas.used()})" in found["matmul"]["found"]
     for name in ("MLX", "device", "mx.compile", "kernels", "training", "mlx-lm", "matplotlib"):
         assert found[name]["state"] == "ok" and not found[name]["advice"], found[name]
 
