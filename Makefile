@@ -6,6 +6,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+COMMA := ,
 
 # MLX on Linux needs a backend package of its own; on macOS it brings Metal.
 ifeq ($(shell uname -s),Darwin)
@@ -13,11 +14,13 @@ EXTRAS := lm,dev
 else ifneq ($(shell nvidia-smi >/dev/null 2>&1 && echo gpu),)
 EXTRAS := lm,dev,$(if $(shell nvidia-smi | grep -E 'CUDA Version: *1[3-9]'),cuda13,cuda12)
 else
-EXTRAS := lm,dev,cpu
+# Its BLAS is slow: one of pip's, which is large, where the system has no OpenBLAS.
+OPENBLAS := $(wildcard /usr/lib/*/libopenblas.so.0 /usr/lib64/libopenblas*.so.0 /usr/lib/libopenblas.so.0)
+EXTRAS := lm,dev,cpu$(if $(OPENBLAS),,$(COMMA)blas)
 endif
 
-# Two processes, each of one thread of OpenBLAS, if that is preloaded. Their kernels: tests/kernels.py.
-TEST := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest
+# Two processes, so each has one thread for matrix products. Their kernels: tests/kernels.py.
+TEST := OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
 JOBS ?= 2
 
 .PHONY: demo test test-fast test-long check lint types doctest bench docs clean

@@ -127,7 +127,7 @@ class Bench:
     def step(self) -> Part:
         from . import step  # here, because it needs mlx-lm
 
-        self._remark(blas_hint(self.environment["blas"]))
+        self._remark(blas_hint())
         folder = self.stack.enter_context(step.folder_of(self.arguments.model))
         stages = step.stages(folder, rounds=2 if self.quick else 7, windows=2 if self.quick else 6)
         return Part(stages, step.table, step.summary)
@@ -140,7 +140,7 @@ class Bench:
     def quality(self) -> Part:
         from . import quality
 
-        self._remark(blas_hint(self.environment["blas"]))
+        self._remark(blas_hint())
         steps = self.arguments.steps or (60 if self.quick else quality.STEPS)
         seeds = quality.SEEDS[: 1 if self.quick else None]
         size = quality.QUICK if self.quick else quality.Size()

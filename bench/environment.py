@@ -5,16 +5,14 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-import shlex
 import subprocess
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from compiled_adam.commands.blas import REFERENCE_BLAS, blas
+from compiled_adam import blas
 
 SCHEMA = 2  # of the records: goes up when a field changes its meaning or goes away
 ROOT = Path(__file__).parent.parent
@@ -38,7 +36,7 @@ def environment() -> dict[str, Any]:
         "mlx": version("mlx"),
         "compiled_adam": version("compiled-adam"),
         "versions": {name: found for name in OTHERS if (found := _version(name))},
-        "blas": blas(),
+        "blas": blas.used(),
         "commit": _commit(),
     }
 
@@ -65,15 +63,13 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def blas_hint(used: str) -> str | None:
+def blas_hint() -> str | None:
     """One sentence for whoever times matrix products on MLX's own BLAS; None where there is nothing to say."""
-    if not used.startswith(REFERENCE_BLAS) or mx.default_device() != mx.Device(mx.cpu):
+    if not blas.is_slow() or mx.default_device() != mx.Device(mx.cpu):
         return None
     return (
-        "MLX multiplies matrices with the reference BLAS here, which hides what an optimizer costs; preload OpenBLAS,"
-        " about 50 times as fast: apt-get install libopenblas0-pthread;"
-        f" LD_PRELOAD=/usr/lib/{platform.machine()}-linux-gnu/libopenblas.so.0"
-        f" python -m bench {shlex.join(sys.argv[1:])}"
+        "MLX multiplies matrices with the reference BLAS here, which hides what an optimizer costs; `compiled-adam"
+        " doctor` says how to get a fast one"
     )
 
 

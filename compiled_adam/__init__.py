@@ -7,11 +7,16 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from . import blas
+
 try:
+    blas.load()  # before MLX, which then uses it
     import mlx.core as _mx  # noqa: F401
 except ImportError as error:
     _what = (
-        f"MLX cannot be loaded ({error}); on Linux `mlx` comes without a backend, so install one with"
+        str(error)
+        if isinstance(error, blas.BlasError)
+        else f"MLX cannot be loaded ({error}); on Linux `mlx` comes without a backend, so install one with"
         " `pip install 'compiled-adam[cpu]'`, or [cuda12] or [cuda13] with an NVIDIA GPU."
     )
     if [os.path.basename(word) for word in sys.argv[:1]] == ["compiled-adam"]:

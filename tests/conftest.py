@@ -17,11 +17,14 @@ from tests import kernels
 kernels.separate()
 os.environ["HF_HUB_OFFLINE"] = "1"  # before Hugging Face's packages are imported
 
+from compiled_adam import cli  # noqa: E402
+
+# compiled_adam comes before MLX, which then has a fast BLAS.
+# isort: split
+
 import mlx.core as mx  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
-
-from compiled_adam import cli  # noqa: E402
 
 # A shell that starts pytest in the background lets it ignore Ctrl-C, and so every process that a test interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

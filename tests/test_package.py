@@ -25,6 +25,7 @@ def test_public_names_exist() -> None:
 FOLDERS = (
     *("cli", "commands", "finetune", "checkpoint", "step", "distributed", "schedulers", "optimizers", "update"),
     "base",
+    "blas",
 )
 
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from .. import blas
 from ..base import InputError, differences, packages, table
 from ..distributed import workers
 from ..optimizers import any_optimizer
@@ -224,9 +225,8 @@ def read_checkpoint(
     if state["window"] and state["window"]["batches"].item() != meta["accumulated"]:
         raise InputError(f"{found / META} is damaged: its number of accumulated batches is not the one in the window")
     check_finite(state["model"])
-    if others := differences(_packages(), meta["packages"]):
-        names = ", ".join(f"{name} {there}" for name, _, there in others)
-        warn(f"{folder} was written with {names}: results may differ in the last bits")
+    if others := _other_packages(meta["packages"]):
+        warn(f"{folder} was written with {others}: results may differ in the last bits")
     own_rate = any(name.endswith("learning_rate") for name in changed)
     return Contents(state, meta["extra"], convert, own_rate)
 
@@ -308,7 +308,13 @@ def _load(file: Path, stream: FileIO) -> dict[str, mx.array]:
 
 
 def _packages() -> dict[str, str]:
-    return packages() | {"device": str(mx.default_device())}
+    return packages() | {"device": str(mx.default_device()), "BLAS": blas.used()}
+
+
+def _other_packages(there: Mapping[str, str]) -> str:
+    here = _packages()
+    rows = differences(here, {"BLAS": here["BLAS"], **there})  # a checkpoint of version 0.1 does not tell its BLAS
+    return ", ".join(f"{name} {other} (this run has {own})" for name, own, other in rows)
 
 
 def _updates(step: TrainStep) -> int:

@@ -20,13 +20,12 @@ from typing import Any, Literal, NamedTuple, cast
 import mlx.core as mx
 import mlx.nn as nn
 
+from .. import blas
 from ..base import kernels
 from ..finetune.packages import install
 from ..optimizers import AdamW
 from ..step import make_step
-from . import blas
 
-SLOW_BLAS = 20.0  # GFLOP/s; the reference BLAS of MLX's Linux wheels does 3 to 6, OpenBLAS 50 and more
 KERNELS = {mx.float32: 1, mx.bfloat16: 3}  # of AdamW, for one tensor; weight and residual have one each
 BACKENDS = ("ring", "mpi", "nccl", "jaccl")
 OPENBLAS = "libopenblas0-pthread"  # Debian's and Ubuntu's package
@@ -232,15 +231,20 @@ def _matmul() -> Finding:
         mx.eval(a @ a)
         seconds.append(time.perf_counter() - start)
     speed = 2 * n**3 / min(seconds) / 1e9
-    found = f"{speed:.0f} GFLOP/s in float32 ({blas.blas()})"
-    if speed >= SLOW_BLAS or platform.system() != "Linux" or not blas.blas().startswith(blas.REFERENCE_BLAS):
+    found = f"{speed:.0f} GFLOP/s in float32 ({blas.used()})"
+    if not blas.is_slow():
         return Finding("matmul", "ok", found)
-    library = next(iter(sorted(Path("/usr/lib").glob("*/libopenblas.so.0"))), None)
-    path = library or f"/usr/lib/{platform.machine()}-linux-gnu/libopenblas.so.0"
-    install = "" if library else f"apt-get install {OPENBLAS}, then "
-    return Finding(
-        "matmul", "advice", found, f"{install}LD_PRELOAD={path} before the command makes it many times faster"
-    )
+    return Finding("matmul", "advice", found, _faster_blas())
+
+
+def _faster_blas() -> str:
+    if os.environ.get(blas.VARIABLE) == "off":
+        return f"unset {blas.VARIABLE} to use a faster library"
+    found = f"apt-get install {OPENBLAS} (Debian, Ubuntu)"
+    if platform.machine() == "x86_64":
+        found = f"{install('blas')}, or {found},"
+    refused = "".join(f"; {reason}" for reason in blas.refused())
+    return f"{found} makes it many times faster{refused}"
 
 
 def _processes() -> Finding:

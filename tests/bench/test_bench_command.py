@@ -13,7 +13,7 @@ import pytest
 from bench import __main__ as command
 from bench import environment, progress, quality, readme, step, tables, update
 from bench.contenders import CONTENDERS, DEFAULT
-from compiled_adam.commands import blas
+from compiled_adam import blas
 
 ENVIRONMENT = {"mlx": "0", "device": "Device(cpu, 0)", "cores": 2, "blas": "?"}
 # The fields of a record: a reader of one may rely on these. If a field goes or changes its meaning, SCHEMA goes up.
@@ -162,34 +162,25 @@ def test_a_table_of_runs_that_ended_early() -> None:
     assert [list(column.cells)[-1] for column in table.columns][2:6] == ["1.7500", "-", "-", "-"]
 
 
-def test_blas_that_serves_mlx() -> None:
-    packages = Path("/venv/lib/python3.11/site-packages")
-    mlx, numpy = packages / "mlx_cpu.libs/libblas-1.so.3", packages / "numpy.libs/libscipy_openblas64_-1.so"
-    assert blas.blas_of([mlx, numpy]) == "reference BLAS (libblas-1.so.3)"
-    preloaded = Path("/usr/lib/x86_64-linux-gnu/openblas-pthread/libopenblasp-r0.3.21.so")
-    assert blas.blas_of([mlx, numpy, preloaded]) == "libopenblasp-r0.3.21.so"
-    assert blas.blas_of([numpy]) == blas.blas_of([]) == "as MLX was built"
-
-
-def test_hint_to_preload_a_blas(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert environment.blas_hint("libopenblasp-r0.3.21.so") is None
-    assert environment.blas_hint("as MLX was built") is None
-    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
-    assert "LD_PRELOAD" in (environment.blas_hint("reference BLAS (libblas-1.so.3)") or "")
-    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
-    assert environment.blas_hint("reference BLAS (libblas-1.so.3)") is None
+@pytest.mark.parametrize(
+    ("slow", "device", "hint"), [(True, mx.cpu, True), (True, mx.gpu, False), (False, mx.cpu, False)]
+)
+def test_hint_about_the_reference_blas(slow: bool, device, hint: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blas, "is_slow", lambda: slow)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(device))
+    assert ("doctor" in (environment.blas_hint() or "")) == hint
 
 
 def test_step_and_quality_give_the_hint(bench, monkeypatch: pytest.MonkeyPatch) -> None:
     run = dict.fromkeys(("tokens_per_second", "first_step_ms", "new_shape_ms", "traces", "peak_bytes", "loss"), 1.0)
-    monkeypatch.setattr(command, "blas_hint", lambda used: "Preload a better one.")
+    monkeypatch.setattr(command, "blas_hint", lambda: "Get a better one.")
     monkeypatch.setattr(step, "_run", lambda name, *rest: [{"contender": name, **run}])
     code, out, errors = bench("step", "--quick")
-    assert code == 0 and out.count("Preload a better one.") == 1
+    assert code == 0 and out.count("Get a better one.") == 1
     assert "1.00 (1.00-1.00)" in out and "step 8/8: round 2, " in errors
     monkeypatch.setattr("bench.quality.train", lambda *arguments: a_quality_record()[0])
     code, out, _ = bench("quality", "--quick", "--dtype", "float32")
-    assert code == 0 and out.count("Preload a better one.") == 1
+    assert code == 0 and out.count("Get a better one.") == 1
 
 
 def test_all_runs_every_part(bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -298,6 +298,24 @@ def test_other_versions_are_a_warning(tmp_path: Path, monkeypatch: pytest.Monkey
         ca.load_checkpoint(tmp_path / "0001", step)
 
 
+def test_another_blas_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint of version 0.1, which does not tell its BLAS, gives none."""
+    step, folder, packages = make(), tmp_path / "0001", checkpoint._packages
+    monkeypatch.setattr(checkpoint.blas, "used", lambda: "OpenBLAS 0.3.21 (Zen, 2 threads)")
+    ca.save_checkpoint(folder, step)
+    ca.load_checkpoint(folder, step)
+    monkeypatch.setattr(checkpoint.blas, "used", lambda: "reference BLAS")
+    message = (
+        r"written with BLAS OpenBLAS 0\.3\.21 \(Zen, 2 threads\) \(this run has reference BLAS\): results may differ"
+    )
+    with pytest.warns(UserWarning, match=message):
+        ca.load_checkpoint(folder, step)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_packages", lambda: {k: v for k, v in packages().items() if k != "BLAS"})
+        ca.save_checkpoint(folder, step)
+    ca.load_checkpoint(folder, step)
+
+
 @pytest.mark.parametrize("optimizer", [lambda: optim.SGD(0.1, momentum=0.9), lambda: optim.Muon(1e-2)])
 def test_any_mlx_optimizer(optimizer, tmp_path: Path) -> None:
     def step() -> ca.TrainStep:

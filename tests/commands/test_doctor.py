@@ -11,6 +11,7 @@ import mlx.core as mx
 import pytest
 from conftest import ROOT
 
+from compiled_adam import blas
 from compiled_adam.commands import doctor
 
 DOCTOR = ("-m", "compiled_adam.cli", "doctor")
@@ -41,6 +42,8 @@ def test_here_training_works(run) -> None:
 
     found = findings(run(*DOCTOR, "--json"))
     assert list(found)[:5] == ["MLX", "device", "mx.compile", "kernels", "training"]
+    if "matmul" in found:
+        assert f"({blas.used()})" in found["matmul"]["found"]
     for name in ("MLX", "device", "mx.compile", "kernels", "training", "mlx-lm", "matplotlib"):
         assert found[name]["state"] == "ok" and not found[name]["advice"], found[name]
 
@@ -111,16 +114,24 @@ def test_without_a_backend_the_command_is_a_sentence(run, tmp_path: Path) -> Non
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(("slow", "state"), [(0.0, "ok"), (1e9, "advice")])
-def test_a_slow_blas(slow: float, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "SLOW_BLAS", slow)
-    monkeypatch.setattr(doctor.platform, "system", lambda: "Linux")
-    monkeypatch.setattr(doctor.blas, "blas", lambda: "reference BLAS (libblas.so)")
+def test_a_slow_blas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.blas, "used", lambda: "reference BLAS")
+    monkeypatch.setattr(doctor.blas, "is_slow", lambda: True)
+    monkeypatch.setattr(doctor.blas, "refused", lambda: ("libopenblas.so.0 multiplies two matrices wrongly",))
+    monkeypatch.setattr(doctor.platform, "machine", lambda: "x86_64")
+    monkeypatch.delenv("COMPILED_ADAM_BLAS", raising=False)
     found = doctor._matmul()
-    assert found.state == state
-    assert ("LD_PRELOAD=/usr/lib/" in found.advice) == (state == "advice")
-    monkeypatch.setattr(doctor.blas, "blas", lambda: "libopenblas.so.0")
-    assert doctor._matmul().state == "ok"  # nothing better to advise
+    assert found.state == "advice" and "GFLOP/s in float32 (reference BLAS)" in found.found
+    assert found.advice == (
+        "pip install 'compiled-adam[blas]', or apt-get install libopenblas0-pthread (Debian, Ubuntu), makes it many"
+        " times faster; libopenblas.so.0 multiplies two matrices wrongly"
+    )
+    monkeypatch.setattr(doctor.platform, "machine", lambda: "aarch64")  # for which there is no MKL
+    assert doctor._matmul().advice.startswith("apt-get install libopenblas0-pthread (Debian, Ubuntu) makes it")
+    monkeypatch.setenv("COMPILED_ADAM_BLAS", "off")
+    assert doctor._matmul().advice == "unset COMPILED_ADAM_BLAS to use a faster library"
+    monkeypatch.setattr(doctor.blas, "is_slow", lambda: False)
+    assert doctor._matmul().state == "ok"
 
 
 def test_a_check_that_raises_is_a_finding() -> None:

@@ -1,0 +1,3 @@
+"""Which library multiplies matrices on the CPU of Linux. It must be loaded before MLX, so this folder imports none."""
+
+from .choice import VARIABLE, BlasError, is_slow, load, refused, used
