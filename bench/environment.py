@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from compiled_adam import blas
+from compiled_adam.base import blas
 
 SCHEMA = 2  # of the records: goes up when a field changes its meaning or goes away
 ROOT = Path(__file__).parent.parent

@@ -7,15 +7,12 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from . import blas
-
 try:
-    blas.load()  # before MLX, which then uses it
-    import mlx.core as _mx  # noqa: F401
+    from .base import InputError, TrainingStopped  # which loads a fast BLAS, and then MLX
 except ImportError as error:
     _what = (
         str(error)
-        if isinstance(error, blas.BlasError)
+        if type(error).__name__ == "BlasError"
         else f"MLX cannot be loaded ({error}); on Linux `mlx` comes without a backend, so install one with"
         " `pip install 'compiled-adam[cpu]'`, or [cuda12] or [cuda13] with an NVIDIA GPU."
     )
@@ -24,7 +21,6 @@ except ImportError as error:
     raise ImportError(_what) from error
 
 from . import schedulers
-from .base import InputError, TrainingStopped
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from .optimizers import Adam, AdamW
 from .step import StepResult, TrainStep, losses, make_step

@@ -25,7 +25,6 @@ def test_public_names_exist() -> None:
 FOLDERS = (
     *("cli", "commands", "finetune", "checkpoint", "step", "distributed", "schedulers", "optimizers", "update"),
     "base",
-    "blas",
 )
 
 

@@ -1,5 +1,9 @@
 """Helpers that all other folders of the package use. This folder imports none of the others."""
 
+from . import blas  # before MLX, which then uses it
+
+# isort: split
+
 from . import fingerprint, random_state
 from .at_once import Assignments, call_all, undone_on_error
 from .compare import Row, differences, table

@@ -18,8 +18,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from .. import blas
-from ..base import InputError, differences, packages, table
+from ..base import InputError, blas, differences, packages, table
 from ..distributed import workers
 from ..optimizers import any_optimizer
 from ..step import TrainStep

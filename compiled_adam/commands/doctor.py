@@ -20,8 +20,7 @@ from typing import Any, Literal, NamedTuple, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from .. import blas
-from ..base import kernels
+from ..base import blas, kernels
 from ..finetune.packages import install
 from ..optimizers import AdamW
 from ..step import make_step

@@ -11,7 +11,7 @@ import mlx.core as mx
 import pytest
 from conftest import ROOT
 
-from compiled_adam import blas
+from compiled_adam.base import blas
 from compiled_adam.commands import doctor
 
 DOCTOR = ("-m", "compiled_adam.cli", "doctor")

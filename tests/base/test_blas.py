@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from compiled_adam.blas import choice, cores, library
+from compiled_adam.base.blas import choice, cores, library
 
 pytestmark = pytest.mark.skipif(platform.system() != "Linux", reason="elsewhere MLX has the system's BLAS")
 needs_wheel = pytest.mark.skipif(not choice._has_reference_blas(), reason="this MLX does not bring the reference BLAS")
 needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc")
 
-SAY = "import compiled_adam as ca; print(ca.blas.used()); print(*ca.blas.refused(), sep='; ')"
+SAY = "import compiled_adam as ca; print(ca.base.blas.used()); print(*ca.base.blas.refused(), sep='; ')"
 # What the process has loaded, and whether MLX multiplies with it.
 PRODUCT = "; import mlx.core as mx; a = mx.arange(64 * 64).reshape(64, 64) % 7 / 1.0; print(mx.sum(a @ a).item())"
 GEMM = """
@@ -125,7 +125,7 @@ def test_a_wrong_path_is_a_sentence_of_the_command(run) -> None:
 @needs_gcc
 def test_what_is_found_is_tried_in_order(run, made: Callable[..., str]) -> None:
     found = [made("1", file="libwrong.so"), "libnowhere.so", made(file="libright.so"), made(file="liblater.so")]
-    replaced = f"from compiled_adam.blas import choice; choice._candidates = lambda: {found}"
+    replaced = f"from compiled_adam.base.blas import choice; choice._candidates = lambda: {found}"
     code = f"{replaced}; print(*choice._first_that_works('-'))"
     out = said(run("-c", code, COMPILED_ADAM_BLAS="off"))
     assert out == [f"libright.so ('{found[0]} multiplies two matrices wrongly',)"]
