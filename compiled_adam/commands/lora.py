@@ -22,22 +22,23 @@ from mlx_lm.tuner.datasets import CacheDataset
 from mlx_lm.tuner.trainer import TrainingArgs
 from mlx_lm.tuner.utils import print_trainable_parameters
 
-from .. import schedulers
 from ..base import InputError, fingerprint
 from ..checkpoint import check_exists
 from ..distributed import Workers, join
-from ..finetune import batches, data, model_files
+from ..finetune import data, model_files, padding
 from ..finetune.adapters import check_folder, load_adapters, load_weights, other_scale, read_arrays
+from ..finetune.batches import Batches
 from ..finetune.console import TrainingProgress
-from ..finetune.lora_values import OPTIMIZERS
+from ..finetune.lora_values import OPTIMIZERS, check_rates
 from ..finetune.names import LOG, WEIGHTS
 from ..finetune.options import called
 from ..finetune.saving import has_checkpoints
+from ..finetune.tokenizing import tokenize
 from ..finetune.trainable import add_adapters, check_layers, unfreeze_last
 from ..finetune.trainer import train
 from ..finetune.validation import mean_loss, no_targets
-from ..step import losses
 from ..update import decay_matrices
+from . import like_mlx_lm
 from .lora_options import KEPT, check_together, settings
 from .lora_yaml import YAML_ONLY
 
@@ -137,10 +138,14 @@ def _train(
     if args.resume_adapter_file is not None:
         _begin_with(args, model)
     print_trainable_parameters(model)
-    padding = batches.multiple_of_32 if args.bucket is None else batches.geometric(args.bucket)
     cached = CacheDataset(train_set)
+    make_batches = _batches(args, args.bucket)
+    if args.epochs is not None:
+        args.iters = _iterations(args, cached, make_batches)
+        check_rates(args)
     if args.bucket is not None:
         _print_forecast(args, cached)
+    print(like_mlx_lm.differences(args))
     try:
         train(
             model,
@@ -148,7 +153,8 @@ def _train(
             cached,
             CacheDataset(valid_set),
             _training_args(args),
-            iterate_batches=partial(batches.Batches, padding=padding),
+            loss=like_mlx_lm.loss(args),
+            iterate_batches=make_batches,
             training_callback=callback,
             max_traces=args.max_traces,
             log=True,
@@ -158,7 +164,7 @@ def _train(
             early_stop_patience=args.early_stop_patience,
             nonfinite_limit=args.nonfinite_limit,
             resume=args.resume,
-            settings={"model": base, **{name: getattr(args, name, None) for name in _OF_THE_RESULT}},
+            settings=_settings(args, base),
             allow=args.allow_change or (),
             adapter_config={name: value for name, value in vars(args).items() if name not in ("given", "in_file")},
             reduce_dtype=args.reduce_dtype,
@@ -171,6 +177,29 @@ def _train(
             _report(args)
         raise
     _report(args)
+
+
+def _batches(args: types.SimpleNamespace, bucket: float | None) -> partial[Batches]:
+    """`Batches` with the options of a job."""
+    grouped = args.group_by_length or args.batch_tokens is not None
+    lengths = padding.chosen(bucket, grouped, cuda=False if args.like_mlx_lm else None)
+    return partial(Batches, padding=lengths, group_by_length=grouped, batch_tokens=args.batch_tokens)
+
+
+def _iterations(args: types.SimpleNamespace, dataset: CacheDataset, make_batches: partial[Batches]) -> int:
+    """The iterations of ``args.epochs``."""
+    world = join(args.worker_timeout)
+    made = make_batches(dataset, args.batch_size, args.max_seq_length, loop=True, comm_group=world)
+    if made.grouped:
+        tokenize(dataset, quiet=world.rank() > 0)
+    return max(1, math.ceil(args.epochs * made.per_epoch))
+
+
+def _settings(args: types.SimpleNamespace, base: Any) -> dict[str, Any]:
+    """The settings that a resumed run must have, too, beside those that `train` knows."""
+    found = {"model": base, **{name: getattr(args, name, None) for name in _OF_THE_RESULT}}
+    # Checkpoints of earlier versions do not have it.
+    return {**found, "like_mlx_lm": True} if args.like_mlx_lm else found
 
 
 def _training_args(args: types.SimpleNamespace) -> TrainingArgs:
@@ -199,7 +228,7 @@ def _test(args: types.SimpleNamespace, model: nn.Module, test_set: Any) -> None:
                 workers.beat()
                 progress.advance()
 
-            loss = mean_loss(model, test_set, losses.next_token, batches.Batches, args, count, before_batch)
+            loss = mean_loss(model, test_set, like_mlx_lm.loss(args), Batches, args, count, before_batch)
         if loss is None:
             raise InputError(f"there is no test loss: {no_targets(args.max_seq_length)}")
         print(f"Test loss {loss:.3f}, Test ppl {math.inf if loss >= 700 else math.exp(loss):.3f}.")
@@ -229,13 +258,13 @@ def _checkpoints(args: types.SimpleNamespace) -> int:
 
 
 def _print_forecast(args: types.SimpleNamespace, dataset: Any) -> None:
-    def forecast(padding: batches.Padding) -> batches.Forecast:
-        return batches.Batches(dataset, args.batch_size, args.max_seq_length, padding=padding).forecast()
-
-    ours, stock = forecast(batches.geometric(args.bucket)), forecast(batches.multiple_of_32)
+    ours, without = (
+        _batches(args, bucket)(dataset, args.batch_size, args.max_seq_length, loop=True).forecast()
+        for bucket in (args.bucket, None)
+    )
     print(
         f"bucket {args.bucket:g}: at most {ours.traces} traces, {100 * ours.overhead:.1f} % padding"
-        f" (multiples of 32: {stock.traces} traces, {100 * stock.overhead:.1f} %)"
+        f" (without --bucket: {without.traces} traces, {100 * without.overhead:.1f} %)"
     )
 
 
@@ -243,18 +272,14 @@ def make_optimizer(args: types.SimpleNamespace) -> optim.Optimizer:
     """The optimizer of a job: ours for adam and adamw, mlx-lm's for the others, for which our options are errors."""
     name = args.optimizer
     config = args.optimizer_config.get(name, {})
-    rate = args.learning_rate if args.lr_schedule is None else schedulers.from_config(args.lr_schedule)
-    options = {
-        key: getattr(args, key)
-        for key in ("max_grad_norm", "skip_nonfinite", "moments", "weight_decay", "bias_correction")
-        if getattr(args, key) is not None
-    }
+    rate = args.learning_rate if args.lr_schedule is None else like_mlx_lm.schedule(args)
+    options = {key: getattr(args, key) for key in like_mlx_lm.OF_ADAM if getattr(args, key) is not None}
     if name != "adamw":
         for key in ("weight_decay", "decay_matrices_only"):
             if getattr(args, key) is not None:
                 raise InputError(f"{called(key)} is an option of adamw, but the optimizer is {name}")
     if name in ("adam", "adamw"):
-        options = {"bias_correction": True, "skip_nonfinite": True, **config, **options}
+        options = like_mlx_lm.options_of_adam(args)
         if args.decay_matrices_only:
             options["decay_filter"] = decay_matrices
     elif options:

@@ -19,6 +19,7 @@ from ..finetune.lora_values import FEATURES
 from ..finetune.options import TrainOptions, called
 from ..optimizers import AdamW
 from ..update import POLICIES
+from . import like_mlx_lm
 from .lora_yaml import YAML_ONLY, read, size
 
 KEPT = 2  # checkpoints, unless --keep-checkpoints says otherwise
@@ -38,6 +39,19 @@ _PATIENCE = "Stop when the validation loss has not improved N times in a row. De
 _BUCKET = (
     "Pad batches to lengths of a geometric series with this ratio (1.25 if none is given), not to multiples of 32, so"
     " that fewer shapes are compiled. A line says how much padding this adds. Default: off."
+)
+_GROUP = (
+    "Batches have examples of similar length, the longest first of all, and every example is trained in each epoch."
+    " Default: on, unlike mlx_lm.lora."
+)
+_BATCH_TOKENS = (
+    "A batch has as many examples of similar length as fit into N positions (examples times padded length);"
+    " --batch-size is for validation then. Default: --batch-size examples."
+)
+_EPOCHS = "Train for so many epochs, instead of --iters. Default: as many as --iters are; a line says how many."
+_LIKE = (
+    "Compute what mlx_lm.lora computes: its batches, its loss, its schedules, Adam without bias correction, no skipped"
+    " updates. Options that are given explicitly win. Default: off."
 )
 _KEEP = (
     "Keep only the newest N checkpoints and N numbered adapter files; 0 writes no checkpoints. Default:"
@@ -75,6 +89,10 @@ GROUPS = {
     ),
     "options of training (also YAML keys)": (
         Option("max_traces", int, _TRACES),
+        Option("group_by_length", bool, _GROUP),
+        Option("batch_tokens", int, _BATCH_TOKENS),
+        Option("epochs", float, _EPOCHS, {"metavar": "N"}),
+        Option("like_mlx_lm", bool, _LIKE),
         Option("bucket", float, _BUCKET, {"nargs": "?", "const": 1.25, "metavar": "RATIO"}),
         Option("keep_checkpoints", int, _KEEP),
         Option("save_best", bool, "Keep the adapters with the lowest validation loss in best/. Default: off."),
@@ -91,7 +109,7 @@ GROUPS = {
     ),
 }
 # Defaults are those of `train`, but for these. None: not asked for; then the optimizer's own default holds, or `KEPT`.
-_OTHER_DEFAULTS = {"keep_checkpoints": None, "nonfinite_limit": 20}
+_OTHER_DEFAULTS = {"keep_checkpoints": None, "nonfinite_limit": 20, "group_by_length": True}
 _DEFAULTS = {**{field.name: field.default for field in dataclasses.fields(TrainOptions)}, **_OTHER_DEFAULTS}
 OURS: dict[str, Any] = {option.name: _DEFAULTS.get(option.name) for group in GROUPS.values() for option in group}
 # Help for options of mlx-lm whose own help says less than they do here.
@@ -121,7 +139,8 @@ def settings(argv: Sequence[str], made: argparse.ArgumentParser | None = None) -
     defaults = {**mlx_lm_lora.CONFIG_DEFAULTS, **OURS}
     known = {*defaults, *found, *YAML_ONLY} - {"config"}
     config = read(found["config"], known, parser()._actions) if found["config"] else {}
-    for values in (config, defaults):
+    like = config.get("like_mlx_lm") if found["like_mlx_lm"] is None else found["like_mlx_lm"]
+    for values in (config, like_mlx_lm.DEFAULTS if like else {}, defaults):
         for key, value in values.items():
             if found.get(key) is None:
                 found[key] = value
@@ -183,7 +202,7 @@ def check_together(args: types.SimpleNamespace) -> list[str]:
     if not args.train and not args.test:
         raise InputError("there is nothing to do; give --train, --test or both")
     if not args.train:
-        for name in sorted(given & {*OURS, "resume_adapter_file"} - {"worker_timeout"}):
+        for name in sorted(given & {*OURS, "resume_adapter_file"} - {"worker_timeout", "like_mlx_lm"}):
             hint = "; --adapter-path says what is tested" if name == "resume_adapter_file" else ""
             raise InputError(f"{called(name)} is an option of training, but there is no --train{hint}")
         if unused := [called(name) for name in _OF_TRAINING if name in given]:
@@ -200,11 +219,16 @@ def check_together(args: types.SimpleNamespace) -> list[str]:
         )
     if args.allow_change and not args.resume:
         raise InputError("allow_change is about a checkpoint's settings, but there is no --resume")
+    if args.batch_tokens and not args.group_by_length and "group_by_length" in {*args.given, *args.in_file}:
+        raise InputError(
+            f"{called('batch_tokens')} groups examples by length, but group_by_length is off; leave one of them out"
+        )
     if args.decay_matrices_only and args.weight_decay == 0:
         raise InputError("decay_matrices_only chooses what decays, but weight_decay is 0; leave one of them out")
     # What wins is what mlx-lm takes. In one file both may stand: mlx-lm's own example has all of them.
     for loser, winner, meaning in (
         ("learning_rate", "lr_schedule", "which sets the learning rate"),
+        ("iters", "epochs", "which says how long to train"),
         ("data", "hf_dataset", "which says where the data are"),
         *((feature, "hf_dataset", "which has a key of this name itself") for feature in FEATURES),
     ):

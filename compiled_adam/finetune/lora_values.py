@@ -17,7 +17,7 @@ from ..base import InputError
 from ..distributed import check_timeout
 from ..optimizers import Adam, AdamW
 from ..optimizers import options as optimizer_options
-from . import batches
+from . import padding
 from .options import WHOLE, called, check_whole
 
 OPTIMIZERS: dict[str, Callable[..., optim.Optimizer]] = {
@@ -63,6 +63,8 @@ def check(args: types.SimpleNamespace) -> None:
     optimizer_options.learning_rate(args.learning_rate, called("learning_rate"))
     if args.max_grad_norm is not None and not 0 < args.max_grad_norm < math.inf:
         raise InputError(f"{called('max_grad_norm')} is {args.max_grad_norm!r}; it must be a number above 0")
+    if args.epochs is not None and not 0 < args.epochs < math.inf:
+        raise InputError(f"{called('epochs')} is {args.epochs!r}; it must be a number above 0")
     if args.weight_decay is not None:
         optimizer_options.check_number(called("weight_decay"), args.weight_decay)
     check_timeout(args.worker_timeout)
@@ -72,15 +74,23 @@ def check(args: types.SimpleNamespace) -> None:
             " with commas between them"
         )
     if args.bucket is not None:
-        batches.geometric(args.bucket)
+        padding.geometric(args.bucket)
     if args.lr_schedule is not None:
-        schedule = schedulers.from_config(args.lr_schedule)
-        schedulers.check_values(schedule, -(-args.iters // args.grad_accumulation_steps))
+        schedulers.from_config(args.lr_schedule)
+        if args.epochs is None:
+            check_rates(args)
     if args.lora_parameters is not None:
         args.lora_parameters = lora_parameters(args.lora_parameters, needed=args.fine_tune_type != "full")
     args.optimizer_config = optimizer_config(args.optimizer_config, args.optimizer)
     if hasattr(args, "hf_dataset"):
         _check_hf_dataset(args.hf_dataset, test=args.test)
+
+
+def check_rates(args: types.SimpleNamespace) -> None:
+    """Raises ValueError if the schedule has an unusable rate within the iterations of the job."""
+    if args.lr_schedule is not None:
+        schedule = schedulers.from_config(args.lr_schedule)
+        schedulers.check_values(schedule, -(-args.iters // args.grad_accumulation_steps))
 
 
 def _names(report_to: str | None) -> list[str]:

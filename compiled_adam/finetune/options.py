@@ -15,6 +15,7 @@ from ..distributed import check_timeout
 WHOLE = {
     **dict.fromkeys(("num_layers", "batch_size", "iters", "val_batches", "test_batches", "steps_per_report"), 1),
     **dict.fromkeys(("steps_per_eval", "save_every", "steps_per_save", "grad_accumulation_steps", "max_traces"), 1),
+    "batch_tokens": 1,
     **dict.fromkeys(("keep_adapters", "early_stop_patience", "nonfinite_limit"), 1),
     **dict.fromkeys(("seed", "clear_cache_threshold", "keep_checkpoints"), 0),
     "max_seq_length": 2,

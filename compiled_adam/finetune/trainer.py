@@ -41,10 +41,10 @@ from .reporting import Reporting
 from .rows import located
 from .saving import RunFolder, has_checkpoints
 from .stopping import asked_to_stop
+from .tokenizing import tokenize
 from .validation import Validation
 
 TrainingArgs = mlx_lm_trainer.TrainingArgs
-_MANY = 5000  # examples, whose tokenizing takes seconds
 
 
 def train(
@@ -141,7 +141,7 @@ class Job:
             step, batches = self._step(workers), self._batches(workers)
             durable = bool(options.keep_checkpoints) or resume is not None
             self._check_batches(batches, durable)
-            settings = self._settings(batches if durable else None, workers.first)
+            settings = self._settings(batches, durable, workers.first)
             workers.check_alike(self._alike(settings, resume is not None))
             if options.log or durable:
                 stack.enter_context(workers.all_do(partial(_lock, self.folder, workers.first)))
@@ -161,6 +161,8 @@ class Job:
                 progress.line(
                     f"there is no checkpoint in {self.folder / CHECKPOINTS} yet: the run starts from the beginning"
                 )
+            if isinstance(batches, Batches):
+                progress.line(in_epochs(args.iters, batches))
             if loop.iteration >= args.iters:
                 progress.line(
                     f"iter {loop.iteration:>5}  all {args.iters} iterations are done; to train on, give more"
@@ -210,13 +212,15 @@ class Job:
                 f" give it more, or use a smaller {called('batch_size')}"
             )
 
-    def _settings(self, batches: Any, first: bool) -> dict[str, Any]:
-        """The settings that a resumed run must have, too; with digests of the examples unless ``batches`` is None."""
+    def _settings(self, batches: Any, durable: bool, first: bool) -> dict[str, Any]:
+        """The settings that a resumed run must have, too; with digests of the examples if it is ``durable``."""
         args = self.args
         data: dict[str, Any] = {}
-        if batches is not None:
-            if first and len(self.train_dataset) > _MANY:
-                print(f"tokenizing {len(self.train_dataset):,} examples, to notice when a resumed run has other data")
+        if isinstance(batches, Batches):
+            data.update(batches.settings())
+            if durable or batches.grouped:
+                tokenize(self.train_dataset, quiet=not first)
+        if durable:
             validated = Batches(self.val_dataset, 1, args.max_seq_length).rows() if self.val_dataset else None
             data["data"] = fingerprint.of_rows(batches.rows())
             data["validation data"] = None if validated is None else fingerprint.of_rows(validated)
@@ -248,6 +252,18 @@ class Job:
         if self.options.adapter_config is not None:
             text = json.dumps(dict(sorted(self.options.adapter_config.items())), indent=4)
             output.write(self.folder / CONFIG, text.encode())
+
+
+def in_epochs(iterations: int, batches: Batches) -> str:
+    """A line such as "100 iterations = 3.7 epochs of 27 batches", and what batches of similar length are like."""
+    count = batches.per_epoch
+    epochs = iterations / count
+    said = f"{iterations} iterations = {f'{epochs:.3g}' if epochs < 100 else f'{epochs:.0f}'} epochs of {count} batches"
+    if not batches.grouped:
+        return said
+    rows, (shapes, overhead) = batches.rows_in_epoch(), batches.forecast()
+    examples = f"{min(rows)} to {max(rows)} examples" if min(rows) < max(rows) else f"{rows[0]} examples"
+    return f"{said} of {examples} of similar length; {shapes} shapes, {100 * overhead:.1f} % padding"
 
 
 def _lock(folder: Path, first: bool) -> AbstractContextManager[object]:

@@ -38,6 +38,29 @@ def next_token(model: Any, tokens: mx.array, lengths: mx.array) -> tuple[mx.arra
     return losses.sum() / mx.maximum(targets, 1), targets
 
 
+def like_mlx_lm(model: Any, tokens: mx.array, lengths: mx.array) -> tuple[mx.array, mx.array]:
+    """`next_token` as ``mlx_lm.tuner.trainer.default_loss`` computes it, for comparisons with mlx-lm.
+
+    The first token of the padding after an example is a target, too, and the cross entropy has the dtype of the logits
+    until it is summed. But a batch without any target has the loss 0, where mlx-lm divides 0 by 0.
+
+    Args:
+        model, tokens, lengths: as in `next_token`.
+
+    Returns:
+        The loss and the number of targets, 0-d arrays.
+
+    >>> uniform = lambda tokens: mx.zeros((*tokens.shape, 8))
+    >>> like_mlx_lm(uniform, mx.array([[5, 6, 7, 0, 0]]), mx.array([[0, 3]]))[1].item()  # 6, 7, and the 0 after them
+    3
+    """
+    positions = mx.arange(1, tokens.shape[1])
+    trained = (positions >= lengths[:, 0:1]) & (positions <= lengths[:, 1:])
+    targets = trained.sum()
+    losses = nn.losses.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]) * trained
+    return losses.astype(mx.float32).sum() / mx.maximum(targets, 1), targets
+
+
 def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
     """``logsumexp(logits) - logits[target]`` over the last axis, in float32 for every dtype of ``logits``."""
     fused = getattr(mx.fast, "cross_entropy", None)

@@ -9,7 +9,8 @@ from mlx_lm.tuner.datasets import CacheDataset
 from mlx_lm.tuner.trainer import iterate_batches
 
 from compiled_adam.base.errors import InputError
-from compiled_adam.finetune.batches import Batches, Forecast, geometric, multiple_of_32
+from compiled_adam.finetune.batches import Batches, Forecast
+from compiled_adam.finetune.padding import geometric, multiple_of_32
 
 
 class Tokens(list):

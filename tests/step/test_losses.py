@@ -102,3 +102,20 @@ def test_logits_of_the_padding_that_are_not_numbers_do_not_count() -> None:
     scores = logits(32)
     value, _ = losses.next_token(lambda inputs: mx.where(mx.arange(32)[:, None] < 2, scores, mx.nan), *batch)
     assert value.item() == pytest.approx(by_hand(scores, [1, 2, 3], [1, 2]), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_the_loss_of_mlx_lm(dtype: mx.Dtype) -> None:
+    batch = next(Batches([([1] * 5, 0), ([2] * 40, 30), ([3] * 64, 9), ([4] * 33, 33)], 4, 64))
+    scores = logits(batch[0].shape[1] - 1, rows=4, dtype=dtype)
+
+    def found(loss):
+        return mx.value_and_grad(lambda scores: loss(lambda inputs: scores, *batch))(scores)
+
+    (ours, count), gradient = found(losses.like_mlx_lm)
+    (theirs, expected), other = found(default_loss)
+    assert count.item() == expected.item() == losses.next_token(lambda inputs: scores, *batch)[1].item() + 3
+    assert ours.item() == theirs.item() and mx.array_equal(gradient, other).item()  # the same operations
+    # Where mlx-lm divides by zero, it is 0.
+    nothing = mx.array([[1, 2, 3]]), mx.array([[3, 2]])
+    assert [x.item() for x in losses.like_mlx_lm(lambda inputs: scores[:1, :2], *nothing)] == [0, 0]

@@ -1,0 +1,52 @@
+"""What ``--like-mlx-lm`` changes, and the line that says how a job differs from one of ``mlx_lm.lora``."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import mlx.optimizers as optim
+from mlx_lm.tuner.utils import build_schedule
+
+from .. import schedulers
+from ..step import losses
+
+# The defaults of options; one that is given explicitly wins.
+DEFAULTS = {"group_by_length": False}
+OF_ADAM = ("max_grad_norm", "skip_nonfinite", "moments", "weight_decay", "bias_correction")
+
+
+def loss(args: types.SimpleNamespace) -> Callable[..., Any]:
+    """The loss of training, validation and test."""
+    return losses.like_mlx_lm if args.like_mlx_lm else losses.next_token
+
+
+def options_of_adam(args: types.SimpleNamespace) -> dict[str, Any]:
+    """The keywords for `Adam` or `AdamW`: defaults, below ``optimizer_config``, below the options of the job."""
+    defaults = dict.fromkeys(("bias_correction", "skip_nonfinite"), not args.like_mlx_lm)
+    given = {key: getattr(args, key) for key in OF_ADAM if getattr(args, key) is not None}
+    return {**defaults, **args.optimizer_config.get(args.optimizer, {}), **given}
+
+
+def schedule(args: types.SimpleNamespace) -> Callable[[Any], Any]:
+    """The learning rates of ``lr_schedule``. mlx-lm repeats the peak after a warmup, but knows only MLX's schedules."""
+    if args.like_mlx_lm and hasattr(optim.schedulers, args.lr_schedule["name"]):
+        return build_schedule(args.lr_schedule)
+    return schedulers.from_config(args.lr_schedule)
+
+
+def differences(args: types.SimpleNamespace) -> str:
+    """A line with everything that makes the results of a job differ from those of ``mlx_lm.lora``."""
+    options = options_of_adam(args) if args.optimizer in ("adam", "adamw") else {}
+    found = {
+        "batches of similar length": args.group_by_length or args.batch_tokens is not None,
+        "no loss on padding": not args.like_mlx_lm,
+        "bias correction": options.get("bias_correction", False),
+        "updates with NaN skipped": options.get("skip_nonfinite", False),
+        "accumulation weighted by tokens": args.grad_accumulation_steps > 1,
+    }
+    names = ", ".join(name for name, differs in found.items() if differs)
+    if args.like_mlx_lm:
+        return f"like mlx_lm.lora{', but for: ' + names if names else ''}"
+    return f"unlike mlx_lm.lora: {names} (--like-mlx-lm for its results)"

@@ -1,0 +1,24 @@
+"""Tokenizing a whole data set before the training, with progress."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .console import TrainingProgress
+
+_MANY = 5000  # examples, whose tokenizing takes seconds
+
+
+def tokenize(dataset: Any, quiet: bool = False) -> None:
+    """Tokenizes the examples of a `CacheDataset` that are not tokenized yet; says so unless they are few.
+
+    Checkpoints need it, to notice that a resumed run has other data, and batches of similar length.
+    """
+    missing = [i for i, item in enumerate(getattr(dataset, "_proc_data", ())) if item is None]
+    if len(missing) <= _MANY:
+        return  # whoever needs the examples tokenizes them
+    with TrainingProgress(len(missing), quiet, "tokenize") as progress:
+        progress.line(f"tokenizing {len(missing):,} examples")
+        for index in missing:
+            dataset[index]
+            progress.advance()
