@@ -39,6 +39,10 @@ _BUCKET = (
     "Pad batches to lengths of a geometric series with this ratio (1.25 if none is given), not to multiples of 32, so"
     " that fewer shapes are compiled. A line says how much padding this adds. Default: off."
 )
+_TURNS = (
+    "Train every turn of the assistant in a conversation, and nothing else. An example whose turns the model's chat"
+    " template does not show for certain is an error. Default: off."
+)
 _KEEP = (
     "Keep only the newest N checkpoints and N numbered adapter files; 0 writes no checkpoints. Default:"
     f" {KEPT} checkpoints, and all adapter files, as mlx_lm.lora does."
@@ -76,6 +80,7 @@ GROUPS = {
     "options of training (also YAML keys)": (
         Option("max_traces", int, _TRACES),
         Option("bucket", float, _BUCKET, {"nargs": "?", "const": 1.25, "metavar": "RATIO"}),
+        Option("assistant_only_loss", bool, _TURNS),
         Option("keep_checkpoints", int, _KEEP),
         Option("save_best", bool, "Keep the adapters with the lowest validation loss in best/. Default: off."),
         Option("early_stop_patience", int, _PATIENCE),
@@ -183,7 +188,7 @@ def check_together(args: types.SimpleNamespace) -> list[str]:
     if not args.train and not args.test:
         raise InputError("there is nothing to do; give --train, --test or both")
     if not args.train:
-        for name in sorted(given & {*OURS, "resume_adapter_file"} - {"worker_timeout"}):
+        for name in sorted(given & {*OURS, "resume_adapter_file"} - {"worker_timeout", "assistant_only_loss"}):
             hint = "; --adapter-path says what is tested" if name == "resume_adapter_file" else ""
             raise InputError(f"{called(name)} is an option of training, but there is no --train{hint}")
         if unused := [called(name) for name in _OF_TRAINING if name in given]:
@@ -197,6 +202,11 @@ def check_together(args: types.SimpleNamespace) -> list[str]:
         raise InputError(
             "resume continues a run and resume_adapter_file begins one with old weights; give one of them. Or give"
             " --resume without a path: then the weights are used if there is no checkpoint yet"
+        )
+    if args.assistant_only_loss and args.mask_prompt:
+        raise InputError(
+            f"{called('assistant_only_loss')} trains every turn of the assistant and {called('mask_prompt')} only the"
+            " last message; give one of them"
         )
     if args.allow_change and not args.resume:
         raise InputError("allow_change is about a checkpoint's settings, but there is no --resume")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -14,9 +14,10 @@ from mlx_lm.tuner.datasets import CacheDataset
 
 from ..base import InputError
 from .options import called
+from .targets import Example, mask
 
 Padding = Callable[[int], int]
-Batch = tuple[mx.array, mx.array]
+Batch = tuple[mx.array, ...]
 
 
 def multiple_of_32(length: int) -> int:
@@ -60,7 +61,8 @@ class Batches:
     the batches is a permutation for each epoch, drawn from NumPy's global random state as mlx-lm does it.
 
     Args:
-        dataset: items are lists of tokens, or (tokens, offset), where the loss begins at the offset.
+        dataset: items are lists of tokens; or (tokens, offset), where the loss begins at the offset; or (tokens,
+            spans), where the loss is on the tokens of each span: a list of (first token, the token after the last).
         batch_size: examples in a batch; what is left over at the end is not used.
         max_seq_length: longer examples are cut, with a warning at the first one.
         loop: whether to go on with the next epoch for ever. Default False.
@@ -68,7 +70,8 @@ class Batches:
         comm_group: in a group of several processes each takes its part of every batch.
         padding: the padded length for the longest of a batch. Default `multiple_of_32`, as in mlx-lm.
 
-    Each item is (tokens, lengths): int32 of shape (batch, length), and (batch, 2) with offset and end of each.
+    Each item is (tokens, lengths): int32 of shape (batch, length), and (batch, 2) with offset and end of each. If an
+    example has spans, a third array follows: bool of shape (batch, length), whether a token is trained.
 
     Raises:
         ValueError: fewer examples than the batch size, or a batch size that the processes cannot share evenly.
@@ -157,8 +160,8 @@ class Batches:
             self._next = found.next
         np.random.set_state(found.random)
 
-    def rows(self) -> Iterator[tuple[list[int], int]]:
-        """Every example of the data set, in its own order: tokens, and where the loss begins; tokenizes all of them."""
+    def rows(self) -> Iterator[Example]:
+        """Every example of the data set, in its own order: tokens, and offset or spans; tokenizes all of them."""
         return map(self._example, range(len(self._dataset)))
 
     def forecast(self) -> Forecast:
@@ -172,7 +175,7 @@ class Batches:
             padded += shape * len(lengths)
         return Forecast(len(shapes), padded / tokens - 1)
 
-    def _example(self, index: int) -> tuple[list[int], int]:
+    def _example(self, index: int) -> Example:
         item = self._dataset[index]
         return (item[0], item[1]) if len(item) == 2 and not isinstance(item[0], numbers.Integral) else (item, 0)
 
@@ -190,12 +193,16 @@ class Batches:
                 stacklevel=3,
             )
         padded = np.zeros((len(members), self._padded(longest)), np.int32)
-        lengths = []
-        for row, (tokens, offset) in zip(padded, examples, strict=True):
+        lengths, masks = [], []
+        for row, (tokens, targets) in zip(padded, examples, strict=True):
             end = min(len(tokens), self._longest)
             row[:end] = tokens[:end]
-            lengths.append((offset, end))
-        return mx.array(padded), mx.array(lengths)
+            lengths.append((0 if isinstance(targets, Sequence) else targets, end))
+            masks.append(mask(targets, end, len(row)))
+        batch = mx.array(padded), mx.array(lengths)
+        # Only where it says more than the lengths: mlx-lm's loss and others take two arrays.
+        spans = any(isinstance(targets, Sequence) for _, targets in examples)
+        return (*batch, mx.array(np.stack(masks))) if spans else batch
 
 
 class Forecast(NamedTuple):
