@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from typing import cast
 
 import mlx.core as mx
@@ -50,17 +51,21 @@ def _sums(array: mx.array) -> list[mx.array]:
     return [(each * mx.arange(1, each.size + 1, dtype=mx.uint32)).sum() for each in sums]
 
 
-def of_rows(rows: Iterable[tuple[Sequence[int], int]]) -> str:
-    """A digest of tokenized examples in order. A row has the tokens and the offset at which the loss begins.
+def of_rows(rows: Iterable[tuple[Sequence[int], int | Sequence[tuple[int, int]]]]) -> str:
+    """A digest of tokenized examples in order. A row has the tokens, and the offset or the spans that the loss is on.
 
     >>> of_rows([([1, 2], 0), ([3], 0)]) == of_rows([([1], 0), ([2, 3], 0)])
+    False
+    >>> of_rows([([1, 2, 3], [(1, 2)])]) == of_rows([([1, 2, 3], [(1, 3)])])
     False
     """
     import numpy as np  # here, because NumPy is installed only with mlx-lm
 
     digest = hashlib.sha256()
-    for tokens, offset in rows:
-        digest.update(np.array([len(tokens), offset], np.int64).tobytes())
+    for tokens, targets in rows:
+        # The number of spans below 0, where no offset is.
+        where = [-1 - len(targets), *chain(*targets)] if isinstance(targets, Sequence) else [targets]
+        digest.update(np.array([len(tokens), *where], np.int64).tobytes())
         digest.update(np.asarray(tokens, np.int64).tobytes())
     return f"rows {digest.hexdigest()[:16]}"  # "rows": version 0.1 had a digest of the file here
 

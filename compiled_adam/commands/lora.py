@@ -45,6 +45,7 @@ from .lora_yaml import YAML_ONLY
 # Options that decide which numbers a run computes, beside the optimizer's and those that `train` knows.
 _OF_THE_RESULT = (
     *("fine_tune_type", "num_layers", "lora_parameters", "lr_schedule", "mask_prompt", "bucket", "seed"),
+    "assistant_only_loss",
     *sorted(YAML_ONLY),
 )
 

@@ -53,6 +53,10 @@ _LIKE = (
     "Compute what mlx_lm.lora computes: its batches, its loss, its schedules, Adam without bias correction, no skipped"
     " updates. Options that are given explicitly win. Default: off."
 )
+_TURNS = (
+    "Train every turn of the assistant in a conversation, and nothing else. An example whose turns the model's chat"
+    " template does not show for certain is an error. Default: off."
+)
 _KEEP = (
     "Keep only the newest N checkpoints and N numbered adapter files; 0 writes no checkpoints. Default:"
     f" {KEPT} checkpoints, and all adapter files, as mlx_lm.lora does."
@@ -94,6 +98,7 @@ GROUPS = {
         Option("epochs", float, _EPOCHS, {"metavar": "N"}),
         Option("like_mlx_lm", bool, _LIKE),
         Option("bucket", float, _BUCKET, {"nargs": "?", "const": 1.25, "metavar": "RATIO"}),
+        Option("assistant_only_loss", bool, _TURNS),
         Option("keep_checkpoints", int, _KEEP),
         Option("save_best", bool, "Keep the adapters with the lowest validation loss in best/. Default: off."),
         Option("early_stop_patience", int, _PATIENCE),
@@ -112,6 +117,7 @@ GROUPS = {
 _OTHER_DEFAULTS = {"keep_checkpoints": None, "nonfinite_limit": 20, "group_by_length": True}
 _DEFAULTS = {**{field.name: field.default for field in dataclasses.fields(TrainOptions)}, **_OTHER_DEFAULTS}
 OURS: dict[str, Any] = {option.name: _DEFAULTS.get(option.name) for group in GROUPS.values() for option in group}
+_ALSO_OF_TESTS = {"worker_timeout", "like_mlx_lm", "assistant_only_loss"}
 # Help for options of mlx-lm whose own help says less than they do here.
 _CLEARER = {
     "optimizer": "The optimizer. adam and adamw are compiled_adam's, the others are MLX's. Default: adam.",
@@ -202,7 +208,7 @@ def check_together(args: types.SimpleNamespace) -> list[str]:
     if not args.train and not args.test:
         raise InputError("there is nothing to do; give --train, --test or both")
     if not args.train:
-        for name in sorted(given & {*OURS, "resume_adapter_file"} - {"worker_timeout", "like_mlx_lm"}):
+        for name in sorted(given & {*OURS, "resume_adapter_file"} - _ALSO_OF_TESTS):
             hint = "; --adapter-path says what is tested" if name == "resume_adapter_file" else ""
             raise InputError(f"{called(name)} is an option of training, but there is no --train{hint}")
         if unused := [called(name) for name in _OF_TRAINING if name in given]:
@@ -216,6 +222,11 @@ def check_together(args: types.SimpleNamespace) -> list[str]:
         raise InputError(
             "resume continues a run and resume_adapter_file begins one with old weights; give one of them. Or give"
             " --resume without a path: then the weights are used if there is no checkpoint yet"
+        )
+    if args.assistant_only_loss and args.mask_prompt:
+        raise InputError(
+            f"{called('assistant_only_loss')} trains every turn of the assistant and {called('mask_prompt')} only the"
+            " last message; give one of them"
         )
     if args.allow_change and not args.resume:
         raise InputError("allow_change is about a checkpoint's settings, but there is no --resume")

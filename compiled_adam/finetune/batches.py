@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -17,8 +17,9 @@ from .options import called, check_whole
 from .order import Fixed, Grouped, Members
 from .padding import Padding, multiple_of_32
 from .position import Position, as_json
+from .targets import Example, mask
 
-Batch = tuple[mx.array, mx.array]
+Batch = tuple[mx.array, ...]
 
 
 class Batches:
@@ -29,7 +30,8 @@ class Batches:
     for each epoch, drawn from NumPy's global random state as mlx-lm does it.
 
     Args:
-        dataset: items are lists of tokens, or (tokens, offset), where the loss begins at the offset.
+        dataset: items are lists of tokens; or (tokens, offset), where the loss begins at the offset; or (tokens,
+            spans), where the loss is on the tokens of each span: a list of (first token, the token after the last).
         batch_size: examples in a batch. What is left over at the end is not used, unless examples are grouped.
         max_seq_length: longer examples are cut, with a warning at the first one.
         loop: True for training: epochs without end. Default False: one epoch, as for a validation.
@@ -45,6 +47,7 @@ class Batches:
 
     Each item is (tokens, lengths): int32 of shape (batch, length), and (batch, 2) with offset and end of each. Several
     processes get batches of one shape; a row without an example, whose offset and end are 0, may fill a grouped batch.
+    If an example has spans, a third array follows: bool of shape (batch, length), whether a token is trained.
 
     Raises:
         ValueError: too few examples, a batch size that the processes cannot share evenly, or a batch_tokens into which
@@ -169,8 +172,8 @@ class Batches:
             self._next = found.next
         np.random.set_state(found.random)
 
-    def rows(self) -> Iterator[tuple[list[int], int]]:
-        """Every example of the data set, in its own order: tokens, and where the loss begins; tokenizes all of them."""
+    def rows(self) -> Iterator[Example]:
+        """Every example of the data set, in its own order: tokens, and offset or spans; tokenizes all of them."""
         return map(self._example, range(len(self._dataset)))
 
     def forecast(self) -> Forecast:
@@ -184,7 +187,7 @@ class Batches:
             padded += shape[0] * shape[1]
         return Forecast(len(shapes), padded / tokens - 1)
 
-    def _example(self, index: int) -> tuple[list[int], int]:
+    def _example(self, index: int) -> Example:
         item = self._dataset[index]
         return (item[0], item[1]) if len(item) == 2 and not isinstance(item[0], numbers.Integral) else (item, 0)
 
@@ -207,11 +210,16 @@ class Batches:
             )
         padded = np.zeros((rows, self._padded(longest)), np.int32)
         lengths = np.zeros((rows, 2), np.int32)
-        for row, (tokens, offset) in enumerate(examples):
+        masks = np.zeros(padded.shape, bool)
+        for row, (tokens, targets) in enumerate(examples):
             end = min(len(tokens), self._longest)
             padded[row, :end] = tokens[:end]
-            lengths[row] = offset, end
-        return mx.array(padded), mx.array(lengths)
+            lengths[row] = 0 if isinstance(targets, Sequence) else targets, end
+            masks[row] = mask(targets, end, len(masks[row]))
+        batch = mx.array(padded), mx.array(lengths)
+        # Only where it says more than the lengths: mlx-lm's loss and others take two arrays.
+        spans = any(isinstance(self._example(i)[1], Sequence) for i in members)
+        return (*batch, mx.array(masks)) if spans else batch
 
 
 class Forecast(NamedTuple):

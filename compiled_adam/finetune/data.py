@@ -70,9 +70,14 @@ def read(file: Path, tokenizer: Any, config: Any) -> Any:
             lines.append(number)
     if not rows:
         raise InputError(f"{file} has no examples; give it some, or remove it")
-    made = Located(_format(rows, tokenizer, config, f"{file} line {lines[0]}"), lambda i: f"{file} line {lines[i]}")
+    found = _format(rows, tokenizer, config, f"{file} line {lines[0]}")
+    made = Located(found, lambda i: f"{file} line {lines[i]}", _turns_only(config))
     made.check()
     return made
+
+
+def _turns_only(config: Any) -> bool:
+    return bool(getattr(config, "assistant_only_loss", None))
 
 
 def _parsed(line: bytes, place: str) -> Any:
@@ -141,6 +146,6 @@ def _from_hub(args: types.SimpleNamespace, tokenizer: Any, needed: list[str]) ->
     except (exceptions.DatasetsError, ValueError, OSError) as error:  # no such name, split, configuration or format
         raise InputError(f"{subject} cannot be used: {error}") from error
     return {
-        name: Located(data, partial(example, name=title)) if len(data) else []
+        name: Located(data, partial(example, name=title), _turns_only(args)) if len(data) else []
         for (name, title), data in zip(NAMES.items(), found, strict=True)
     }

@@ -14,7 +14,9 @@ from jinja2 import TemplateError
 from mlx_lm.tuner.datasets import CacheDataset, ChatDataset, CompletionsDataset, ConcatenatedDataset, TextDataset
 
 from ..base import InputError
+from . import turns
 from .options import called
+from .targets import Example
 
 _FORMATS = (ChatDataset, CompletionsDataset, ConcatenatedDataset, TextDataset)
 
@@ -26,10 +28,13 @@ class Row(dict[str, Any]):
 
 
 class Located:
-    """One of mlx-lm's data sets, ``data``, whose errors begin with ``place(index)``."""
+    """One of mlx-lm's data sets, ``data``, whose errors begin with ``place(index)``.
 
-    def __init__(self, data: Any, place: Callable[[int], str]) -> None:
-        self.data, self._place = data, place
+    With ``turns_only`` the loss is on every turn of the assistant, and on nothing else.
+    """
+
+    def __init__(self, data: Any, place: Callable[[int], str], turns_only: bool = False) -> None:
+        self.data, self._place, self._turns_only = data, place, turns_only
 
     def __len__(self) -> int:
         return len(self.data)
@@ -45,13 +50,20 @@ class Located:
     def check(self) -> None:
         """Raises ValueError for the first row that cannot be used, as far as that shows without a tokenizer."""
         for index in range(len(self)):
-            row = self[index]
-            _check(self.data, row, row.place)
+            self._check(self[index])
 
-    def process(self, row: Row) -> tuple[list[int], int]:
-        """The tokens of a row, and where its prompt ends."""
+    def _check(self, row: Row) -> None:
         _check(self.data, row, row.place)
+        if self._turns_only:
+            _check_turns(*_conversation(self.data, row), row.place)
+
+    def process(self, row: Row) -> Example:
+        """The tokens of a row, and where its prompt ends, or where the assistant's turns are."""
+        self._check(row)
         try:
+            if self._turns_only:
+                data, messages = _conversation(self.data, row)
+                return turns.tokenized(data.tokenizer, messages, row.get("tools"), row.place)
             return self.data.process(row)
         except Exception as error:
             if isinstance(error, TemplateError) or _in_a_template(error):
@@ -107,6 +119,27 @@ def _check(data: Any, row: Mapping[str, Any], place: str) -> None:
             for tool in tools:
                 if not isinstance(tool, Mapping):
                     raise InputError(f"{place}: 'tools' has {_kind(tool)} in it; it must be a list of objects")
+
+
+def _conversation(data: Any, row: Mapping[str, Any]) -> tuple[Any, list[dict[str, Any]]]:
+    """The data set that a row is of, one of several maybe, and its messages; none for a text."""
+    if isinstance(data, ConcatenatedDataset):
+        return _conversation(data._data[row["_dataset"]], row)
+    if isinstance(data, CompletionsDataset):
+        texts = (("user", row[data.prompt_key]), ("assistant", row[data.completion_key]))
+        return data, [{"role": role, "content": text} for role, text in texts]
+    return data, row[data.chat_key] if isinstance(data, ChatDataset) else []
+
+
+def _check_turns(data: Any, messages: list[dict[str, Any]], place: str) -> None:
+    option = called("assistant_only_loss")
+    if isinstance(data, TextDataset):
+        raise InputError(f"{place} has only a text; {option} needs messages, or a prompt and a completion")
+    if not any(map(turns.is_turn, messages)):
+        roles = ", ".join(dict.fromkeys(repr(message["role"]) for message in messages))
+        raise InputError(
+            f"{place}: no message has the role 'assistant', but {option} trains only these; the roles are {roles}"
+        )
 
 
 def _value(row: Mapping[str, Any], key: str, place: str) -> Any:

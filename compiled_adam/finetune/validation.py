@@ -21,8 +21,9 @@ from .stopping import Asked
 def no_targets(max_seq_length: int) -> str:
     """The end of a message about batches without a target: the probable reason, and what to do."""
     return (
-        f"no example has a token to predict. With {called('mask_prompt')} the prompts probably fill"
-        f" {called('max_seq_length')}, {max_seq_length} tokens: raise it, shorten the prompts, or train on prompts too"
+        f"no example has a token to predict. With {called('mask_prompt')} or {called('assistant_only_loss')} the"
+        f" prompts probably fill {called('max_seq_length')}, {max_seq_length} tokens: raise it, shorten the prompts, or"
+        " train on prompts too"
     )
 
 

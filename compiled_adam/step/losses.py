@@ -8,7 +8,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 
-def next_token(model: Any, tokens: mx.array, lengths: mx.array) -> tuple[mx.array, mx.array]:
+def next_token(
+    model: Any, tokens: mx.array, lengths: mx.array, mask: mx.array | None = None
+) -> tuple[mx.array, mx.array]:
     """The mean cross entropy of the target tokens, each predicted from the tokens before it.
 
     ``-sum log softmax(logits)[target] / targets`` in float32. It takes the arguments of
@@ -21,6 +23,7 @@ def next_token(model: Any, tokens: mx.array, lengths: mx.array) -> tuple[mx.arra
         lengths: int32, (batch, 2): ``offset`` and ``end`` of each example. The targets are the tokens at ``offset``,
             ..., ``end - 1``, without the token at 0, because no token comes before it. There is no target if ``offset``
             is at least ``end``.
+        mask: bool, (batch, length): which of these targets are trained. Default None: all.
 
     Returns:
         The loss and the number of targets, 0-d arrays. Without any target both are 0, and the gradient is 0.
@@ -30,22 +33,24 @@ def next_token(model: Any, tokens: mx.array, lengths: mx.array) -> tuple[mx.arra
     >>> targets.item(), round(loss.item(), 4)  # 6 and 7, and log(8)
     (2, 2.0794)
     """
-    positions = mx.arange(1, tokens.shape[1])
-    trained = (positions >= lengths[:, 0:1]) & (positions < lengths[:, 1:])
+    trained = trained_targets(tokens, lengths, mask)
     targets = trained.sum()
     # `where` and not a product: the loss of the padding must not count even if it is not a number.
     losses = mx.where(trained, cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]), 0.0)
     return losses.sum() / mx.maximum(targets, 1), targets
 
 
-def like_mlx_lm(model: Any, tokens: mx.array, lengths: mx.array) -> tuple[mx.array, mx.array]:
+def like_mlx_lm(
+    model: Any, tokens: mx.array, lengths: mx.array, mask: mx.array | None = None
+) -> tuple[mx.array, mx.array]:
     """`next_token` as ``mlx_lm.tuner.trainer.default_loss`` computes it, for comparisons with mlx-lm.
 
     The first token of the padding after an example is a target, too, and the cross entropy has the dtype of the logits
     until it is summed. But a batch without any target has the loss 0, where mlx-lm divides 0 by 0.
 
     Args:
-        model, tokens, lengths: as in `next_token`.
+        model, tokens, lengths, mask: as in `next_token`. With a mask, which mlx-lm does not know, no padding is a
+            target.
 
     Returns:
         The loss and the number of targets, 0-d arrays.
@@ -56,9 +61,18 @@ def like_mlx_lm(model: Any, tokens: mx.array, lengths: mx.array) -> tuple[mx.arr
     """
     positions = mx.arange(1, tokens.shape[1])
     trained = (positions >= lengths[:, 0:1]) & (positions <= lengths[:, 1:])
+    if mask is not None:
+        trained = trained & mask[:, 1:]
     targets = trained.sum()
     losses = nn.losses.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]) * trained
     return losses.astype(mx.float32).sum() / mx.maximum(targets, 1), targets
+
+
+def trained_targets(tokens: mx.array, lengths: mx.array, mask: mx.array | None = None) -> mx.array:
+    """Which of ``tokens[:, 1:]`` are targets, by the arguments of `next_token`: bool, (batch, length - 1)."""
+    positions = mx.arange(1, tokens.shape[1])
+    trained = (positions >= lengths[:, 0:1]) & (positions < lengths[:, 1:])
+    return trained if mask is None else trained & mask[:, 1:]
 
 
 def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:

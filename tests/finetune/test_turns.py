@@ -1,0 +1,309 @@
+"""Training on every turn of the assistant: which tokens these are, for templates as models have them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import types
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.tuner.datasets import ChatDataset
+from mlx_lm.tuner.trainer import default_loss
+from mlx_lm.utils import load_tokenizer
+
+from compiled_adam import cli, losses
+from compiled_adam.base import fingerprint
+from compiled_adam.base.errors import InputError
+from compiled_adam.finetune import data, turns
+from compiled_adam.finetune.batches import Batches
+
+# Written for these tests, in the manner of the families that they are named after.
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA3 = (
+    "<|begin|>{% for m in messages %}<|head|>{{ m.role }}<|end_head|>\n\n{{ m.content | trim }}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}<|head|>assistant<|end_head|>\n\n{% endif %}"
+)
+ADDS_SYSTEM = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    + CHATML
+)
+NO_PROMPT = (  # the end of a question is the beginning of the answer
+    "<s>{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }}</s>{% else %}[INST]"
+    " {{ m.content }} [/INST]{% endif %}{% endfor %}"
+)
+TOOLS = (
+    "{% if tools %}<|im_start|>system\n{% for t in tools %}{{ t | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}"
+    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content.split('</think>')[-1] }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ m.content }}{% endif %}\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+DROPS_REASONING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content if loop.last else m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+EMPTY_REASONING = (  # in the last turn only, also if there is none
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ '<think>\n\n</think>\n\n' if loop.last }}{{ m.content }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TOOLS_LAST = (  # before the last question, wherever it is
+    "{% set last = messages | selectattr('role', 'equalto', 'user') | list | last %}"
+    "{% for m in messages %}{% if m == last %}{{ tools }}{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def said(*pairs: tuple[str, str]) -> list[dict]:
+    return [{"role": role, "content": content} for role, content in pairs]
+
+
+TALK = said(
+    ("user", "Who are you?"), ("assistant", "A lamp 💡."), ("user", "ünd now?"), ("assistant", "Still\na lamp.")
+)
+SYSTEM = said(("system", "Be brief.")) + TALK
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+WEATHER = [
+    *said(("user", "Weather in Oslo?")),
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    *said(("tool", "rain"), ("assistant", "It rains."), ("user", "Thanks"), ("assistant", "Bye.")),
+]
+OFFERED = [{"type": "function", "function": {"name": "weather", "parameters": {"city": {"type": "string"}}}}]
+
+
+@pytest.fixture
+def chat(tiny_model: Path):
+    return lambda template: load_tokenizer(tiny_model, {"chat_template": template})
+
+
+def texts(tokenizer, found: tuple[list[int], list[tuple[int, int]]]) -> list[str]:
+    tokens, spans = found
+    return [tokenizer.decode(tokens[begin:end]) for begin, end in spans]
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "tools", "expected"),
+    [
+        (CHATML, TALK, None, ["A lamp 💡.<|im_end|>\n", "Still\na lamp.<|im_end|>\n"]),
+        (CHATML, SYSTEM, None, ["A lamp 💡.<|im_end|>\n", "Still\na lamp.<|im_end|>\n"]),
+        (CHATML, SYSTEM[:-1], None, ["A lamp 💡.<|im_end|>\n"]),  # ends with a question
+        (CHATML, TALK[:2] + TALK[3:], None, ["A lamp 💡.<|im_end|>\n", "Still\na lamp.<|im_end|>\n"]),  # two in a row
+        (LLAMA3, SYSTEM, None, ["A lamp 💡.<|eot|>", "Still\na lamp.<|eot|>"]),
+        (ADDS_SYSTEM, TALK, None, ["A lamp 💡.<|im_end|>\n", "Still\na lamp.<|im_end|>\n"]),
+        (NO_PROMPT, TALK, None, [" A lamp 💡.</s>", " Still\na lamp.</s>"]),
+        (
+            *(TOOLS, WEATHER, OFFERED),
+            [
+                '<tool_call>{"name": "weather", "arguments": {"city": "Oslo"}}</tool_call><|im_end|>\n',
+                *("It rains.<|im_end|>\n", "Bye.<|im_end|>\n"),
+            ],
+        ),
+        (MARKED, TALK, None, ["A lamp 💡.<|im_end|>", "Still\na lamp.<|im_end|>"]),
+        (
+            *(MARKED, said(("user", "a"), ("assistant", "<think>b</think>c"), ("user", "d"), ("assistant", "e")), None),
+            ["c<|im_end|>", "e<|im_end|>"],  # the template says where they are, though it drops reasoning
+        ),
+        (DROPS_REASONING, TALK, None, ["A lamp 💡.<|im_end|>\n", "Still\na lamp.<|im_end|>\n"]),  # there is none
+        (TOOLS_LAST, TALK, None, None),
+        (TOOLS_LAST, TALK[:2], OFFERED, ["A lamp 💡.<|im_end|>\n"]),
+    ],
+)
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_tokens_of_every_turn(template, messages, tools, expected, fast, chat, monkeypatch) -> None:
+    tokenizer = chat(template)
+    if not fast and "generation %}" not in template:
+        monkeypatch.setattr(type(tokenizer._tokenizer), "is_fast", False)
+    if expected is None:
+        with pytest.raises(InputError, match="here: the chat template writes messages 1 to 2 differently"):
+            turns.tokenized(tokenizer, messages, tools, "here")
+        return
+    found = turns.tokenized(tokenizer, messages, tools, "here")
+    assert found[0] == tokenizer.apply_chat_template(messages, tools=tools)
+    assert texts(tokenizer, found) == expected
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA3, ADDS_SYSTEM, NO_PROMPT])
+def test_a_single_turn_is_what_mask_prompt_trains(template: str, chat) -> None:
+    tokenizer = chat(template)
+    tokens, offset = ChatDataset([], tokenizer, mask_prompt=True).process({"messages": SYSTEM[:3]})
+    assert turns.tokenized(tokenizer, SYSTEM[:3], None, "here") == (tokens, [(offset, len(tokens))])
+
+
+def test_a_token_with_characters_of_both_sides_is_not_trained(chat) -> None:
+    tokenizer = chat("{% for m in messages %}{{ m.content }}{% endfor %}")
+    word = next(word for word in ("model", "data", "training") if len(tokenizer.encode(word)) == 1)
+    tokens, spans = turns.tokenized(
+        tokenizer, said(("user", "= " + word[:2]), ("assistant", word[2:] + " ="), ("user", "=")), None, "here"
+    )
+    trained = [tokenizer.decode(tokens[begin:end]) for begin, end in spans]
+    assert word in tokenizer.decode(tokens) and len(trained) == 1 and trained[0] in (" =", " ")
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "message"),
+    [
+        (
+            *(
+                DROPS_REASONING,
+                said(("user", "a"), ("assistant", "<think>b</think>c"), ("user", "d"), ("assistant", "e")),
+            ),
+            r"line 2: the chat template writes messages 1 to 2 differently .* earlier reasoning, .*--mask-prompt\)",
+        ),
+        (EMPTY_REASONING, TALK, "line 2: the chat template writes messages 1 to 2 differently"),
+        (CHATML, TALK[1:], r"line 2: message 1 is the assistant's; with assistant_only_loss \(--assistant-only-loss\)"),
+        (CHATML, TALK[:1], r"line 2: no message has the role 'assistant', .*; the roles are 'user'$"),
+        (
+            *("{% if messages|length < 4 %}{{ raise_exception('too few') }}{% endif %}" + CHATML, TALK),
+            r"line 2: the chat template refuses the messages up to number 2 alone \(too few\)",
+        ),
+        (
+            *("{{ raise_exception('never') }}", TALK),
+            "line 2: the model's chat template refuses it: never",
+        ),
+        (
+            *("{% generation %}{% endgeneration %}" + CHATML, TALK),
+            "line 2: the chat template marks no token as the assistant's; make an example of each turn",
+        ),
+    ],
+)
+def test_what_has_no_certain_place_is_refused(template, messages, message, chat, tmp_path: Path) -> None:
+    good = said(("user", "a"), ("assistant", "b"))
+    rows = [json.dumps({"messages": each}) for each in (good, messages)]
+    (tmp_path / "train.jsonl").write_text("\n".join(rows))
+    job = types.SimpleNamespace(data=str(tmp_path), train=True, test=False, mask_prompt=False, assistant_only_loss=True)
+    with pytest.raises(InputError, match=f"^{re.escape(str(tmp_path))}/train.jsonl {message}"):
+        train, _, _ = data.load(job, chat(template))
+        train.process(train[1])
+
+
+def test_prompts_with_completions_have_a_turn_and_texts_have_none(chat, tmp_path: Path) -> None:
+    job = types.SimpleNamespace(mask_prompt=False, assistant_only_loss=True)
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "2 + 2", "completion": "4"}')
+    tokenizer = chat(CHATML)
+    rows = data.read(tmp_path / "pairs.jsonl", tokenizer, job)
+    assert texts(tokenizer, rows.process(rows[0])) == ["4<|im_end|>\n"]
+    (tmp_path / "texts.jsonl").write_text('{"text": "2 + 2"}')
+    with pytest.raises(
+        InputError, match=r"line 1 has only a text; assistant_only_loss \(--assistant-only-loss\) needs m"
+    ):
+        data.read(tmp_path / "texts.jsonl", tokenizer, job)
+
+
+# Batches of such examples, and the loss.
+
+
+@pytest.mark.filterwarnings("ignore:an example has")  # it is to be cut
+def test_the_loss_is_on_the_spans_that_are_left() -> None:
+    rows = [
+        (list(range(1, 46)), [(0, 3), (10, 12), (38, 44)]),
+        (list(range(1, 8)), [(5, 7)]),
+        (list(range(1, 6)), []),  # nothing is left of its turns
+    ]
+    (batch,) = Batches(rows, 3, 40)
+    tokens, _, mask = batch
+    assert mask.dtype == mx.bool_ and mask.shape == tokens.shape == (3, 40)
+    longest, short, none = ({1, 2, 10, 11, 38, 39}, {5, 6}, set())  # no token comes before token 0
+    expected = [none, short, longest]  # sorted by length
+    logits = mx.random.normal((3, 39, 50))
+
+    def loss(logits: mx.array):
+        return losses.next_token(lambda inputs: logits, *batch)
+
+    (value, count), gradient = mx.value_and_grad(loss)(logits)
+    assert count.item() == 8
+    moved = [set((np.flatnonzero(row) + 1).tolist()) for row in np.abs(np.array(gradient)).sum(axis=-1)]
+    assert moved == expected
+    scores = np.array(logits, np.float64)
+    each = np.log(np.exp(scores).sum(-1)) - np.take_along_axis(scores, np.array(tokens)[:, 1:, None], -1)[..., 0]
+    mean = np.mean([each[row, at - 1] for row, places in enumerate(expected) for at in places])
+    assert value.item() == pytest.approx(mean, rel=1e-6)  # float32
+
+
+def test_one_span_to_the_end_is_an_offset_and_lengths_alone_stay_two_arrays() -> None:
+    tokens = list(range(1, 20))
+    batches = [next(Batches([(tokens, targets)], 1, 64)) for targets in (7, [(7, 19)])]
+    assert [len(batch) for batch in batches] == [2, 3]
+    logits = mx.random.normal((1, 32, 50))
+    (one, count), (other, same) = (losses.next_token(lambda inputs: logits, *batch) for batch in batches)
+    assert one.item() == other.item() and count.item() == same.item() == 12
+    with pytest.raises(TypeError):  # a loss that cannot know the mask is not called without it
+        default_loss(lambda inputs: logits, *batches[1])
+
+
+def test_spans_are_a_part_of_what_a_run_is_resumed_with() -> None:
+    tokens = [1, 2, 3, 4]
+    kinds = (0, 1, [], [(0, 4)], [(1, 4)], [(1, 2)], [(1, 2), (3, 4)])
+    assert len({fingerprint.of_rows([(tokens, targets)]) for targets in kinds}) == len(kinds)
+    rows = list(Batches([(tokens, [(1, 2)])], 1, 64).rows())
+    assert rows == [(tokens, [(1, 2)])]
+
+
+# The command.
+
+
+@pytest.fixture
+def job(tiny_model: Path, tmp_path: Path):
+    """Runs the command on conversations, with a chat template."""
+
+    def run(*more: str, template: str = CHATML, rows: list | None = None) -> int:
+        folder = tmp_path / "model"
+        shutil.copytree(tiny_model, folder, dirs_exist_ok=True)
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
+        for name in ("train", "valid", "test"):
+            lines = [json.dumps({"messages": each}) for each in rows or [TALK, SYSTEM, TALK[:2], SYSTEM[:3]]]
+            (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+        where = ("--model", str(folder), "--data", str(tmp_path), "--adapter-path", str(tmp_path / "out"))
+        small = ("--num-layers", "1", "--iters", "4", "--steps-per-report", "1", "--val-batches", "1")
+        sizes = ("--batch-size", "2", "--max-seq-length", "192")
+        return cli.main(["lora", *where, *sizes, *(small if "--train" in more else ()), *more])
+
+    return run
+
+
+def test_the_command_trains_validates_and_tests_on_turns_alone(job, chat, tmp_path: Path, capsys) -> None:
+    assert job("--train", "--test", "--assistant-only-loss") == 0
+    capsys.readouterr()
+    tokenizer = chat(CHATML)
+    rows = [TALK, SYSTEM, TALK[:2], SYSTEM[:3]]
+    expected = sum(end - begin for row in rows for begin, end in turns.tokenized(tokenizer, row, None, "")[1])
+    entries = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    tokens = [entry["tokens"] for entry in entries if "loss" in entry]
+    assert sum(tokens[:2]) == sum(tokens[2:]) == expected  # each epoch, of two batches
+    assert any("val_loss" in entry for entry in entries)
+    # Tested alone it is the same loss: of turns, and not of everything.
+    found = []
+    for more in (("--assistant-only-loss",), ()):
+        assert job("--test", *more) == 0
+        found.append(re.search(r"Test loss (\S+),", capsys.readouterr().out)[1])
+    assert found[0] != found[1]
+
+
+def test_a_resumed_run_trains_the_same_turns(job, capsys) -> None:
+    assert job("--train", "--assistant-only-loss") == 0
+    assert job("--train", "--resume", "--iters", "6") == 2
+    assert re.search(r"assistant_only_loss +None +True\n +data +rows", capsys.readouterr().err)
+    assert job("--train", "--resume", "--iters", "6", "--assistant-only-loss") == 0
+
+
+def test_the_command_refuses_with_a_remedy(job, capsys) -> None:
+    def error() -> str:
+        return capsys.readouterr().err.splitlines()[-1]
+
+    assert job("--train", "--assistant-only-loss", "--mask-prompt") == 2
+    assert error().endswith("only the last message; give one of them")
+    row = said(("user", "a"), ("assistant", "<think>b</think>c"), ("user", "d"), ("assistant", "e"))
+    assert job("--train", "--assistant-only-loss", template=DROPS_REASONING, rows=[TALK, TALK, row, row]) == 2
+    assert "train.jsonl line 3: the chat template writes messages 1 to 2 differently" in error()
