@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from ..checkpoint import check_exists
 from ..distributed import Workers, join
 from ..finetune import batches, data, model_files
 from ..finetune.adapters import check_folder, load_adapters, load_weights, other_scale, read_arrays
+from ..finetune.chunked import ChunkedLoss
 from ..finetune.console import TrainingProgress
 from ..finetune.lora_values import OPTIMIZERS
 from ..finetune.names import LOG, WEIGHTS
@@ -43,7 +44,16 @@ from .lora_yaml import YAML_ONLY
 
 # Options that decide which numbers a run computes, beside the optimizer's and those that `train` knows.
 _OF_THE_RESULT = (
-    *("fine_tune_type", "num_layers", "lora_parameters", "lr_schedule", "mask_prompt", "bucket", "seed"),
+    *(
+        "fine_tune_type",
+        "num_layers",
+        "lora_parameters",
+        "lr_schedule",
+        "mask_prompt",
+        "bucket",
+        "chunked_loss",
+        "seed",
+    ),
     *sorted(YAML_ONLY),
 )
 
@@ -148,6 +158,7 @@ def _train(
             cached,
             CacheDataset(valid_set),
             _training_args(args),
+            loss=_loss(args, model),
             iterate_batches=partial(batches.Batches, padding=padding),
             training_callback=callback,
             max_traces=args.max_traces,
@@ -173,6 +184,17 @@ def _train(
     _report(args)
 
 
+def _loss(args: types.SimpleNamespace, model: nn.Module) -> Callable[..., Any]:
+    """The loss of a job: in chunks where the model allows it."""
+    if not args.chunked_loss:
+        return losses.next_token
+    try:
+        return ChunkedLoss(model)
+    except InputError as error:
+        print(f"note: {called('chunked_loss')} is not used, and all logits exist at once: {error}")
+        return losses.next_token
+
+
 def _training_args(args: types.SimpleNamespace) -> TrainingArgs:
     """mlx-lm's arguments of a training; two have other names on the command line."""
     same = {field.name: getattr(args, field.name) for field in fields(TrainingArgs) if hasattr(args, field.name)}
@@ -191,6 +213,7 @@ def _test(args: types.SimpleNamespace, model: nn.Module, test_set: Any) -> None:
     """Prints what mlx-lm prints, and ends if the other workers are gone, as training does."""
     count = len(test_set) // args.batch_size
     count = count if args.test_batches == -1 else min(count, args.test_batches)
+    loss_fn = _loss(args, model)
     with Workers(join(args.worker_timeout), args.worker_timeout) as workers:
         workers.saved = "there is no test loss"
         with TrainingProgress(count, quiet=not workers.first, what="test") as progress:
@@ -199,7 +222,7 @@ def _test(args: types.SimpleNamespace, model: nn.Module, test_set: Any) -> None:
                 workers.beat()
                 progress.advance()
 
-            loss = mean_loss(model, test_set, losses.next_token, batches.Batches, args, count, before_batch)
+            loss = mean_loss(model, test_set, loss_fn, batches.Batches, args, count, before_batch)
         if loss is None:
             raise InputError(f"there is no test loss: {no_targets(args.max_seq_length)}")
         print(f"Test loss {loss:.3f}, Test ppl {math.inf if loss >= 700 else math.exp(loss):.3f}.")

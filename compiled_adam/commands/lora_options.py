@@ -39,6 +39,10 @@ _BUCKET = (
     "Pad batches to lengths of a geometric series with this ratio (1.25 if none is given), not to multiples of 32, so"
     " that fewer shapes are compiled. A line says how much padding this adds. Default: off."
 )
+_CHUNKED = (
+    "Compute the logits of a part of the target tokens at a time, and none for prompts and padding. Loss and gradient"
+    " stay the same, and the memory for all logits is saved. Default: on."
+)
 _KEEP = (
     "Keep only the newest N checkpoints and N numbered adapter files; 0 writes no checkpoints. Default:"
     f" {KEPT} checkpoints, and all adapter files, as mlx_lm.lora does."
@@ -75,6 +79,7 @@ GROUPS = {
     ),
     "options of training (also YAML keys)": (
         Option("max_traces", int, _TRACES),
+        Option("chunked_loss", bool, _CHUNKED),
         Option("bucket", float, _BUCKET, {"nargs": "?", "const": 1.25, "metavar": "RATIO"}),
         Option("keep_checkpoints", int, _KEEP),
         Option("save_best", bool, "Keep the adapters with the lowest validation loss in best/. Default: off."),
@@ -91,7 +96,7 @@ GROUPS = {
     ),
 }
 # Defaults are those of `train`, but for these. None: not asked for; then the optimizer's own default holds, or `KEPT`.
-_OTHER_DEFAULTS = {"keep_checkpoints": None, "nonfinite_limit": 20}
+_OTHER_DEFAULTS = {"chunked_loss": True, "keep_checkpoints": None, "nonfinite_limit": 20}
 _DEFAULTS = {**{field.name: field.default for field in dataclasses.fields(TrainOptions)}, **_OTHER_DEFAULTS}
 OURS: dict[str, Any] = {option.name: _DEFAULTS.get(option.name) for group in GROUPS.values() for option in group}
 # Help for options of mlx-lm whose own help says less than they do here.
@@ -183,7 +188,7 @@ def check_together(args: types.SimpleNamespace) -> list[str]:
     if not args.train and not args.test:
         raise InputError("there is nothing to do; give --train, --test or both")
     if not args.train:
-        for name in sorted(given & {*OURS, "resume_adapter_file"} - {"worker_timeout"}):
+        for name in sorted(given & {*OURS, "resume_adapter_file"} - {"worker_timeout", "chunked_loss"}):
             hint = "; --adapter-path says what is tested" if name == "resume_adapter_file" else ""
             raise InputError(f"{called(name)} is an option of training, but there is no --train{hint}")
         if unused := [called(name) for name in _OF_TRAINING if name in given]:

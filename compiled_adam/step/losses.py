@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
+
+from .cross_entropy import cross_entropy as cross_entropy
+from .linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 
 
 def next_token(model: Any, tokens: mx.array, lengths: mx.array) -> tuple[mx.array, mx.array]:
@@ -30,17 +32,14 @@ def next_token(model: Any, tokens: mx.array, lengths: mx.array) -> tuple[mx.arra
     >>> targets.item(), round(loss.item(), 4)  # 6 and 7, and log(8)
     (2, 2.0794)
     """
-    positions = mx.arange(1, tokens.shape[1])
-    trained = (positions >= lengths[:, 0:1]) & (positions < lengths[:, 1:])
-    targets = trained.sum()
+    counts = trained(tokens, lengths)
+    targets = counts.sum()
     # `where` and not a product: the loss of the padding must not count even if it is not a number.
-    losses = mx.where(trained, cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]), 0.0)
+    losses = mx.where(counts, cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]), 0.0)
     return losses.sum() / mx.maximum(targets, 1), targets
 
 
-def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
-    """``logsumexp(logits) - logits[target]`` over the last axis, in float32 for every dtype of ``logits``."""
-    fused = getattr(mx.fast, "cross_entropy", None)
-    if fused is not None and mx.default_device() == mx.gpu:
-        return fused(logits, targets)  # a kernel with float32 inside; a float32 copy of the logits would be large
-    return nn.losses.cross_entropy(logits.astype(mx.float32), targets)
+def trained(tokens: mx.array, lengths: mx.array) -> mx.array:
+    """Which of ``tokens[:, 1:]`` are targets: bool, (batch, length - 1), for the arguments of `next_token`."""
+    positions = mx.arange(1, tokens.shape[1])
+    return (positions >= lengths[:, 0:1]) & (positions < lengths[:, 1:])
