@@ -10,6 +10,6 @@ from .compare import Row, differences, table
 from .compiled import Compiled, is_evaluated
 from .errors import InputError, TrainingStopped, while_handling
 from .fingerprint import packages
-from .mlx_graph import Written, kernels, operations
+from .mlx_graph import Written, kernels, operations, reached
 from .streams import lenient, lenient_streams, say
 from .tree import Aligned, Places, Structure, along, below, indexed, trainable_places

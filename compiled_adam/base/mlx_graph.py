@@ -39,6 +39,18 @@ def operations(arrays: Sequence[mx.array]) -> int:
     return _text(arrays).count(_OPERATION)
 
 
+def reached(outputs: Sequence[mx.array], arrays: Sequence[mx.array]) -> list[bool]:
+    """Whether each of the ``arrays`` is an input of an operation in the graph of the ``outputs``.
+
+    >>> a, b = mx.ones(2), mx.ones(2)
+    >>> reached([a + 1], [a, b])
+    [True, False]
+    """
+    names = [f"array{i}" for i in range(len(arrays))]
+    text = _text(outputs, names, arrays)
+    return [f'"{name}" -> ' in text for name in names]
+
+
 class Written:
     """Remembers arrays that were assigned to places of a tree, to detect whether a caller has edited them.
 

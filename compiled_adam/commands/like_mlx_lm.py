@@ -10,16 +10,10 @@ import mlx.optimizers as optim
 from mlx_lm.tuner.utils import build_schedule
 
 from .. import schedulers
-from ..step import losses
 
 # The defaults of options; one that is given explicitly wins.
-DEFAULTS = {"group_by_length": False}
+DEFAULTS = {"group_by_length": False, "chunked_loss": False}
 OF_ADAM = ("max_grad_norm", "skip_nonfinite", "moments", "weight_decay", "bias_correction")
-
-
-def loss(args: types.SimpleNamespace) -> Callable[..., Any]:
-    """The loss of training, validation and test."""
-    return losses.like_mlx_lm if args.like_mlx_lm else losses.next_token
 
 
 def options_of_adam(args: types.SimpleNamespace) -> dict[str, Any]:
@@ -41,7 +35,7 @@ def differences(args: types.SimpleNamespace) -> str:
     options = options_of_adam(args) if args.optimizer in ("adam", "adamw") else {}
     found = {
         "batches of similar length": args.group_by_length or args.batch_tokens is not None,
-        "no loss on padding": not args.like_mlx_lm,
+        "no loss on padding": not args.like_mlx_lm or args.chunked_loss,
         "bias correction": options.get("bias_correction", False),
         "updates with NaN skipped": options.get("skip_nonfinite", False),
         "accumulation weighted by tokens": args.grad_accumulation_steps > 1,

@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from ..distributed import Workers, join
 from ..finetune import data, model_files, padding
 from ..finetune.adapters import check_folder, load_adapters, load_weights, other_scale, read_arrays
 from ..finetune.batches import Batches
+from ..finetune.chunked import ChunkedLoss
 from ..finetune.console import TrainingProgress
 from ..finetune.lora_values import OPTIMIZERS, check_rates
 from ..finetune.names import LOG, WEIGHTS
@@ -37,6 +38,7 @@ from ..finetune.tokenizing import tokenize
 from ..finetune.trainable import add_adapters, check_layers, unfreeze_last
 from ..finetune.trainer import train
 from ..finetune.validation import mean_loss, no_targets
+from ..step import losses
 from ..update import decay_matrices
 from . import like_mlx_lm
 from .lora_options import KEPT, check_together, settings
@@ -45,7 +47,7 @@ from .lora_yaml import YAML_ONLY
 # Options that decide which numbers a run computes, beside the optimizer's and those that `train` knows.
 _OF_THE_RESULT = (
     *("fine_tune_type", "num_layers", "lora_parameters", "lr_schedule", "mask_prompt", "bucket", "seed"),
-    "assistant_only_loss",
+    *("assistant_only_loss", "chunked_loss"),
     *sorted(YAML_ONLY),
 )
 
@@ -154,7 +156,7 @@ def _train(
             cached,
             CacheDataset(valid_set),
             _training_args(args),
-            loss=like_mlx_lm.loss(args),
+            loss=_loss(args, model),
             iterate_batches=make_batches,
             training_callback=callback,
             max_traces=args.max_traces,
@@ -203,6 +205,18 @@ def _settings(args: types.SimpleNamespace, base: Any) -> dict[str, Any]:
     return {**found, "like_mlx_lm": True} if args.like_mlx_lm else found
 
 
+def _loss(args: types.SimpleNamespace, model: nn.Module) -> Callable[..., Any]:
+    """The loss of training, validation and test: in chunks where the model allows it."""
+    whole = losses.like_mlx_lm if args.like_mlx_lm else losses.next_token
+    if not args.chunked_loss:
+        return whole
+    try:
+        return ChunkedLoss(model)
+    except InputError as error:
+        print(f"note: {called('chunked_loss')} is not used, and all logits exist at once: {error}")
+        return whole
+
+
 def _training_args(args: types.SimpleNamespace) -> TrainingArgs:
     """mlx-lm's arguments of a training; two have other names on the command line."""
     same = {field.name: getattr(args, field.name) for field in fields(TrainingArgs) if hasattr(args, field.name)}
@@ -221,6 +235,7 @@ def _test(args: types.SimpleNamespace, model: nn.Module, test_set: Any) -> None:
     """Prints what mlx-lm prints, and ends if the other workers are gone, as training does."""
     count = len(test_set) // args.batch_size
     count = count if args.test_batches == -1 else min(count, args.test_batches)
+    loss_fn = _loss(args, model)
     with Workers(join(args.worker_timeout), args.worker_timeout) as workers:
         workers.saved = "there is no test loss"
         with TrainingProgress(count, quiet=not workers.first, what="test") as progress:
@@ -229,7 +244,7 @@ def _test(args: types.SimpleNamespace, model: nn.Module, test_set: Any) -> None:
                 workers.beat()
                 progress.advance()
 
-            loss = mean_loss(model, test_set, like_mlx_lm.loss(args), Batches, args, count, before_batch)
+            loss = mean_loss(model, test_set, loss_fn, Batches, args, count, before_batch)
         if loss is None:
             raise InputError(f"there is no test loss: {no_targets(args.max_seq_length)}")
         print(f"Test loss {loss:.3f}, Test ppl {math.inf if loss >= 700 else math.exp(loss):.3f}.")

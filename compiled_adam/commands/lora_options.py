@@ -57,6 +57,10 @@ _TURNS = (
     "Train every turn of the assistant in a conversation, and nothing else. An example whose turns the model's chat"
     " template does not show for certain is an error. Default: off."
 )
+_CHUNKED = (
+    "Compute the logits of a part of the target tokens at a time, and none for prompts and padding. Loss and gradient"
+    " stay the same, and the memory for all logits is saved. Default: on."
+)
 _KEEP = (
     "Keep only the newest N checkpoints and N numbered adapter files; 0 writes no checkpoints. Default:"
     f" {KEPT} checkpoints, and all adapter files, as mlx_lm.lora does."
@@ -97,6 +101,7 @@ GROUPS = {
         Option("batch_tokens", int, _BATCH_TOKENS),
         Option("epochs", float, _EPOCHS, {"metavar": "N"}),
         Option("like_mlx_lm", bool, _LIKE),
+        Option("chunked_loss", bool, _CHUNKED),
         Option("bucket", float, _BUCKET, {"nargs": "?", "const": 1.25, "metavar": "RATIO"}),
         Option("assistant_only_loss", bool, _TURNS),
         Option("keep_checkpoints", int, _KEEP),
@@ -114,10 +119,10 @@ GROUPS = {
     ),
 }
 # Defaults are those of `train`, but for these. None: not asked for; then the optimizer's own default holds, or `KEPT`.
-_OTHER_DEFAULTS = {"keep_checkpoints": None, "nonfinite_limit": 20, "group_by_length": True}
+_OTHER_DEFAULTS = {"chunked_loss": True, "group_by_length": True, "keep_checkpoints": None, "nonfinite_limit": 20}
 _DEFAULTS = {**{field.name: field.default for field in dataclasses.fields(TrainOptions)}, **_OTHER_DEFAULTS}
 OURS: dict[str, Any] = {option.name: _DEFAULTS.get(option.name) for group in GROUPS.values() for option in group}
-_ALSO_OF_TESTS = {"worker_timeout", "like_mlx_lm", "assistant_only_loss"}
+_ALSO_OF_TESTS = {"worker_timeout", "like_mlx_lm", "assistant_only_loss", "chunked_loss"}
 # Help for options of mlx-lm whose own help says less than they do here.
 _CLEARER = {
     "optimizer": "The optimizer. adam and adamw are compiled_adam's, the others are MLX's. Default: adam.",

@@ -15,6 +15,7 @@ from ..base import InputError, TrainingStopped
 from ..distributed import is_lost
 from ..step import TrainStep
 from .batches import Batches
+from .chunked import batch_for
 from .options import TrainOptions, called
 from .reporting import Reporting
 from .saving import RunFolder
@@ -108,7 +109,7 @@ class TrainingLoop:
                 if (patience := self.options.early_stop_patience) is not None and self.best.stale >= patience:
                     return self._stopped_early(iteration)
             self.step.extra = self.asked.vote()
-            ready = self.reporting.reader.put(iteration, self.step(*batch))
+            ready = self.reporting.reader.put(iteration, self.step(*batch_for(self.step.loss_fn, batch)))
             self.iteration, self.begun = iteration, None
             self.reporting.take(ready)
             if args.clear_cache_threshold and mx.get_cache_memory() > args.clear_cache_threshold:

@@ -14,6 +14,7 @@ import numpy as np
 from mlx_lm.tuner.trainer import TrainingArgs
 
 from ..distributed import Workers, join
+from .chunked import batch_for
 from .options import called
 from .stopping import Asked
 
@@ -51,7 +52,7 @@ def mean_loss(
     total, targets = 0.0, 0.0
     for batch in islice(batches, None if num_batches == -1 else num_batches):
         before_batch()
-        mean, count = loss(model, *batch)
+        mean, count = loss(model, *batch_for(loss, batch))
         mx.eval(mean, count)
         # A batch, or a worker's part of one, may have no target: the mean of nothing may be 0/0, and must not count.
         if (weight := float(count)) > 0:

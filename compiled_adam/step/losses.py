@@ -7,6 +7,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .cross_entropy import cross_entropy as cross_entropy
+from .linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+
 
 def next_token(
     model: Any, tokens: mx.array, lengths: mx.array, mask: mx.array | None = None
@@ -73,11 +76,3 @@ def trained_targets(tokens: mx.array, lengths: mx.array, mask: mx.array | None =
     positions = mx.arange(1, tokens.shape[1])
     trained = (positions >= lengths[:, 0:1]) & (positions < lengths[:, 1:])
     return trained if mask is None else trained & mask[:, 1:]
-
-
-def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
-    """``logsumexp(logits) - logits[target]`` over the last axis, in float32 for every dtype of ``logits``."""
-    fused = getattr(mx.fast, "cross_entropy", None)
-    if fused is not None and mx.default_device() == mx.gpu:
-        return fused(logits, targets)  # a kernel with float32 inside; a float32 copy of the logits would be large
-    return nn.losses.cross_entropy(logits.astype(mx.float32), targets)

@@ -1,0 +1,48 @@
+"""The cross entropy of logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
+    """``logsumexp(logits) - logits[target]`` over the last axis, in float32 for every dtype of ``logits``."""
+    fused = getattr(mx.fast, "cross_entropy", None)
+    if fused is not None and mx.default_device() == mx.gpu:
+        return fused(logits, targets)  # a kernel with float32 inside; a float32 copy of the logits would be large
+    return nn.losses.cross_entropy(logits.astype(mx.float32), targets)
+
+
+def kept_cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
+    """`cross_entropy`, for a gradient that is computed right away: it keeps the exponentials for it.
+
+    On a CPU exponentials take most of the time, and MLX's own gradient computes them twice and needs three times the
+    memory. ``logits`` are (rows, vocabulary). A row whose loss does not count has the gradient 0, whatever its logits.
+    """
+    if mx.default_device() == mx.gpu:
+        return cross_entropy(logits, targets)
+    kept: Any = _kept(logits, targets)
+    return kept[0]
+
+
+@mx.custom_function
+def _kept(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    wide = logits.astype(mx.float32)
+    top = wide.max(axis=-1, keepdims=True)
+    powers = mx.exp(wide - top)
+    total = powers.sum(axis=-1, keepdims=True)
+    losses = mx.log(total) + top - mx.take_along_axis(wide, targets[:, None], axis=-1)
+    return losses[:, 0], powers, total
+
+
+@_kept.vjp
+def _kept_gradient(
+    inputs: tuple[mx.array, mx.array], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
+) -> tuple[mx.array, mx.array]:
+    (logits, targets), (_, powers, total), factor = inputs, outputs, cotangents[0][:, None]
+    hit = mx.arange(logits.shape[-1]) == targets[:, None]
+    gradient = powers * (factor / total) - mx.where(hit, factor, 0.0)
+    return mx.where(factor == 0, 0.0, gradient).astype(logits.dtype), mx.zeros_like(targets)
