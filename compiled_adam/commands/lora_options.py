@@ -37,8 +37,8 @@ class Option(NamedTuple):
 _TRACES = "The number of batch shapes that stay compiled; the least recently used is dropped. Default: {default}."
 _PATIENCE = "Stop when the validation loss has not improved N times in a row. Default: never."
 _BUCKET = (
-    "Pad batches to lengths of a geometric series with this ratio (1.25 if none is given), not to multiples of 32, so"
-    " that fewer shapes are compiled. A line says how much padding this adds. Default: off."
+    "Pad batches to lengths of a geometric series with this ratio (1.25 if none is given), so that fewer"
+    " shapes are compiled. A line says how much padding this adds. Default: off."
 )
 _GROUP = (
     "Batches have examples of similar length, the longest first of all, and every example is trained in each epoch."

@@ -31,8 +31,8 @@ def lora(tiny_model: Path, data: Path, command, tmp_path: Path) -> Lora:
 
     def lora(out: str, *more: str) -> subprocess.CompletedProcess[str]:
         fixed = ["--model", str(tiny_model), "--data", str(folder), "--adapter-path", out, "--num-layers", "2"]
-        rates = ["--learning-rate", "1e-3", "--batch-size", "2", "--steps-per-report", "1"]
-        return command("lora", "--train", *fixed, *rates, *more)
+        rate = [] if "rate.yaml" in more else ["--learning-rate", "1e-3"]
+        return command("lora", "--train", *fixed, *rate, "--batch-size", "2", "--steps-per-report", "1", *more)
 
     return lora
 

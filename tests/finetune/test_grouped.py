@@ -112,6 +112,35 @@ def test_little_padding_and_few_traces(name: str, options: dict) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "batch_size", "stock", "ours", "by_tokens"),
+    [
+        ("chats", 4, 1.95, 1.05, 1.06),
+        ("articles", 4, 1.84, 1.04, 1.04),
+        ("instructions", 4, 2.17, 1.05, 1.05),
+        ("chats", 16, 3.07, 1.07, 1.06),
+    ],
+)
+def test_the_table_of_the_manual(name: str, batch_size: int, stock: float, ours: float, by_tokens: float) -> None:
+    """Positions for each token; mlx-lm's batches are of examples in their own order."""
+
+    class Data(list):
+        def process(self, example):
+            return example
+
+    lengths = lengths_of(name, 2000)
+    found = []
+    for batches in (
+        Batches(CacheDataset(Data(marked(lengths))), batch_size, 2049),
+        grouped(lengths, batch_size),
+        grouped(lengths, batch_tokens=2048),
+    ):
+        epoch = epoch_of(batches)
+        tokens = sum(int(ends[:, 1].sum().item()) for _, ends in epoch)
+        found.append(round(sum(rows * (padded - 1) for rows, padded in (b[0].shape for b in epoch)) / tokens, 2))
+    assert found == [stock, ours, by_tokens]
+
+
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 @pytest.mark.parametrize("budget", [2048, 8192])
 def test_a_batch_has_as_many_examples_as_fit(name: str, budget: int) -> None:
