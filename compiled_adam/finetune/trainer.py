@@ -37,6 +37,7 @@ from .loop import TrainingLoop
 from .metrics import StepReader
 from .names import CHECKPOINTS, CONFIG, LOG
 from .options import WHOLE, TrainOptions, called, check_whole
+from .recompute import recomputed
 from .reporting import Reporting
 from .rows import located
 from .saving import RunFolder, has_checkpoints
@@ -130,10 +131,10 @@ class Job:
         """Trains, and saves at the end."""
         if (limit := mx.device_info().get("max_recommended_working_set_size")) is not None:
             mx.set_wired_limit(int(limit))  # Metal: keeps weights from being paged out between steps
-        if self.args.grad_checkpoint:
-            mlx_lm_trainer.grad_checkpoint(self.model.layers[0])
         args, options = self.args, self.options
         with ExitStack() as stack:
+            if args.grad_checkpoint:
+                stack.enter_context(recomputed(self.model.layers))
             workers = stack.enter_context(Workers(join(options.worker_timeout), options.worker_timeout))
             workers.first_does(self._make_folder)
             anew = options.resume == "auto" and not workers.first_does(partial(has_checkpoints, self.folder))

@@ -123,10 +123,10 @@ def test_it_changes_defaults_and_explicit_options_win(tmp_path: Path) -> None:
 
     args, optimizer = made()
     assert args.group_by_length and optimizer.bias_correction and optimizer.skipped is not None
-    assert like_mlx_lm.loss(args) is ca.losses.next_token
+    assert args.chunked_loss
     args, optimizer = made("--like-mlx-lm")
     assert not args.group_by_length and not optimizer.bias_correction and optimizer.skipped is None
-    assert like_mlx_lm.loss(args) is ca.losses.like_mlx_lm
+    assert lora_command._loss(args, ca) is ca.losses.like_mlx_lm
     args, optimizer = made("--like-mlx-lm", "--group-by-length", "--bias-correction")
     assert args.group_by_length and optimizer.bias_correction and optimizer.skipped is None
     assert type(made("--like-mlx-lm", "--optimizer", "sgd")[1]) is optim.SGD

@@ -73,7 +73,8 @@ def test_the_adapters_of_mlx_lm_lora(more: list[str], tiny_model: Path, data: Pa
     data = data if "--grad-accumulation-steps" in more else of_many_lengths(data, tmp_path / "lengths")
     stock = run("-m", "mlx_lm", "lora", *job(tiny_model, data, "stock", *more))
     assert stock.returncode == 0, stock.stderr
-    ours = run("-m", "compiled_adam.cli", "lora", *job(tiny_model, data, "ours", *more, "--like-mlx-lm"))
+    command = ("-m", "compiled_adam.cli", "lora", *job(tiny_model, data, "ours", *more, "--like-mlx-lm"))
+    ours = run(*command, COMPILED_ADAM_BLAS="off")  # sums in another order would differ more than we do
     assert ours.returncode == 0, ours.stderr
     files = {path.name for path in (tmp_path / "stock").iterdir()}
     assert files >= {"adapters.safetensors", "adapter_config.json"}

@@ -1,0 +1,107 @@
+"""Gradient checkpointing: the backward pass computes what is inside a layer again, so only inputs of layers are kept.
+
+``mx.checkpoint`` does that for a function. Here it is done for the layers of a model, of any classes, and in an order:
+the gradient that a layer hands down waits for the gradients of the layer's own parameters. Else MLX may compute the
+activations of the next layer before those of this one are free; measured, one more layer was alive then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+
+@contextmanager
+def recomputed(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside the block each of these layers is computed again in a backward pass, with the same results.
+
+    A layer may have any positional and keyword arguments and return arrays in lists, tuples and dictionaries. It is
+    differentiated with respect to its trainable parameters and the arrays of floats in its arguments. A call with an
+    object among the arguments, such as a cache of keys and values, is an ordinary call: a second one would change the
+    object twice. Random numbers, as of dropout, are drawn again.
+    """
+    before = {id(layer): (layer, type(layer)) for layer in layers}
+    classes = {kind: _recomputing(kind) for _, kind in before.values()}
+    # The class of these objects, and not the method of their class: other models have layers of the same class.
+    try:
+        for layer, kind in before.values():
+            layer.__class__ = classes[kind]
+        yield
+    finally:
+        for layer, kind in before.values():
+            layer.__class__ = kind
+
+
+def _recomputing(kind: type[nn.Module]) -> type[nn.Module]:
+    call: Callable[..., Any] = kind.__call__
+
+    def recomputing(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if _has_object((args, kwargs)):
+            return call(self, *args, **kwargs)
+        return _call(self, call, args, kwargs)
+
+    return type(kind.__name__, (kind,), {"__call__": recomputing, "__module__": kind.__module__})
+
+
+def _call(layer: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    parameters: Any = tree_flatten(layer.trainable_parameters())
+    paths, values = [path for path, _ in parameters], [value for _, value in parameters]
+    result: Any = None
+
+    def function(arrays: list[mx.array]) -> list[mx.array]:
+        nonlocal result
+        own, given = arrays[: len(values)], iter(arrays[len(values) :])
+        own_args, own_kwargs = _with_floats((args, kwargs), given)
+        before = layer.trainable_parameters()
+        layer.update(_tree(paths, own))
+        try:
+            result = call(layer, *own_args, **own_kwargs)
+        finally:
+            layer.update(before)
+        return _floats(result)
+
+    checkpointed = mx.custom_function(function)
+
+    @checkpointed.vjp
+    def gradients(primals: Any, cotangents: Any, outputs: Any) -> list[mx.array]:
+        # Nothing is computed again before the backward pass is here.
+        primals = mx.depends(primals, cotangents)
+        _, found = mx.vjp(lambda *arrays: function(list(arrays)), primals, cotangents)
+        own, given = found[: len(values)], found[len(values) :]
+        # One by one: what nobody asks for, as the gradient of a mask, is not computed.
+        return [*own, *(mx.depends([each], own)[0] for each in given)] if own else found
+
+    outputs: Any = checkpointed([*values, *_floats((args, kwargs))])
+    return _with_floats(result, iter(outputs))
+
+
+def _tree(paths: list[str], arrays: list[mx.array]) -> Any:
+    return tree_unflatten(list(zip(paths, arrays, strict=True))) if paths else {}
+
+
+def _floats(tree: Any) -> list[mx.array]:
+    return [leaf for leaf in _leaves(tree) if _is_float(leaf)]
+
+
+def _with_floats(tree: Any, floats: Iterator[mx.array]) -> Any:
+    """The tree with other arrays of floats."""
+    return tree_map(lambda leaf: next(floats) if _is_float(leaf) else leaf, tree)
+
+
+def _is_float(leaf: Any) -> bool:
+    return isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)
+
+
+def _has_object(tree: Any) -> bool:
+    return not all(leaf is None or isinstance(leaf, (mx.array, str, int, float)) for leaf in _leaves(tree))
+
+
+def _leaves(tree: Any) -> list[Any]:
+    found: list[Any] = []
+    tree_map(found.append, tree, is_leaf=lambda each: isinstance(each, nn.Module))  # which is a dictionary
+    return found
