@@ -11,7 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.tuner.datasets import ChatDataset
+from mlx_lm.tuner.datasets import ChatDataset, CompletionsDataset, ConcatenatedDataset, TextDataset
 from mlx_lm.tuner.trainer import default_loss
 from mlx_lm.utils import load_tokenizer
 
@@ -20,6 +20,7 @@ from compiled_adam.base import fingerprint
 from compiled_adam.base.errors import InputError
 from compiled_adam.finetune import data, turns
 from compiled_adam.finetune.batches import Batches
+from compiled_adam.finetune.rows import Located
 
 # Written for these tests, in the manner of the families that they are named after.
 CHATML = (
@@ -199,6 +200,18 @@ def test_prompts_with_completions_have_a_turn_and_texts_have_none(chat, tmp_path
         InputError, match=r"line 1 has only a text; assistant_only_loss \(--assistant-only-loss\) needs m"
     ):
         data.read(tmp_path / "texts.jsonl", tokenizer, job)
+
+
+def test_sets_of_several_formats_from_hugging_face(chat) -> None:
+    """They are one data set whose rows say which part they are of; these rows are checked when they are tokenized."""
+    tokenizer = chat(CHATML)
+    pairs = CompletionsDataset([{"q": "2 + 2", "a": "4"}], tokenizer, "q", "a", mask_prompt=False)
+    parts = [pairs, ChatDataset([{"messages": TALK}], tokenizer), TextDataset([{"text": "2 + 2"}], tokenizer)]
+    rows = Located(ConcatenatedDataset(parts), lambda index: f"row {index}", turns_only=True)
+    assert texts(tokenizer, rows.process(rows[0])) == ["4<|im_end|>\n"]
+    assert rows.process(rows[1]) == turns.tokenized(tokenizer, TALK, None, "here")
+    with pytest.raises(InputError, match=r"^row 2 has only a text; assistant_only_loss"):
+        rows.process(rows[2])
 
 
 # Batches of such examples, and the loss.
