@@ -68,7 +68,10 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, list[
     folder = tmp_path_factory.mktemp("sharded")
     launch.warm("shard", folder / "warm", "tests.step_worker", json.dumps(both(JOBS)))
     return {
-        count: (folder / str(count), start(count, folder / str(count), both(JOBS) if count > 1 else {"unfinished": UNFINISHED}))
+        count: (
+            folder / str(count),
+            start(count, folder / str(count), both(JOBS) if count > 1 else {"unfinished": UNFINISHED}),
+        )
         for count in (1, 2, 4)
     }
 
