@@ -22,11 +22,16 @@ def global_norm(gradients: Sequence[mx.array], streams: Sequence[mx.Stream] | No
     squares = []
     for i, g in enumerate(gradients):
         with mx.stream(streams[i]) if streams else contextlib.nullcontext():
-            squares.append(_sum_of_squares(g))
+            squares.append(sum_of_squares(g))
+    return norm_of(squares)
+
+
+def norm_of(squares: list[mx.array]) -> mx.array:
+    """The global norm from the `sum_of_squares` of each gradient."""
     return mx.sqrt(mx.stack(squares).sum()) if squares else mx.array(0.0)
 
 
-def _sum_of_squares(x: mx.array) -> mx.array:
+def sum_of_squares(x: mx.array) -> mx.array:
     """The sum of the squares of all elements, float32.
 
     On the CPU MLX writes the squares to memory before it sums them, which takes longer than the update. It also adds
