@@ -11,13 +11,13 @@ from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optim
 
 import compiled_adam as ca
-from compiled_adam.base.tree import Places
 from compiled_adam.step.apply_packed import PackedTrees
 from compiled_adam.update.moments import POLICIES
 
@@ -47,7 +47,9 @@ class Contender(Protocol):
 
 
 class OnMLX(ABC):
-    """A contender whose update is a lazy graph: built first, then computed."""
+    """A contender on MLX. If it is ``lazy``, `build` makes a graph that is computed later."""
+
+    lazy = True
 
     def __init__(self, optimizer: optim.Optimizer, parameters: Tree, gradients: Tree) -> None:
         self.tree, self.optimizer, self.gradients = {"parameters": parameters}, optimizer, gradients
@@ -55,7 +57,7 @@ class OnMLX(ABC):
 
     @abstractmethod
     def build(self) -> None:
-        """One update, not yet computed."""
+        """One update, not yet computed if `lazy`."""
 
     def changed(self) -> list[mx.array]:
         """Everything an update changes: parameters and state."""
@@ -111,30 +113,41 @@ class Compiled(OnMLX):
 
 
 class InStep(OnMLX):
-    """The update as a train step of ours does it, with small parameters packed; without the norm it reports."""
+    """`ca.make_step` as users call it, with its norm, batch and result, but with gradients that cost nothing."""
 
     optimizer: ca.Adam
+    lazy = False
 
     def __init__(self, optimizer: ca.Adam, parameters: Tree, gradients: Tree) -> None:
         super().__init__(optimizer, parameters, gradients)
-        places = Places([(name, parameters, name) for name in parameters])
-        self._trees = PackedTrees(optimizer, places, {name: i for i, name in enumerate(parameters)})
-        self._update = mx.compile(self._traced)
+        self.model = nn.Module()
+        dict.update(self.model, parameters)
+        self.tree["parameters"] = cast(Tree, self.model)
 
-    def _traced(self, gradients: list[mx.array], parameters: list[mx.array], state: Any) -> Any:
-        return self._trees.update(gradients, parameters, state)[:2]
+        @mx.custom_function
+        def free(parameters: Tree) -> mx.array:
+            return mx.array(0.0)
+
+        @free.vjp
+        def backward(parameters: Tree, cotangent: mx.array, output: mx.array) -> Tree:
+            return gradients
+
+        self.step = ca.make_step(self.model, lambda model: free(dict(model)), optimizer)
 
     def build(self) -> None:
-        parameters, state = self._trees.read()
-        self._trees.write(*self._update(list(self.gradients.values()), parameters, state))
+        self.step()
 
     def changed(self) -> list[mx.array]:
-        states, scalars = self._trees.state()
+        # Not `optimizer.state`: a loop of training does not ask for the moments of packed parameters either.
+        states, scalars = cast(PackedTrees, self.step._bound.trees).state()
         return [*self.tree["parameters"].values(), *(a for state in (*states, scalars) for a in state.values())]
+
+    def named_parameters(self) -> Tree:
+        return dict(self.model)
 
     @property
     def traces(self) -> int:
-        return self.optimizer.traces
+        return self.step.traces["update"]
 
 
 def _of_parameter(state: Any) -> list[mx.array]:

@@ -103,15 +103,15 @@ def settle() -> None:
 def resources(make: Make, parameters: Tree, gradients: Tree, clock: Clock = time.perf_counter) -> tuple[Contender, Row]:
     """A contender that has done three updates (tracing, compiling, memory), and what they took besides time.
 
-    Figures: ``state_bytes`` of the optimizer and ``traces`` so far; of contenders on MLX, and None of others:
-    ``trace_ms`` (building the first update, which traces it), ``kernels`` of an update, and ``peak_extra_bytes``
-    allocated during an update beyond what exists before it; ``first_call_ms`` (the first update, compilers included
-    unless they kept what they made).
+    Figures: ``state_bytes`` of the optimizer and ``traces`` so far; ``first_call_ms`` (the first update, compilers
+    included unless they kept what they made); of contenders on MLX, and None of others: ``peak_extra_bytes`` allocated
+    during an update beyond what exists before it; of lazy ones, and None of others: ``trace_ms`` (building the first
+    update, which traces it) and ``kernels`` of an update.
     """
     contender = make(parameters, gradients)
     del parameters  # the contender's alone, or they could not be updated in place
     trace = count = extra = None
-    if isinstance(contender, OnMLX):
+    if isinstance(contender, OnMLX) and contender.lazy:
         mx.eval(contender.changed())
         mx.synchronize()
         begin = clock()
@@ -122,13 +122,14 @@ def resources(make: Make, parameters: Tree, gradients: Tree, clock: Clock = time
         contender.build()
         count = sum(kernels(contender.changed()).values())
         mx.eval(contender.changed())
-        extra = _extra_bytes(contender)
     else:
         begin = clock()
         contender.update()
         first = clock() - begin
         for _ in range(2):
             contender.update()
+    if isinstance(contender, OnMLX):
+        extra = _extra_bytes(contender)
     return contender, {
         "trace_ms": trace,
         "first_call_ms": 1e3 * first,

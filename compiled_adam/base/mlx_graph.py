@@ -9,6 +9,7 @@ import collections
 import io
 import re
 from collections.abc import Sequence
+from functools import cache
 
 import mlx.core as mx
 
@@ -62,19 +63,20 @@ class Written:
     def __init__(self, arrays: Sequence[mx.array]) -> None:
         self.arrays = list(arrays)
         self.own = [array[...] for array in arrays]  # the same arrays in private objects, which no caller can edit
-        self._names = [f"array{i}" for i in range(len(arrays))]
-        self._untouched: str | None = None
 
     def are(self, arrays: Sequence[mx.array]) -> bool:
         """Whether ``arrays``, read from the places, are unedited. An array that is not evaluated counts as edited."""
         if not all(a is b for a, b in zip(arrays, self.arrays, strict=True)):
             return False
-        if self._untouched is None:
-            untouched = _text(self.own, self._names, self.own)
-            if _OPERATION in untouched:  # an operation
-                return False
-            self._untouched = untouched
-        return _text(self.own, self._names, self.arrays) == self._untouched
+        names, untouched = _untouched(len(self.own))
+        return _text(self.own, names, self.arrays) == untouched
+
+
+@cache
+def _untouched(count: int) -> tuple[list[str], str]:
+    """Names for ``count`` arrays, and the text of any evaluated arrays with these names: MLX writes the names only."""
+    arrays, names = [mx.array(0.0) for _ in range(count)], [f"array{i}" for i in range(count)]
+    return names, _text(arrays, names, arrays)
 
 
 def _text(arrays: Sequence[mx.array], names: Sequence[str] = (), named: Sequence[mx.array] = ()) -> str:

@@ -232,19 +232,23 @@ class Aligned:
         self.gradients: list[mx.array] = []
         self.parameters: list[mx.array] = []
         self.states: list[dict[str, mx.array]] = []
+        self.places: list[tuple[Any, Any]] = []  # of the parameters: container and key
         self.without_state: list[str] = []
         paths: list[str] = []
-        self._walk(gradients, parameters, state, "", paths)
+        self._walk(gradients, parameters, state, "", paths, (None, None))
         self.paths = tuple(paths)
 
-    def _walk(self, gradient: Any, parameter: Any, state: Any, path: str, paths: list[str]) -> None:
+    def _walk(
+        self, gradient: Any, parameter: Any, state: Any, path: str, paths: list[str], place: tuple[Any, Any]
+    ) -> None:
         if isinstance(gradient, (dict, list, tuple)):
             for key, value in _items(gradient):
                 below = f"{path}.{key}" if path else str(key)
                 if not _has(parameter, key):
                     raise InputError(f"there is a gradient for {below!r}, but the parameters have no such path")
                 # An empty subtree, which MLX writes for a frozen layer, needs no state.
-                self._walk(value, parameter[key], state[key] if _has(state, key) else None, below, paths)
+                its_state = state[key] if _has(state, key) else None
+                self._walk(value, parameter[key], its_state, below, paths, (parameter, key))
             return
         if not isinstance(gradient, mx.array):
             raise TypeError(
@@ -259,6 +263,7 @@ class Aligned:
         self.gradients.append(gradient)
         self.parameters.append(parameter)
         self.states.append(state)
+        self.places.append(place)
 
 
 def below(node: Any, key: Any) -> Any:

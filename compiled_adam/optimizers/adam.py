@@ -10,7 +10,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_map
 
-from ..base import Aligned, Assignments, InputError, along
+from ..base import Aligned, Assignments, InputError
 from ..update import ALL_ALIKE, Part, Shared, Stored, update_leaf
 from .leaf_update import LeafUpdate, Options
 from .options import assigned_rate, check_numbers, check_options
@@ -202,9 +202,8 @@ class Adam(optim.Adam):
             super().update(model, gradients)
             return
         assignments = Assignments()
-        updated = self._apply(gradients, model, None, assignments)
-        new = [container[key] for _, container, key in along(gradients, updated)]
-        for (_, container, key), array in zip(along(gradients, model), new, strict=True):
+        new, places = self._updated(gradients, model, None, assignments)
+        for (container, key), array in zip(places, new, strict=True):
             assignments.add(container, key, array)
         assignments.make()
 
@@ -224,13 +223,24 @@ class Adam(optim.Adam):
 
         ``part`` describes the whole tree when ``gradients`` is one shard of it and other workers update the rest.
         """
+        if type(self).apply_single is not Adam.apply_single:
+            # MLX's way to extend an optimizer: a subclass overrides apply_single, and MLX calls it per parameter.
+            self._init_for(gradients, parameters)
+            self._refuse_leaf_by_leaf()
+            return super().apply_gradients(gradients, parameters)
+        result = iter(self._updated(gradients, parameters, part, assignments)[0])
+        return tree_map(lambda _: next(result), gradients)
+
+    def _init_for(self, gradients: dict, parameters: dict) -> None:
         if not self._initialized:
             Aligned(gradients, parameters, self.state)  # raises before any state is made for a wrong tree
             self._kept.init(tree_map(lambda _, parameter: parameter, gradients, parameters), parameters)
-        if type(self).apply_single is not Adam.apply_single:
-            # MLX's way to extend an optimizer: a subclass overrides apply_single, and MLX calls it per parameter.
-            self._refuse_leaf_by_leaf()
-            return super().apply_gradients(gradients, parameters)
+
+    def _updated(
+        self, gradients: dict, parameters: dict, part: Part | None, assignments: Assignments
+    ) -> tuple[list[mx.array], list[tuple[Any, Any]]]:
+        """The updated parameters in the order of ``gradients``, and the places of the old ones (container, key)."""
+        self._init_for(gradients, parameters)
         leaves = Aligned(gradients, parameters, self.state)
         if leaves.without_state:
             raise InputError(
@@ -243,13 +253,11 @@ class Adam(optim.Adam):
         new_parameters, states, scalars = self._leaves.compiled(leaves.paths)(
             leaves.gradients, leaves.parameters, leaves.states, scalars, self._leaves.constants(), part
         )
-        result = iter(new_parameters)
-        tree = tree_map(lambda _: next(result), gradients)
         self._kept.assign_scalars(scalars, assignments)
         for state, new in zip(leaves.states, states, strict=True):
             for name, array in new.items():
                 assignments.add(state, name, array)
-        return tree
+        return new_parameters, leaves.places
 
     def __getstate__(self) -> dict[str, Any]:
         self._kept.complete()  # a copy has no keeper

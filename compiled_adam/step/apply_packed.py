@@ -4,60 +4,23 @@ A leaf is one parameter array. Model and optimizer state keep their trees. A pac
 array, made anew with every update. If a caller assigns another array, it is not that view object: the step sees this
 and builds the flat array again from the arrays in the tree. A checkpoint does not show the packing.
 
-Leaves of up to `SMALL` elements are packed, because starting a kernel for one costs more than its loop. A flat array
-has leaves of the same dtype, group and form. It has up to `FULL` elements, so that it fits into a core's cache with the
-moments, and up to `MANY` leaves. Leaves whose moments are rounded stochastically are not packed: each has a random key.
+`update/packing.py` decides which leaves are packed.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import accumulate
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 
 from ..base import Assignments, InputError, Places, Structure, Written, along, call_all
 from ..optimizers import Adam, ForSteps
-from ..update import Form, Group, Stored, counted, global_norm, residual
-
-SMALL = 1 << 16
-FULL = 1 << 18
-MANY = 256
-
-
-class Leaf(NamedTuple):
-    """The properties of a parameter that decide with which others it can be packed."""
-
-    size: int
-    dtype: mx.Dtype
-    group: Group
-    form: Form
-
-
-def packs(leaves: Sequence[Leaf], small: int = SMALL, full: int = FULL) -> list[tuple[int, ...]]:
-    """The indices of the leaves of each flat array (at least two per array), in the order of the leaves.
-
-    >>> leaf = Leaf(3, mx.float32, Group(1.0, True), Form("float32", False, False))
-    >>> packs([leaf, leaf._replace(dtype=mx.bfloat16), leaf, leaf, leaf._replace(size=9), leaf], small=8, full=7)
-    [(0, 2), (3, 5)]
-    """
-    found: list[list[int]] = []
-    last: dict[Hashable, tuple[list[int], int]] = {}  # the pack that is being filled, and how many elements it has
-    for i, leaf in enumerate(leaves):
-        if leaf.size > small or leaf.form.stochastic:
-            continue
-        kind = leaf.dtype, leaf.group, leaf.form
-        pack, filled = last.get(kind, ([], full))
-        if filled + leaf.size > full or len(pack) == MANY:
-            pack, filled = [], 0
-            found.append(pack)
-        pack.append(i)
-        last[kind] = pack, filled + leaf.size
-    return [tuple(pack) for pack in found if len(pack) > 1]
+from ..update import SMALL, Leaf, Stored, counted, flat, norm_of, packs, residual, strides, sum_of_squares
 
 
 class Slot:
@@ -74,7 +37,7 @@ class Slot:
         arrays = [container[key] for container, key in self._places]
         self._kinds = [(array.shape, array.dtype) for array in arrays]
         starts = accumulate((array.size for array in arrays[:-1]), initial=0)
-        self._layout = [(a.shape, _strides(a.shape), start) for a, start in zip(arrays, starts, strict=True)]
+        self._layout = [(a.shape, strides(a.shape), start) for a, start in zip(arrays, starts, strict=True)]
         self.hidden = False
         self._flat: mx.array | None = None
         self._written: Written | None = None  # the arrays that were put into the tree; None: none, or `forget`
@@ -95,7 +58,7 @@ class Slot:
         self._check(arrays)
         if len(arrays) == 1:
             return arrays[0], self._written.own[0] if self._written is not None and replaced else None
-        return _flat(arrays), self._flat if replaced else None
+        return flat(arrays), self._flat if replaced else None
 
     def _check(self, arrays: Sequence[Any]) -> None:
         for path, array, (shape, dtype) in zip(self._paths, arrays, self._kinds, strict=True):
@@ -320,29 +283,18 @@ class PackedTrees:
         ``gradients`` has one array per parameter. There are no other workers, so ``after`` is not used. With a
         ``weight`` of 0 the gradients count as 0.
         """
-        packed, streams = [], self._inside.leaves.streams(parameters)
-        for row, stream in zip(self._rows, streams, strict=True):
-            with mx.stream(stream):  # the stream of this pack's update, so that no stream waits for another
-                packed.append(_flat([gradients[i] for i in row]))
         states, scalars = state
+        packed, squares, own_norm = [], [], "grad_norm" in scalars
+        for row, stream in zip(self._rows, self._inside.leaves.streams(parameters), strict=True):
+            with mx.stream(stream):  # the stream of this pack's update, so that no stream waits for another
+                gradient = flat([gradients[i] for i in row])
+                if not own_norm:
+                    squares.append(sum_of_squares(gradient))
+                    # Read right before the update, or all gradients would stay in memory until the last was updated.
+                    (gradient,) = mx.depends([gradient], [squares[-1]])
+                packed.append(gradient)
         new = self._inside.update_leaves(self._paths, packed, parameters, states, scalars, weight)
-        norm = new[2].get("grad_norm")  # the update has computed it if it clips or skips
-        if norm is None:
-            norm = global_norm(packed, streams)
-            norm = norm if weight is None else counted(norm, weight)
-        return new[0], new[1:], norm
-
-
-def _flat(arrays: Sequence[mx.array]) -> mx.array:
-    """All elements in memory order, as one array. It keeps the shape of the rows if all arrays have the same."""
-    if len(arrays) == 1:
-        return arrays[0]
-    rows = arrays[0].shape[1:]
-    if all(array.ndim and array.shape[1:] == rows for array in arrays):
-        return mx.concatenate(list(arrays))  # saves a task per array that flattens it
-    return mx.concatenate([array.flatten() for array in arrays])
-
-
-def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The strides of a contiguous array, in elements."""
-    return tuple(accumulate(reversed(shape[1:]), operator.mul, initial=1))[::-1] if shape else ()
+        if own_norm:  # the update has computed it, because it clips or skips
+            return new[0], new[1:], new[2]["grad_norm"]
+        norm = norm_of(squares)
+        return new[0], new[1:], norm if weight is None else counted(norm, weight)

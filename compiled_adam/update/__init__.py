@@ -5,5 +5,6 @@ from .groups import ALL_ALIKE, DecayFilter, Group, check_patterns, decay_matrice
 from .kernels import LARGE, LOWERINGS, of_leaves
 from .leaves import FLOATS, Constants, Form, Part, Shared, check_leaf, update, update_leaf
 from .moments import POLICIES, STOCHASTIC, Stored
-from .norm import global_norm
+from .norm import global_norm, norm_of, sum_of_squares
+from .packing import SMALL, Leaf, flat, packs, strides
 from .window import counted

@@ -42,7 +42,7 @@ def test_command_writes_a_table_and_a_record(run, tmp_path: Path) -> None:
     assert [row["contender"] for row in record["update"]] == list(DEFAULT)
     assert all(row["median_ms"] > 0 and row["rounds"] >= 5 for row in record["update"])
     assert 1e8 < record["bandwidth"]["best"] < 1e14
-    kernels = {row["contender"]: row["kernels"] / row["tensors"] for row in record["update"]}
+    kernels = {row["contender"]: row["kernels"] / row["tensors"] for row in record["update"] if row["kernels"]}
     assert kernels["mlx compiled"] == pytest.approx(1, abs=0.05) and kernels["mlx eager"] > 20
 
 
@@ -62,7 +62,9 @@ def test_schema_of_a_record(bench, small, tmp_path: Path) -> None:
             name: kind for name, kind in FIELDS.items() if row[name] is not None
         }
         none = {name for name, value in row.items() if value is None}
-        assert none == ({"traces"} if row["contender"] == "mlx eager" else set())
+        # Stock MLX traces nothing. A step has computed its update when it returns, so no graph is left to look at.
+        expected = {"mlx eager": {"traces"}, "compiled_adam step": {"kernels", "trace_ms"}}
+        assert none == expected.get(row["contender"], set())
 
 
 def test_readme_tables_from_records_of_this_schema(

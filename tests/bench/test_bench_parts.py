@@ -89,8 +89,9 @@ def test_an_update_ends_when_everything_is_computed() -> None:
 
     for name, make in selected([n for n, entry in CONTENDERS.items() if not entry.needs], mx.bfloat16)[0].items():
         contender = make(tree(0), tree(1))
-        contender.build()
-        assert kernels(contender.changed()), name
+        if contender.lazy:
+            contender.build()
+            assert kernels(contender.changed()), name
         contender.update()
         assert not kernels([*contender.changed(), *contender.named_parameters().values()]), name
         state = [array for part in contender.optimizer.state.values() for array in parts(part)]

@@ -15,7 +15,7 @@ import compiled_adam as ca
 from compiled_adam.base.mlx_graph import kernels
 from compiled_adam.optimizers import ForSteps
 from compiled_adam.step import apply_packed
-from compiled_adam.update import residual
+from compiled_adam.update import packing, residual
 from compiled_adam.update.groups import Group
 from compiled_adam.update.leaves import Form
 
@@ -28,7 +28,7 @@ class Many(nn.Module):
         mx.random.seed(3)
         self.scales = [mx.random.normal((4,)).astype(dtype) for _ in range(count)]
         self.tables = [mx.random.normal((3, 4)).astype(dtype) for _ in range(count)]
-        self.large = mx.random.normal((apply_packed.SMALL // 4 + 1, 4)).astype(dtype)
+        self.large = mx.random.normal((packing.SMALL // 4 + 1, 4)).astype(dtype)
         self.scalar = mx.array(0.5, dtype)
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -243,32 +243,32 @@ def test_one_kernel_for_many_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_rows_of_one_shape_are_not_made_flat_first(shapes: list[tuple[int, ...]], flat: tuple[int, ...]) -> None:
     arrays = [mx.random.normal(shape, key=mx.random.key(i)) for i, shape in enumerate(shapes)]
-    found = apply_packed._flat(arrays)
+    found = packing.flat(arrays)
     assert found.shape == flat
     assert found.reshape(-1).tolist() == [x for array in arrays for x in array.reshape(-1).tolist()]
 
 
 def test_a_leaf_of_the_greatest_small_size_is_packed() -> None:
-    leaf = apply_packed.Leaf(4, mx.float32, Group(1.0, True), Form("float32", False, False))
-    assert apply_packed.packs([leaf] * 2, small=4) == [(0, 1)]
-    assert apply_packed.packs([leaf] * 2, small=3) == []
+    leaf = packing.Leaf(4, mx.float32, Group(1.0, True), Form("float32", False, False))
+    assert packing.packs([leaf] * 2, small=4) == [(0, 1)]
+    assert packing.packs([leaf] * 2, small=3) == []
 
 
 def test_leaves_that_differ_in_what_an_update_depends_on_are_not_packed_together() -> None:
-    def leaves_of(adam: ca.Adam) -> list[apply_packed.Leaf]:
+    def leaves_of(adam: ca.Adam) -> list[packing.Leaf]:
         kind = ForSteps(adam).leaves.group_and_form
-        return [apply_packed.Leaf(4, mx.float32, *kind(path, mx.zeros((4,)))) for path in ("a1", "a2", "b1", "b2")]
+        return [packing.Leaf(4, mx.float32, *kind(path, mx.zeros((4,)))) for path in ("a1", "a2", "b1", "b2")]
 
     multipliers = {"a": 2.0}
     stochastic = optimizer(learning_rate_multipliers=multipliers, moments="8bit")
-    assert apply_packed.packs(leaves_of(stochastic)) == []
+    assert packing.packs(leaves_of(stochastic)) == []
     leaves = leaves_of(optimizer(learning_rate_multipliers=multipliers))
-    assert apply_packed.packs(leaves) == [(0, 1), (2, 3)]
-    assert apply_packed.packs(leaves[:3]) == [(0, 1)]
-    assert apply_packed.packs(leaves, small=3) == []
-    many = [leaves[0]] * (apply_packed.MANY + 2)
-    assert [len(pack) for pack in apply_packed.packs(many)] == [apply_packed.MANY, 2]
-    assert [len(pack) for pack in apply_packed.packs(many[:9], full=16)] == [4, 4]
+    assert packing.packs(leaves) == [(0, 1), (2, 3)]
+    assert packing.packs(leaves[:3]) == [(0, 1)]
+    assert packing.packs(leaves, small=3) == []
+    many = [leaves[0]] * (packing.MANY + 2)
+    assert [len(pack) for pack in packing.packs(many)] == [packing.MANY, 2]
+    assert [len(pack) for pack in packing.packs(many[:9], full=16)] == [4, 4]
 
 
 def test_the_state_is_complete_whenever_it_is_asked_for() -> None:

@@ -92,8 +92,38 @@ def test_the_scalar_chain_stays_out_of_the_kernel_of_a_single_parameter(dtype: m
 def test_the_norm_of_many_is_exact(size: int, compiled: bool) -> None:
     x = mx.random.normal((size,), key=mx.random.key(1))
     norm = (mx.compile(global_norm) if compiled else global_norm)([x.reshape(1, -1)])
-    # Added up one after the other, ten million squares lose 1.5 %; here each sum has some thousand terms.
+    # Added up one after the other, ten million squares lose 1.5 %; here each sum has at most a thousand terms.
     assert norm.item() == pytest.approx(np.linalg.norm(np.array(x, np.float64)), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+def test_the_norm_on_a_cpu_writes_an_eighth_of_the_squares(dtype: mx.Dtype) -> None:
+    with mx.stream(mx.cpu):
+        x = mx.ones((1 << 21,), dtype)
+        norm = mx.compile(global_norm)
+        mx.eval(x, norm([x]))
+        mx.synchronize()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        found = kernels([norm([x])])
+        mx.eval(norm([x]))
+    # One kernel squares, so a bfloat16 gradient is not cast in another; three reductions: columns, their sum, leaves.
+    assert [n for name, n in found.items() if "Square" in name] == [1] and found["Sum"] <= 3
+    assert mx.get_peak_memory() - before <= x.size * 4 * 1.1 / 8
+
+
+@pytest.mark.parametrize("size", [8 * 1024 - 1, 8 * 1024, 8 * 1024 + 1, 20 * 1024 + 5])
+@pytest.mark.parametrize("place", [0, -1, 8 * 1024 - 2])
+def test_the_norm_counts_every_element(size: int, place: int) -> None:
+    x = mx.zeros((size,))
+    x[place] = 3.0
+    assert global_norm([x]).item() == 3.0
+    x[place] = math.inf
+    assert global_norm([x]).item() == math.inf
+    x[place] = 1e20  # its square is beyond float32, as documented
+    assert global_norm([x]).item() == math.inf
+    x[place] = math.nan
+    assert math.isnan(global_norm([x]).item())
 
 
 def test_global_norm_does_not_overflow_in_float16() -> None:
