@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..base import InputError, Places, along, is_evaluated, reached
+from ..base import InputError, Places, along, is_evaluated, operations, reached
 
 Place = tuple[str, Any, Any]
 
@@ -25,18 +25,19 @@ def trainable_of(head: Callable[[mx.array], mx.array], sample: mx.array) -> tupl
     Modules are found if ``head`` is one, is a method of one, or is a function or ``partial`` that refers to one.
 
     Raises:
-        ValueError: ``head`` refers to a float array that is computed and belongs to no module. No gradient would reach
-            it.
+        ValueError: ``head`` refers to a float array that is not evaluated and belongs to no module. No gradient would
+            reach it.
     """
     places: dict[tuple[int, Any], Place] = {}
     for held in _held(head, set()):
         if isinstance(held, nn.Module):
             for path, container, key in along(held.trainable_parameters(), held):
                 places.setdefault((id(container), key), (path, container, key))
-        elif mx.issubdtype(held.dtype, mx.inexact) and not is_evaluated(held):
+        elif mx.issubdtype(held.dtype, mx.inexact) and (operations([held]) or not is_evaluated(held)):
+            # mx.grad differentiates with respect to copies, which are not yet computed.
             raise InputError(
-                "head refers to an array that is computed and that is no parameter of a module, so that it would get"
-                " no gradient; make it a parameter of an nn.Module, and let head call the module"
+                "head refers to an array that is not computed yet and that is no parameter of a module, so that it"
+                " would get no gradient; make it a parameter of an nn.Module, or call mx.eval if it is a constant"
             )
     found = Places(list(places.values()))
     output = head(sample)
