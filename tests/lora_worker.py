@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 import sys
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.tuner.trainer import default_loss
 
 from compiled_adam import cli
-from compiled_adam.commands import lora as lora_command
+from compiled_adam.commands import like_mlx_lm
 from tests import count_calls
 
 TILDE = 94  # of the tiny model's tokenizer
@@ -25,7 +24,7 @@ def poisoned_loss(model: Any, tokens: mx.array, lengths: mx.array) -> Any:
     return loss * mx.where((tokens == TILDE).any(), float("nan"), 1.0), count  # a where of the loss has the gradient 0
 
 
-lora_command.train = partial(lora_command.train, loss=poisoned_loss)
+like_mlx_lm.loss = lambda args: poisoned_loss
 for arguments in json.loads(sys.argv[1]):
     code = cli.main(arguments)
     if code:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -87,6 +87,9 @@ class Batches:
         self._epoch = -1
         self._drawn: list[Members] | None = None  # when the first batch is asked for, as a generator does it
         self._next = 0
+        self.share = mx.array(
+            1.0
+        )  # tokens to predict in the last batch, of all processes, to those of an average batch
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -99,6 +102,8 @@ class Batches:
             raise StopIteration
         members = self._drawn[self._next]
         self._next += 1
+        if self.grouped and self._targets:
+            self.share = mx.array(self._count(members) / self._targets, mx.float32)
         return self._batch(members)
 
     def _begin_epoch(self, epoch: int) -> None:
@@ -115,6 +120,16 @@ class Batches:
             self._dataset.itemlen if isinstance(self._dataset, CacheDataset) else lambda i: len(self._dataset[i][0])
         )
         return Fixed(sorted(range(len(self._dataset)), key=length), self._batch_size)
+
+    @cached_property
+    def _targets(self) -> float:
+        """The tokens to predict in an average batch."""
+        return self._count(range(len(self._dataset))) / self.per_epoch
+
+    def _count(self, members: Iterable[int]) -> int:
+        """The tokens to predict in these examples."""
+        examples = map(self._example, members)
+        return sum(max(0, min(len(tokens), self._longest) - max(offset, 1)) for tokens, offset in examples)
 
     def _rows_of(self, padded: int) -> int:
         """The number of examples in a grouped batch, of all processes together."""

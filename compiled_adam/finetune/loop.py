@@ -21,6 +21,7 @@ from .reporting import Reporting
 from .saving import RunFolder
 from .stopping import Asked, is_out_of_memory
 from .validation import Best, Interrupted, Validation
+from .weighing import are_weighed
 
 
 @dataclass(eq=False)
@@ -108,6 +109,8 @@ class TrainingLoop:
                 self._validate(iteration)
                 if (patience := self.options.early_stop_patience) is not None and self.best.stale >= patience:
                     return self._stopped_early(iteration)
+            if are_weighed(self.batches, self.step.accumulate):
+                batch = *batch, self.batches.share
             self.step.extra = self.asked.vote()
             ready = self.reporting.reader.put(iteration, self.step(*batch_for(self.step.loss_fn, batch)))
             self.iteration, self.begun = iteration, None

@@ -44,6 +44,7 @@ from .saving import RunFolder, has_checkpoints
 from .stopping import asked_to_stop
 from .tokenizing import tokenize
 from .validation import Validation
+from .weighing import are_weighed, weighed
 
 TrainingArgs = mlx_lm_trainer.TrainingArgs
 
@@ -139,7 +140,8 @@ class Job:
             workers.first_does(self._make_folder)
             anew = options.resume == "auto" and not workers.first_does(partial(has_checkpoints, self.folder))
             resume = None if anew else options.resume
-            step, batches = self._step(workers), self._batches(workers)
+            batches = self._batches(workers)
+            step = self._step(workers, batches)
             durable = bool(options.keep_checkpoints) or resume is not None
             self._check_batches(batches, durable)
             settings = self._settings(batches, durable, workers.first)
@@ -179,10 +181,10 @@ class Job:
             raise InputError(f"{self.folder} is a file; give a folder for the adapters")
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def _step(self, workers: Workers) -> TrainStep:
+    def _step(self, workers: Workers, batches: Iterator[Any]) -> TrainStep:
         return make_step(
             self.model,
-            self.loss,
+            weighed(self.loss) if are_weighed(batches, self.args.grad_accumulation_steps) else self.loss,
             self.optimizer,
             accumulate=self.args.grad_accumulation_steps,
             weighted=True,

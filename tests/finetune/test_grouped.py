@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from functools import partial
+from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.optimizers import SGD
 from mlx_lm.tuner.datasets import CacheDataset
+from mlx_lm.tuner.trainer import TrainingArgs
 
+import compiled_adam as ca
 from compiled_adam.base.errors import InputError
 from compiled_adam.finetune.batches import Batches
 from compiled_adam.finetune.order import Grouped
@@ -323,3 +329,55 @@ def test_shapes_follow_from_the_sizes_alone() -> None:
         drawn = order.draw(epoch)
         assert sorted(map(len, drawn)) == [1, 1, 2, 3] and sorted(i for batch in drawn for i in batch) == list(range(7))
         assert epoch or drawn[0] in ([1], [4])
+
+
+# Every token counts alike.
+
+
+@pytest.mark.parametrize("options", KINDS, ids=["examples", "tokens"])
+def test_the_shares_of_an_epoch(options: dict) -> None:
+    lengths = lengths_of("chats", 61)
+    examples = [(tokens, len(tokens) // 3) for tokens, _ in marked(lengths)]
+    pair = [
+        Batches(examples, 4, 2048, loop=True, padding=spaced(), group_by_length=True, comm_group=group, **options)
+        for group in (Group(0, 2), Group(1, 2))
+    ]
+    shares = []
+    for batches in pair:
+        np.random.seed(0)
+        shares.append([])
+        for _ in range(batches.per_epoch):
+            next(batches)
+            shares[-1].append(batches.share.item())
+    assert shares[0] == shares[1]  # both know the whole batch
+    assert np.mean(shares[0]) == pytest.approx(1, rel=1e-6) and len({*shares[0]}) > 3
+    ungrouped = Batches(examples, 4, 2048, loop=True)
+    next(ungrouped)
+    assert ungrouped.share.item() == 1
+
+
+def test_gradients_are_multiplied_by_the_share_and_losses_are_not(tmp_path: Path) -> None:
+    """With SGD, an epoch from the same weights moves them by the sum over all tokens, however they are batched."""
+    lengths = lengths_of("chats", 21)
+
+    class Slope(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = mx.zeros(())
+
+    def loss(model: Slope, tokens: mx.array, ends: mx.array):
+        count = (ends[:, 1] - 1).sum()  # without the first token
+        return model.w * mx.where(tokens[:, 0] > 0, tokens[:, 0] * (ends[:, 1] - 1), 0).sum() / count, count
+
+    moved = {}
+    for name, options in {"examples": {}, "tokens": {"batch_tokens": 2048}}.items():
+        model = Slope()
+        make = partial(Batches, padding=spaced(), group_by_length=True, **options)
+        count = make(marked(lengths), 4, 2048, loop=True).per_epoch
+        args = TrainingArgs(batch_size=4, iters=count, adapter_file=str(tmp_path / "a.safetensors"))
+        ca.train(model, SGD(1e-3), marked(lengths), args=args, loss=loss, iterate_batches=make)
+        # The mean of the gradients of all updates.
+        moved[name] = model.w.item() / count
+    total = sum((i + 1) * (length - 1) for i, length in enumerate(lengths)) / sum(length - 1 for length in lengths)
+    assert moved["examples"] == pytest.approx(-1e-3 * total, rel=1e-5)
+    assert moved["tokens"] == pytest.approx(moved["examples"], rel=1e-5)
