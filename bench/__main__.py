@@ -128,8 +128,10 @@ class Bench:
         from . import step  # here, because it needs mlx-lm
 
         self._remark(blas_hint())
-        folder = self.stack.enter_context(step.folder_of(self.arguments.model))
-        stages = step.stages(folder, rounds=2 if self.quick else 7, windows=2 if self.quick else 6)
+        model = self.arguments.model
+        chosen = step.of_model(model) if model else step.QUICK if self.quick else step.JOBS
+        made = self.stack.enter_context(step.folders(chosen))
+        stages = step.stages(made, chosen, rounds=1 if self.quick else 3)
         return Part(stages, step.table, step.summary)
 
     def memory(self) -> Part:

@@ -86,7 +86,7 @@ def run(args: types.SimpleNamespace) -> None:
     if args.test:
         test_set = _test_set(args, test_set)
     if args.train:
-        _train(args, model, optimizer, train_set, valid_set, callback)
+        train_model(args, model, optimizer, train_set, valid_set, callback)
     elif args.adapter_path:
         print(load_adapters(model, args.adapter_path))
     if args.test:
@@ -127,7 +127,7 @@ def _test_set(args: types.SimpleNamespace, dataset: Any) -> CacheDataset:
     return cached
 
 
-def _train(
+def train_model(
     args: types.SimpleNamespace,
     model: nn.Module,
     optimizer: optim.Optimizer,
