@@ -131,7 +131,7 @@ class Bench:
         model = self.arguments.model
         chosen = step.of_model(model) if model else step.QUICK if self.quick else step.JOBS
         made = self.stack.enter_context(step.folders(chosen))
-        stages = step.stages(made, chosen, rounds=1 if self.quick else 3)
+        stages = step.stages(made, chosen, rounds=2 if self.quick else 3)
         return Part(stages, step.table, step.summary)
 
     def memory(self) -> Part:

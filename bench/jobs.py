@@ -121,27 +121,31 @@ def _pretrain(model: Any, tokens: list[int], steps: int) -> None:
 
 
 def run(folder: Path, job: Job, command: str, options: tuple[str, ...], seed: int) -> dict[str, Any]:
-    """One epoch by ``command``, after one iteration on its own: figures by name, without loading the model."""
+    """One epoch by ``command``: some `FIGURES` by name, without loading the model.
+
+    ``first_step_ms`` only for batches that are all alike, because ours begins with the longest one and mlx-lm with any;
+    ``held_out``, the loss of other examples, only for examples of different lengths.
+    """
     with tempfile.TemporaryDirectory() as out:
         argv = ["--train", "--model", _model(folder, job), "--data", str(folder), "--adapter-path", out]
-        argv += ["--num-layers", "4", "--learning-rate", "3e-4", "--seed", str(seed), "--batch-size", "4"]
+        argv += ["--num-layers", "-1", "--learning-rate", "3e-4", "--seed", str(seed), "--batch-size", "4"]
         argv += ["--steps-per-report", "10", "--save-every", "100000", "--val-batches", "-1"]
         argv += ["--mask-prompt"] * job.masked + [*job.options, *options]
-        # Only of batches that are all alike: ours begins with the longest one, mlx-lm with any.
-        alike = job.length is not None
-        one_step = _timed(command, [*argv, "--iters", "1"], Count())[0] if alike else None
+        more = {}
+        if job.length is not None:
+            more["first_step_ms"] = 1e3 * _timed(command, [*argv, "--iters", "1"], Count())[0]
         count = Count()
         ends = ["--iters", str(job.examples // 4)] if command == "mlx_lm.lora" else ["--epochs", "1"]
         seconds, peak, model = _timed(command, [*argv, *ends], count)
-    held_out = _held_out(folder, job, model)
+    if job.length is None:
+        more["held_out"] = _held_out(folder, job, model)
     return {
         "tokens_per_second": count.supervised / seconds,
-        "first_step_ms": None if one_step is None else 1e3 * one_step,
         "positions_per_token": count.positions / count.tokens,
         "supervised": count.supervised,
         "shapes": len(count.shapes),
         "peak_bytes": peak,
-        "held_out": held_out,
+        **more,
     }
 
 
@@ -151,7 +155,7 @@ def _timed(command: str, argv: list[str], count: Count) -> tuple[float, int, Any
     model, tokenizer = load(args.model)[:2]
     mx.eval(model.parameters())
     np.random.seed(args.seed)
-    sets = data.load(args, tokenizer) if command != "mlx_lm.lora" else mlx_lm_lora.load_dataset(args, tokenizer)
+    sets = data.load(args, tokenizer) if command != "mlx_lm.lora" else mlx_lm_lora.load_dataset(args, tokenizer)  # type: ignore[arg-type]
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()

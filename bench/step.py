@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
@@ -27,10 +26,10 @@ CONTENDERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "compiled-adam lora": ("compiled-adam lora", ()),
     "compiled-adam lora --batch-tokens": ("compiled-adam lora", ("--batch-tokens", "1024")),
 }
-_LARGE = Job(hidden=64, vocabulary=131_072, examples=8, length=512, pretraining=0, options=("--grad-checkpoint",))
+_LARGE = Job(hidden=64, vocabulary=100_352, examples=8, length=512, pretraining=0, options=("--grad-checkpoint",))
 QUICK = {
-    "mixed lengths": Job(examples=40, pretraining=20),
-    "mixed lengths, prompts masked": Job(examples=40, masked=True, pretraining=20),
+    "mixed lengths": Job(examples=24, pretraining=20),
+    "mixed lengths, prompts masked": Job(examples=24, masked=True, pretraining=20),
 }
 JOBS: dict[str, Job] = {
     "mixed lengths": Job(),
@@ -77,8 +76,8 @@ def _run(name: str, job: str, folder: Path, what: Job, seed: int) -> list[Row]:
 def summary(runs: list[Row]) -> list[Row]:
     """A row for each job and contender over the rounds that all contenders have finished.
 
-    Medians of the figures of `jobs.run` (``first_step_ms`` is None for batches of different lengths), and the ratios to mlx-lm within a round: ``ratio`` of the tokens per second
-    with ``ratio_low``, ``ratio_high`` and ``ratio_noisy``; ``memory_ratio`` of the peaks, ``first_step_ratio``, and
+    Medians of the figures of `jobs.run`, and the ratios to mlx-lm within a round: ``ratio`` of the tokens per second
+    with ``ratio_low``, ``ratio_high`` and ``ratio_noisy``; ``memory_ratio`` of the peaks; ``first_step_ratio``, and
     ``held_out_ratio``, of which the farthest from 1.
     """
     rows = []
@@ -91,19 +90,16 @@ def summary(runs: list[Row]) -> list[Row]:
             def within(key: str, own: list[Row] = own, stock: list[Row] = stock) -> list[float]:
                 return [a[key] / b[key] for a, b in zip(own, stock, strict=True)]
 
-            row: Row = {key: _median([run[key] for run in own]) for key in jobs.FIGURES}
+            row: Row = {key: statistics.median(run[key] for run in own) for key in jobs.FIGURES if key in own[0]}
             speeds = within("tokens_per_second")
             row |= {"ratio": statistics.median(speeds), "ratio_low": min(speeds), "ratio_high": max(speeds)}
             row |= {"memory_ratio": statistics.median(within("peak_bytes"))}
-            timed = row["first_step_ms"] is not None
-            row |= {"first_step_ratio": statistics.median(within("first_step_ms")) if timed else None}
-            row |= {"held_out_ratio": max(within("held_out"), key=lambda ratio: abs(ratio - 1))}
+            if "first_step_ms" in row:
+                row |= {"first_step_ratio": statistics.median(within("first_step_ms"))}
+            if "held_out" in row:
+                row |= {"held_out_ratio": max(within("held_out"), key=lambda ratio: abs(ratio - 1))}
             rows.append({"job": job, "contender": name, **row, "ratio_noisy": noisy(speeds), "rounds": rounds})
     return rows
-
-
-def _median(values: list[Any]) -> Any:
-    return None if None in values else statistics.median(values)
 
 
 def table(rows: list[Row], environment: Row) -> Table:
@@ -126,8 +122,8 @@ def table(rows: list[Row], environment: Row) -> Table:
             f"{row['positions_per_token']:.2f}",
             f"{row['shapes']:.0f}",
             f"{row['peak_bytes'] / 1e6:.0f} MB ({row['memory_ratio']:.2f})",
-            f"{row['first_step_ms']:.0f} ms ({row['first_step_ratio']:.2f})" if row["first_step_ms"] else "-",
-            f"{row['held_out']:.4f} ({row['held_out_ratio']:.4f})",
+            f"{row['first_step_ms']:.0f} ms ({row['first_step_ratio']:.2f})" if "first_step_ms" in row else "-",
+            f"{row['held_out']:.4f} ({row['held_out_ratio']:.4f})" if "held_out" in row else "-",
         )
         last = row["job"]
     return made

@@ -174,12 +174,13 @@ def test_hint_about_the_reference_blas(slow: bool, device, hint: bool, monkeypat
 
 
 def test_step_and_quality_give_the_hint(bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = dict.fromkeys(("tokens_per_second", "first_step_ms", "new_shape_ms", "traces", "peak_bytes", "loss"), 1.0)
+    run = dict.fromkeys(("tokens_per_second", "positions_per_token", "supervised", "shapes", "peak_bytes"), 1.0)
     monkeypatch.setattr(command, "blas_hint", lambda: "Get a better one.")
-    monkeypatch.setattr(step, "_run", lambda name, *rest: [{"contender": name, **run}])
+    monkeypatch.setattr(step.jobs, "make", lambda *_: None)
+    monkeypatch.setattr(step, "_run", lambda name, job, *_: [{"job": job, "contender": name, **run}])
     code, out, errors = bench("step", "--quick")
     assert code == 0 and out.count("Get a better one.") == 1
-    assert "1.00 (1.00-1.00)" in out and "step 8/8: round 2, " in errors
+    assert "1.00-1.00)" in out and "step 12/12: round 2, mixed lengths, prompts masked" in errors
     monkeypatch.setattr("bench.quality.train", lambda *arguments: a_quality_record()[0])
     code, out, _ = bench("quality", "--quick", "--dtype", "float32")
     assert code == 0 and out.count("Get a better one.") == 1

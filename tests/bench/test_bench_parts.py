@@ -6,7 +6,6 @@ If a field goes or changes its meaning, SCHEMA goes up.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -14,6 +13,7 @@ import pytest
 
 from bench import memory, numerics, quality, step
 from bench.contenders import CONTENDERS, DEFAULT, selected
+from bench.jobs import Job
 from bench.measure import Row, Stage, kernels
 from bench.workloads import arrays
 
@@ -23,9 +23,9 @@ MEMORY = {
     "state_bytes": int, "state_bytes_per_parameter": float, "weight_bytes": int,
 }  # fmt: skip
 STEP = {
-    "contender": str,
+    "job": str, "contender": str, "rounds": int,
     "tokens_per_second": float, "ratio": float, "ratio_low": float, "ratio_high": float, "ratio_noisy": bool,
-    "rounds": int, "first_step_ms": float, "new_shape_ms": float, "traces": int, "peak_bytes": int, "loss": float,
+    "positions_per_token": float, "supervised": int, "shapes": int, "peak_bytes": int, "memory_ratio": float,
 }  # fmt: skip
 NUMERICS = {
     "dtype": str, "learning_rate": float, "contender": str, "movement": float, "worst_error": float, "decay": float,
@@ -51,21 +51,27 @@ def test_memory() -> None:
     assert [row["weight_bytes"] for row in rows] == [128] * len(DEFAULT)
 
 
-def test_step(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"LENGTHS": (17, 33, 49), "WARM_UP": 2, "WINDOW": 2}.items():
-        monkeypatch.setattr(step, name, value)
-    stages = step.stages(tiny_model, rounds=2, windows=1)
-    runs = rows_of(stages[:4])
-    assert step.summary(runs[:3]) == []
-    rows = step.summary([*runs, *runs[:2]])  # the second round has not ended
-    assert [kinds(row) for row in rows] == [STEP] * len(step.CONTENDERS) and rows[0]["rounds"] == 1
-    # One trace for each shape, and for the first one another before there is a state, which ours does not need.
-    assert [row["traces"] for row in rows] == [4, 4, 3, 3]
-    figures = {row["contender"]: row for row in rows}
-    stock, off = figures[step.REFERENCE], figures["compiled_adam, extras off"]
-    assert off["loss"] == pytest.approx(stock["loss"], rel=1e-4)
-    assert off["ratio"] == pytest.approx(off["tokens_per_second"] / stock["tokens_per_second"])
-    assert step.table(rows, ENVIRONMENT).row_count == 4
+def test_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"hidden": 32, "layers": 1, "pretraining": 1}
+    chosen = {"mixed": Job(**small, examples=12, masked=True), "alike": Job(**small, examples=4, length=20)}
+    monkeypatch.setitem(step.CONTENDERS, "compiled-adam lora --batch-tokens", ("", ("--batch-tokens", "1000")))
+    with step.folders(chosen) as folders:
+        stages = step.stages(folders, chosen, rounds=1)
+        runs = rows_of(stages)
+    assert step.summary(runs[:2]) == []
+    rows = step.summary([*runs, runs[0]])  # the second round has not ended
+    mixed, alike = ({row["contender"]: row for row in rows if row["job"] == name} for name in chosen)
+    assert {row["rounds"] for row in rows} == {1} and list(mixed) == list(alike) == list(step.CONTENDERS)
+    for row in mixed.values():
+        assert kinds(row) == STEP | {"held_out": float, "held_out_ratio": float}
+        # Each command learns every token of the epoch once.
+        assert row["supervised"] == mixed[step.REFERENCE]["supervised"] > 0
+    for row in alike.values():
+        assert kinds(row) == STEP | {"first_step_ms": float, "first_step_ratio": float} and row["supervised"] == 4 * 19
+    ours, stock = mixed["compiled-adam lora"], mixed[step.REFERENCE]
+    assert ours["ratio"] == pytest.approx(ours["tokens_per_second"] / stock["tokens_per_second"])
+    assert ours["positions_per_token"] < stock["positions_per_token"]
+    assert step.table(rows, ENVIRONMENT).row_count == 6
 
 
 def test_numerics(monkeypatch: pytest.MonkeyPatch) -> None:
