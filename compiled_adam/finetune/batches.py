@@ -17,7 +17,7 @@ from .options import called, check_whole
 from .order import Fixed, Grouped, Members
 from .padding import Padding, multiple_of_32
 from .position import Position, as_json
-from .targets import Example, mask
+from .targets import Example, count, mask
 
 Batch = tuple[mx.array, ...]
 
@@ -129,7 +129,7 @@ class Batches:
     def _count(self, members: Iterable[int]) -> int:
         """The tokens to predict in these examples."""
         examples = map(self._example, members)
-        return sum(max(0, min(len(tokens), self._longest) - max(offset, 1)) for tokens, offset in examples)
+        return sum(count(targets, min(len(tokens), self._longest)) for tokens, targets in examples)
 
     def _rows_of(self, padded: int) -> int:
         """The number of examples in a grouped batch, of all processes together."""

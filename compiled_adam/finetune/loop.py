@@ -109,10 +109,11 @@ class TrainingLoop:
                 self._validate(iteration)
                 if (patience := self.options.early_stop_patience) is not None and self.best.stale >= patience:
                     return self._stopped_early(iteration)
+            batch = batch_for(self.validation.loss, batch)
             if are_weighed(self.batches, self.step.accumulate):
                 batch = *batch, self.batches.share
             self.step.extra = self.asked.vote()
-            ready = self.reporting.reader.put(iteration, self.step(*batch_for(self.step.loss_fn, batch)))
+            ready = self.reporting.reader.put(iteration, self.step(*batch))
             self.iteration, self.begun = iteration, None
             self.reporting.take(ready)
             if args.clear_cache_threshold and mx.get_cache_memory() > args.clear_cache_threshold:

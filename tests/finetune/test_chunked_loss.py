@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
 
 import mlx.core as mx
@@ -168,8 +169,7 @@ def test_the_command_uses_it_and_says_where_it_cannot(
     assert "chunked_loss" not in whole.stdout + chunked.stdout
 
     def numbers(done) -> list[float]:
-        lines = [line for line in done.stdout.splitlines() if "loss" in line]
-        return [float(line.split("loss ")[1].split()[0].strip(",")) for line in lines]
+        return [float(number) for number in re.findall(r"loss (\d+\.\d+)", done.stdout)]
 
     assert len(numbers(whole)) == 6
     assert numbers(chunked) == pytest.approx(numbers(whole), rel=1e-4)  # as printed, with four digits
