@@ -19,6 +19,7 @@ FREE = {
     *("AsStrided", "Broadcast", "BroadcastAxes", "Contiguous", "Depends", "ExpandDims", "Flatten", "Reshape", "Slice"),
     *("Split", "Squeeze", "StopGradient", "Transpose", "Unflatten", "View"),
 }
+_MOST = 1000  # names in a text; MLX's functions take at most 1024 keyword arguments
 
 
 def kernels(outputs: list[mx.array]) -> collections.Counter[str]:
@@ -47,9 +48,13 @@ def reached(outputs: Sequence[mx.array], arrays: Sequence[mx.array]) -> list[boo
     >>> reached([a + 1], [a, b])
     [True, False]
     """
-    names = [f"array{i}" for i in range(len(arrays))]
-    text = _text(outputs, names, arrays)
-    return [f'"{name}" -> ' in text for name in names]
+    found = []
+    for start in range(0, len(arrays), _MOST):
+        part = arrays[start : start + _MOST]
+        names = [f"array{i}" for i in range(len(part))]
+        text = _text(outputs, names, part)
+        found += [f'"{name}" -> ' in text for name in names]
+    return found
 
 
 class Written:

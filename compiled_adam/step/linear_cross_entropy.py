@@ -61,7 +61,7 @@ def linear_cross_entropy(
         ValueError: shapes that do not fit, a mask that is not bool, ``rows`` below 1, or a head that refers to an array
             that is not evaluated and belongs to no module, and so would get no gradient.
 
-    >>> hidden, head = mx.zeros((2, 3, 4)), nn.Linear(4, 8, bias=False)
+    >>> hidden, head = mx.zeros((2, 3, 4)), lambda rows: mx.concatenate([rows, rows], axis=1)
     >>> loss, targets = linear_cross_entropy(hidden, head, mx.zeros((2, 3), mx.int32))
     >>> targets.item(), round(loss.item(), 4)  # log(8)
     (6, 2.0794)

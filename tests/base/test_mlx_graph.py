@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 
-from compiled_adam.base.mlx_graph import Written, _text, kernels, operations
+from compiled_adam.base.mlx_graph import Written, _text, kernels, operations, reached
 
 
 def evaluated(value: float) -> mx.array:
@@ -63,3 +63,9 @@ def test_what_was_written_is_told_from_what_is_there(edit: str) -> None:
         b[0] = 7
     mx.eval(b)
     assert not written.are([a, b])
+
+
+def test_more_arrays_than_mlx_names_at_once_are_looked_for() -> None:
+    arrays = [mx.array(float(i)) for i in range(2100)]
+    mx.eval(arrays)
+    assert [i for i, found in enumerate(reached([arrays[3] + arrays[2050]], arrays)) if found] == [3, 2050]
