@@ -20,7 +20,7 @@ import mlx.core as mx
 
 from ..base import Assignments, InputError, Places, Structure, Written, along, call_all
 from ..optimizers import Adam, ForSteps
-from ..update import SMALL, Leaf, Stored, counted, flat, norm_of, packs, residual, strides, sum_of_squares
+from ..update import SMALL, Leaf, Stored, counted, flat, norm_of, packs, residual, row_major, strides, sum_of_squares
 
 
 class Slot:
@@ -289,6 +289,7 @@ class PackedTrees:
             with mx.stream(stream):  # the stream of this pack's update, so that no stream waits for another
                 gradient = flat([gradients[i] for i in row])
                 if not own_norm:
+                    gradient = row_major(gradient, stream)
                     squares.append(sum_of_squares(gradient))
                     # Read right before the update, or all gradients would stay in memory until the last was updated.
                     (gradient,) = mx.depends([gradient], [squares[-1]])

@@ -2,7 +2,7 @@
 
 from . import residual, window
 from .groups import ALL_ALIKE, DecayFilter, Group, check_patterns, decay_matrices, group
-from .kernels import LARGE, LOWERINGS, of_leaves
+from .kernels import LARGE, LOWERINGS, of_leaves, row_major
 from .leaves import FLOATS, Constants, Form, Part, Shared, check_leaf, update, update_leaf
 from .moments import POLICIES, STOCHASTIC, Stored
 from .norm import global_norm, norm_of, sum_of_squares

@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 
 import compiled_adam as ca
 from compiled_adam.base.mlx_graph import kernels as kernels_of
-from compiled_adam.update import global_norm, kernels, residual
+from compiled_adam.update import global_norm, kernels, leaves, residual
 
 SIZES = {"small": 100, "large": kernels.LARGE, "larger": kernels.LARGE + 1, "largest": 3 * kernels.LARGE}
 
@@ -188,3 +188,23 @@ def test_an_optimizer_goes_on_in_another_thread() -> None:
     thread.join()
     assert isinstance(result[0], dict), result
     assert optimizer.step.item() == 2
+
+
+def test_a_transposed_gradient_is_put_in_order_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As nn.Linear's are: each kernel of the update would read it element by element."""
+    stream = mx.default_stream(mx.cpu)
+    large, small = mx.random.normal((200, 300)).T, mx.random.normal((20, 30)).T
+    mx.eval(large, small)
+    assert memoryview(large).strides == (4, 1200)
+    assert memoryview(kernels.row_major(large, stream)).strides == (800, 4)
+    assert mx.array_equal(kernels.row_major(large, stream), large).item()
+    assert kernels.row_major(small, stream) is small
+    seen = []
+
+    def spy(gradient: mx.array, stream: mx.Stream) -> mx.array:
+        seen.append(gradient.shape)
+        return kernels.row_major(gradient, stream)
+
+    monkeypatch.setattr(leaves, "row_major", spy)
+    ca.AdamW(1e-3).apply_gradients({"a": large}, {"a": mx.zeros(large.shape)})
+    assert seen == [large.shape]
