@@ -13,11 +13,10 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple, Protocol, cast
 
+import compiled_adam as ca
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-
-import compiled_adam as ca
 from compiled_adam.step.apply_packed import PackedTrees
 from compiled_adam.update.moments import POLICIES
 

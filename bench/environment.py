@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-
 from compiled_adam.base import blas
 
 SCHEMA = 2  # of the records: goes up when a field changes its meaning or goes away

@@ -13,18 +13,17 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import compiled_adam as ca
 import mlx.core as mx
 import numpy as np
-from mlx_lm import load
-from mlx_lm import lora as mlx_lm_lora
-from mlx_lm.tuner import trainer
-from mlx_lm.tuner.datasets import CacheDataset
-
-import compiled_adam as ca
 from compiled_adam.commands import demo, lora, lora_options
 from compiled_adam.finetune import data
 from compiled_adam.finetune.batches import Batches
 from compiled_adam.step import losses
+from mlx_lm import load
+from mlx_lm import lora as mlx_lm_lora
+from mlx_lm.tuner import trainer
+from mlx_lm.tuner.datasets import CacheDataset
 
 MEDIAN, SIGMA, LONGEST = 120, 0.75, 1000  # tokens of an example: lognormal, cut
 MASKED = 0.7  # of the tokens of an example are prompt

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
-
 from compiled_adam.base import random_state
 from compiled_adam.base.errors import InputError
+from mlx.utils import tree_flatten
 
 from .workloads import Shapes, Workloads
 

@@ -6,12 +6,11 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import compiled_adam as ca
 import mlx.core as mx
 import mlx.optimizers as optim
-from rich.table import Table
-
-import compiled_adam as ca
 from compiled_adam.update import residual
+from rich.table import Table
 
 from . import tables
 from .measure import Row, Stage

@@ -12,14 +12,13 @@ from functools import partial
 from pydoc_data import topics
 from typing import Any, NamedTuple
 
+import compiled_adam as ca
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models import llama
 from rich.table import Table
-
-import compiled_adam as ca
 
 from . import tables
 from .measure import Row, Stage

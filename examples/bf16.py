@@ -4,12 +4,11 @@ A network is trained in float32, converted, and fine-tuned on a function that di
 the spacing of bfloat16, 2^-9 of a weight, vanishes when the weight is rounded; ours keeps it in a residual.
 """
 
+import compiled_adam as ca
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_map
-
-import compiled_adam as ca
 
 STEPS, LEARNING_RATE = 1000, 3e-5
 

@@ -3,10 +3,9 @@
 The forward pass assigns the running mean and variance; a step carries them along, as it does parameters.
 """
 
+import compiled_adam as ca
 import mlx.core as mx
 import mlx.nn as nn
-
-import compiled_adam as ca
 
 STEPS, SIZE, CLASSES = 60, 10, 4
 

@@ -3,16 +3,15 @@
 import tempfile
 from pathlib import Path
 
+import compiled_adam as ca
 import mlx.core as mx
 import numpy as np
+from compiled_adam.commands.demo import make_model, texts
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.datasets import CacheDataset, TextDataset
 from mlx_lm.tuner.trainer import TrainingArgs, TrainingCallback
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load
-
-import compiled_adam as ca
-from compiled_adam.commands.demo import make_model, texts
 
 ITERATIONS = 40
 

@@ -3,10 +3,9 @@
 Shows the loss, the held-out accuracy, and that a second batch shape traces the gradient only, never the update.
 """
 
+import compiled_adam as ca
 import mlx.core as mx
 import mlx.nn as nn
-
-import compiled_adam as ca
 
 STEPS = 300
 

@@ -3,11 +3,10 @@
 `MultiOptimizer` sends each parameter to the first optimizer whose filter takes it; the last one takes the rest.
 """
 
+import compiled_adam as ca
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-
-import compiled_adam as ca
 
 STEPS = 150
 

@@ -7,11 +7,10 @@ state, which dropout needs. It appears whole or not at all, and a damaged one is
 import tempfile
 from pathlib import Path
 
+import compiled_adam as ca
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-
-import compiled_adam as ca
 
 STEPS = 60
 

@@ -3,10 +3,9 @@
 Run it with `mlx.launch -n 2 python examples/two_processes.py`, or without mlx.launch: the weights are the same.
 """
 
+import compiled_adam as ca
 import mlx.core as mx
 import mlx.nn as nn
-
-import compiled_adam as ca
 
 STEPS, ROWS = 50, 32
 

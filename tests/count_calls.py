@@ -6,7 +6,6 @@ import io
 from typing import Any
 
 import mlx.core as mx
-
 from compiled_adam.distributed import reduce
 
 counts: list[int] = []  # all_sum nodes of each graph that was traced

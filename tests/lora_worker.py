@@ -10,10 +10,10 @@ import sys
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.tuner.trainer import default_loss
-
 from compiled_adam import cli
 from compiled_adam.commands import like_mlx_lm
+from mlx_lm.tuner.trainer import default_loss
+
 from tests import count_calls
 
 TILDE = 94  # of the tiny model's tokenizer

@@ -11,15 +11,15 @@ import sys
 from functools import partial
 from typing import Any
 
+import compiled_adam as ca
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten
-
-import compiled_adam as ca
 from compiled_adam.distributed import reduce, shard
 from compiled_adam.optimizers import any_optimizer
+from mlx.utils import tree_flatten
+
 from tests import count_calls
 
 ROWS = 16

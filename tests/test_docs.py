@@ -17,14 +17,14 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from conftest import ROOT, python_blocks
-
-from bench import __main__ as bench_command
-from bench import readme
 from compiled_adam import cli
 from compiled_adam.commands import doctor, lora, lora_options
 from compiled_adam.finetune import data as data_files
 from compiled_adam.update import moments
+from conftest import ROOT, python_blocks
+
+from bench import __main__ as bench_command
+from bench import readme
 from tests.update.test_moments import bytes_per_parameter
 from tests.update.test_rule import per_leaf
 

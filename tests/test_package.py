@@ -7,10 +7,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import compiled_adam as ca
 import pytest
 from conftest import ROOT, python_blocks
 
-import compiled_adam as ca
 from bench import readme
 
 

@@ -11,10 +11,9 @@ import venv
 import zipfile
 from pathlib import Path
 
+import compiled_adam
 import pytest
 from conftest import ROOT
-
-import compiled_adam
 
 pytestmark = pytest.mark.long
 BACKEND = "" if platform.system() == "Darwin" else "cpu"

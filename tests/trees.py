@@ -5,9 +5,8 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
-
 from compiled_adam.update import residual
+from mlx.utils import tree_flatten, tree_map
 
 
 def flat(tree: dict) -> dict[str, np.ndarray]:

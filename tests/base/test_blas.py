@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
 from compiled_adam.base.blas import choice, cores, library
 
 pytestmark = pytest.mark.skipif(platform.system() != "Linux", reason="elsewhere MLX has the system's BLAS")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mlx.core as mx
 import pytest
-
 from compiled_adam.base.mlx_graph import Written, _text, kernels, operations, reached
 
 

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from compiled_adam import cli
 from compiled_adam.base import streams
 from compiled_adam.finetune.console import TrainingProgress
+
 from tests.conftest import ROOT
 
 

@@ -7,12 +7,12 @@ import itertools
 from collections.abc import Callable
 from pathlib import Path
 
+import compiled_adam as ca
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 import pytest
 
-import compiled_adam as ca
 from bench import contenders, measure, numerics, quality, update
 from bench.contenders import CONTENDERS, DEFAULT
 from bench.workloads import arrays

@@ -9,11 +9,11 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from compiled_adam.base import blas
 
 from bench import __main__ as command
 from bench import environment, progress, quality, readme, step, tables, update
 from bench.contenders import CONTENDERS, DEFAULT
-from compiled_adam.base import blas
 
 ENVIRONMENT = {"mlx": "0", "device": "Device(cpu, 0)", "cores": 2, "blas": "?"}
 # The fields of a record: a reader of one may rely on these. If a field goes or changes its meaning, SCHEMA goes up.

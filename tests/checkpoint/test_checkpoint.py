@@ -8,15 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compiled_adam as ca
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import pytest
-from mlx.utils import tree_flatten, tree_unflatten
-
-import compiled_adam as ca
 from compiled_adam.base import fingerprint
 from compiled_adam.checkpoint import checkpoint, durable, series
+from mlx.utils import tree_flatten, tree_unflatten
+
 from tests.nets import Net, batch, linear_net, masked_error, net, squared_error
 
 FILES = ["weights.safetensors", "optimizer.safetensors", "window.safetensors", "meta.json"]

@@ -14,12 +14,12 @@ from io import FileIO
 from pathlib import Path
 from types import ModuleType
 
+import compiled_adam as ca
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-
-import compiled_adam as ca
 from compiled_adam.checkpoint import checkpoint, claims, durable, meta, series
+
 from tests.conftest import ROOT
 
 

@@ -10,15 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import compiled_adam as ca
 import mlx.core as mx
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
-import compiled_adam as ca
 from compiled_adam.base.errors import InputError
 from compiled_adam.checkpoint import meta
 from compiled_adam.checkpoint.durable import record
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from tests.nets import linear_net, squared_error
 
 Two = tuple[Path, ca.TrainStep, dict[str, Any]]

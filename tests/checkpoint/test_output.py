@@ -11,10 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-
 from compiled_adam.base import InputError
 from compiled_adam.checkpoint import output
+from conftest import ROOT
 
 
 def test_new_and_old_files(tmp_path: Path) -> None:

@@ -10,9 +10,8 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
-
 import compiled_adam
+import pytest
 from compiled_adam import cli
 from compiled_adam.base.errors import InputError, TrainingStopped
 from compiled_adam.cli import main

@@ -3,9 +3,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from mlx_lm.utils import load
-
 from compiled_adam.commands import demo
+from mlx_lm.utils import load
 
 
 @pytest.mark.slow

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from conftest import ROOT
-
 from compiled_adam.base import blas
 from compiled_adam.commands import doctor
+from conftest import ROOT
 
 DOCTOR = ("-m", "compiled_adam.cli", "doctor")
 

@@ -8,11 +8,10 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import compiled_adam as ca
 import mlx.core as mx
 import mlx.optimizers as optim
 import pytest
-
-import compiled_adam as ca
 from compiled_adam.commands import like_mlx_lm, lora_options
 from compiled_adam.commands import lora as lora_command
 

@@ -8,15 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compiled_adam as ca
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from mlx_lm import lora as mlx_lm_lora
-
-import compiled_adam as ca
 from compiled_adam.commands import lora as lora_command
 from compiled_adam.commands import lora_options
+from mlx_lm import lora as mlx_lm_lora
+
 from tests.conftest import ROOT
 
 

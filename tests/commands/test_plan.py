@@ -9,13 +9,6 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from hypothesis import given
-from hypothesis import settings as fuzzing
-from hypothesis import strategies as st
-from mlx.utils import tree_flatten
-from mlx_lm import load
-
-from bench import scaling
 from compiled_adam import cli
 from compiled_adam.base.errors import InputError
 from compiled_adam.commands import plan
@@ -23,6 +16,13 @@ from compiled_adam.commands.lora import make_optimizer, make_trainable
 from compiled_adam.commands.lora_options import settings
 from compiled_adam.finetune import model_config
 from compiled_adam.update.moments import POLICIES
+from hypothesis import given
+from hypothesis import settings as fuzzing
+from hypothesis import strategies as st
+from mlx.utils import tree_flatten
+from mlx_lm import load
+
+from bench import scaling
 
 
 def nbytes(tree) -> int:

@@ -11,14 +11,13 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from compiled_adam import cli
 from compiled_adam.base.errors import InputError
 from compiled_adam.commands import report
 from compiled_adam.finetune import metrics
 from compiled_adam.finetune.log import RunLog, read
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -301,6 +300,7 @@ def test_lora_draws_its_run(tiny_model: Path, data: Path, tmp_path: Path, monkey
 def test_no_step_gets_the_time_of_another(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Results are read a step late, and before a report, a validation and a save at once."""
     import compiled_adam as ca
+
     from tests.finetune import test_lora
 
     now = 0.0

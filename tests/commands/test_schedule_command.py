@@ -3,13 +3,12 @@ from __future__ import annotations
 import inspect
 from pathlib import Path
 
-import pytest
-from conftest import ROOT
-
 import compiled_adam as ca
+import pytest
 from compiled_adam import cli, schedulers
 from compiled_adam.commands import schedule
 from compiled_adam.schedulers import picture
+from conftest import ROOT
 
 YAML = """
 lr_schedule: {name: cosine_decay, arguments: [1.0e-3, 90], warmup: 10}

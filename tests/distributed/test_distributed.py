@@ -11,12 +11,12 @@ import sys
 import time
 from pathlib import Path
 
+import compiled_adam as ca
 import mlx.core as mx
 import numpy as np
 import pytest
-
-import compiled_adam as ca
 from compiled_adam.distributed import reduce
+
 from tests import launch
 from tests.conftest import ROOT
 from tests.nets import linear_net, squared_error

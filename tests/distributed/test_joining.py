@@ -9,9 +9,9 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-
 from compiled_adam.base.errors import InputError
 from compiled_adam.distributed import joining, ring
+
 from tests import launch
 
 HERE = "127.0.0.1:5000"

@@ -7,17 +7,17 @@ import types
 from pathlib import Path
 from typing import Any
 
+import compiled_adam as ca
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-
-import compiled_adam as ca
 from compiled_adam.distributed import shard
 from compiled_adam.distributed.reduce import LIMIT
 from compiled_adam.optimizers import ForSteps, any_optimizer
 from compiled_adam.update import global_norm
 from compiled_adam.update.leaves import Part
+
 from tests import launch
 from tests.nets import linear_net, squared_error
 

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
 from compiled_adam.distributed import ring, watchdog
 
 

@@ -8,13 +8,12 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from compiled_adam.base.errors import InputError
+from compiled_adam.finetune import adapters, trainable
 from mlx.utils import tree_flatten
 from mlx_lm import load
 from mlx_lm.models.switch_layers import SwitchLinear
 from trees import assert_identical, copied
-
-from compiled_adam.base.errors import InputError
-from compiled_adam.finetune import adapters, trainable
 
 LORA = {"rank": 4, "scale": 10.0, "dropout": 0.0}
 

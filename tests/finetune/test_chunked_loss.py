@@ -10,11 +10,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
-from mlx_lm.tuner.utils import linear_to_lora_layers
-
 from compiled_adam import InputError, losses
 from compiled_adam.finetune.chunked import ChunkedLoss, batch_for
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.utils import linear_to_lora_layers
 
 SIZES = {
     "hidden_size": 64,

@@ -7,19 +7,18 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
+import compiled_adam as ca
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.optimizers import SGD
-from mlx_lm.tuner.datasets import CacheDataset
-from mlx_lm.tuner.trainer import TrainingArgs
-
-import compiled_adam as ca
 from compiled_adam.base.errors import InputError
 from compiled_adam.finetune.batches import Batches
 from compiled_adam.finetune.order import Grouped
 from compiled_adam.finetune.padding import chosen, geometric, multiple_of_32, on_cuda, spaced
+from mlx.optimizers import SGD
+from mlx_lm.tuner.datasets import CacheDataset
+from mlx_lm.tuner.trainer import TrainingArgs
 
 # The medians, spreads and largest lengths of issue L, which are those of chats, articles and instructions.
 DISTRIBUTIONS = {"chats": (120, 0.75, 1000), "articles": (450, 0.75, 2048), "instructions": (200, 1.0, 2048)}

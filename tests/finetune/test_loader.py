@@ -5,12 +5,11 @@ import warnings
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.tuner.datasets import CacheDataset
-from mlx_lm.tuner.trainer import iterate_batches
-
 from compiled_adam.base.errors import InputError
 from compiled_adam.finetune.batches import Batches, Forecast
 from compiled_adam.finetune.padding import geometric, multiple_of_32
+from mlx_lm.tuner.datasets import CacheDataset
+from mlx_lm.tuner.trainer import iterate_batches
 
 
 class Tokens(list):

@@ -8,16 +8,15 @@ import shutil
 import types
 from pathlib import Path
 
-import pytest
-from mlx_lm.tuner.datasets import CacheDataset, ChatDataset, TextDataset
-from mlx_lm.utils import load_tokenizer
-
 import compiled_adam as ca
+import pytest
 from compiled_adam import cli
 from compiled_adam.base.errors import InputError
 from compiled_adam.finetune import data
 from compiled_adam.finetune.batches import Batches
 from compiled_adam.finetune.rows import located
+from mlx_lm.tuner.datasets import CacheDataset, ChatDataset, TextDataset
+from mlx_lm.utils import load_tokenizer
 
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}{% if add_generation_prompt %}a: {% endif %}"
 STRICT = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + PLAIN

@@ -6,10 +6,9 @@ import dataclasses
 import inspect
 from pathlib import Path
 
+import compiled_adam as ca
 import mlx.optimizers as optim
 import pytest
-
-import compiled_adam as ca
 from compiled_adam.base.errors import InputError
 from compiled_adam.commands import lora as lora_command
 from compiled_adam.commands import lora_options

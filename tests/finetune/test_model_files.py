@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
 from compiled_adam.base.errors import InputError
 from compiled_adam.finetune import model_files
 

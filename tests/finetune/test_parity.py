@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import compiled_adam as ca
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 import pytest
+from compiled_adam.commands.demo import texts
 from mlx_lm import load
 from mlx_lm.tuner import trainer
 from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.datasets import CacheDataset, TextDataset
 from mlx_lm.tuner.utils import linear_to_lora_layers
-
-import compiled_adam as ca
-from compiled_adam.commands.demo import texts
 
 
 class Losses(TrainingCallback):

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import compiled_adam as ca
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from compiled_adam import losses
+from compiled_adam.finetune.recompute import recomputed
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner.trainer import TrainingArgs
 from mlx_lm.tuner.utils import linear_to_lora_layers
-
-import compiled_adam as ca
-from compiled_adam import losses
-from compiled_adam.finetune.recompute import recomputed
 
 LENGTH, HIDDEN = 128, 64
 

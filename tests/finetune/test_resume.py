@@ -8,18 +8,17 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import compiled_adam as ca
 import mlx.core as mx
 import numpy as np
 import pytest
+from compiled_adam.base import fingerprint
+from compiled_adam.base.errors import InputError
+from compiled_adam.commands import lora as lora_command
 from mlx_lm import load
 from mlx_lm.tuner.trainer import TrainingArgs
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from trees import assert_identical
-
-import compiled_adam as ca
-from compiled_adam.base import fingerprint
-from compiled_adam.base.errors import InputError
-from compiled_adam.commands import lora as lora_command
 
 Lora = Callable[..., Path]
 

@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 
 import pytest
-
 from compiled_adam.finetune.log import RunLog, is_log, read
 
 

@@ -13,15 +13,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import compiled_adam as ca
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm import load
-from mlx_lm.tuner import trainer
-from mlx_lm.tuner.callbacks import TrainingCallback
-from mlx_lm.tuner.utils import linear_to_lora_layers
-
-import compiled_adam as ca
 from compiled_adam import losses
 from compiled_adam.base.errors import InputError, TrainingStopped
 from compiled_adam.checkpoint import durable, series
@@ -29,6 +24,11 @@ from compiled_adam.finetune import saving, validation
 from compiled_adam.finetune.batches import Batches
 from compiled_adam.finetune.log import read
 from compiled_adam.finetune.stopping import is_out_of_memory
+from mlx_lm import load
+from mlx_lm.tuner import trainer
+from mlx_lm.tuner.callbacks import TrainingCallback
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
 from tests.conftest import ROOT
 
 

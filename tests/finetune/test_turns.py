@@ -11,16 +11,15 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.tuner.datasets import ChatDataset, CompletionsDataset, ConcatenatedDataset, TextDataset
-from mlx_lm.tuner.trainer import default_loss
-from mlx_lm.utils import load_tokenizer
-
 from compiled_adam import cli, losses
 from compiled_adam.base import fingerprint
 from compiled_adam.base.errors import InputError
 from compiled_adam.finetune import data, turns
 from compiled_adam.finetune.batches import Batches
 from compiled_adam.finetune.rows import Located
+from mlx_lm.tuner.datasets import ChatDataset, CompletionsDataset, ConcatenatedDataset, TextDataset
+from mlx_lm.tuner.trainer import default_loss
+from mlx_lm.utils import load_tokenizer
 
 # Written for these tests, in the manner of the families that they are named after.
 CHATML = (

@@ -6,16 +6,15 @@ import json
 import math
 from pathlib import Path
 
+import compiled_adam as ca
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import pytest
-from mlx_lm.tuner.callbacks import TrainingCallback
-from mlx_lm.tuner.trainer import TrainingArgs
-
-import compiled_adam as ca
 from compiled_adam.base.errors import TrainingStopped
 from compiled_adam.finetune.metrics import Report, failures
+from mlx_lm.tuner.callbacks import TrainingCallback
+from mlx_lm.tuner.trainer import TrainingArgs
 
 NAN = math.nan
 

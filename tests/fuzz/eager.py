@@ -8,9 +8,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
+from compiled_adam import AdamW
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
-from compiled_adam import AdamW
 from tests.fuzz.shadow import ULP, Arrays, Options, Shadow
 
 NAMES = ("SGD", "Adam", "AdamW", "Lion", "Muon", "MultiOptimizer")

@@ -16,17 +16,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import compiled_adam as ca
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from compiled_adam.base.errors import InputError
+from compiled_adam.optimizers import any_optimizer
+from compiled_adam.update import moments, residual
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from mlx.utils import tree_flatten, tree_map
 
-import compiled_adam as ca
-from compiled_adam.base.errors import InputError
-from compiled_adam.optimizers import any_optimizer
-from compiled_adam.update import moments, residual
 from tests.fuzz import eager, models
 from tests.fuzz.shadow import ULP, Options, Shadow
 from tests.interrupts import bytecodes, interrupted

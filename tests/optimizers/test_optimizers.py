@@ -5,18 +5,17 @@ import math
 import pickle
 from functools import partial
 
+import compiled_adam as ca
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
+from compiled_adam.update import residual
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from reference import Reference
-
-import compiled_adam as ca
-from compiled_adam.update import residual
 
 
 def parameters(dtype: mx.Dtype = mx.float32) -> dict:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 
+import compiled_adam as ca
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from compiled_adam.update import moments
 from mlx.utils import tree_map
 from reference import Reference
 from trees import assert_identical, copied, flat
-
-import compiled_adam as ca
-from compiled_adam.update import moments
 
 POLICIES = moments.POLICIES
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
+import compiled_adam as ca
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from trees import assert_identical, copied
-
-import compiled_adam as ca
 from compiled_adam.base.errors import InputError
 from compiled_adam.finetune.metrics import failures
 from compiled_adam.optimizers.options import check_schedules
+from trees import assert_identical, copied
 
 NAN, INF = math.nan, math.inf
 BAD_RATES = [

@@ -6,10 +6,9 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 import pytest
+from compiled_adam import schedulers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from compiled_adam import schedulers
 
 WARMUP, STEPS = 7, 50
 

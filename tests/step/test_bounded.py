@@ -5,15 +5,14 @@ from __future__ import annotations
 import gc
 from pathlib import Path
 
+import compiled_adam as ca
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx_lm.tuner import trainer
-
-import compiled_adam as ca
 from compiled_adam.commands import lora_options
 from compiled_adam.finetune import trainer as our_trainer
+from mlx_lm.tuner import trainer
 
 LENGTHS = 400
 # Two windows of many steps, around the 100th and before the 400th, because some of a step's results are always live.

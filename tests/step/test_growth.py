@@ -6,12 +6,11 @@ import gc
 from collections.abc import Callable
 from typing import Any
 
+import compiled_adam as ca
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import pytest
-
-import compiled_adam as ca
 
 # Several counts before each of the two, because what is traced anew changes in cycles.
 FIRST, LAST = (range(last - 130, last + 1, 10) for last in (1000, 3000))

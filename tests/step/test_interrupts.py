@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
+import compiled_adam as ca
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -15,8 +16,6 @@ import pytest
 from interrupts import bytecodes, interrupted
 from mlx.utils import tree_flatten
 from nets import Counting
-
-import compiled_adam as ca
 
 
 def loss_fn(model: nn.Module, x: mx.array) -> tuple[mx.array, mx.array]:

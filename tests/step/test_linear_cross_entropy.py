@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 
+import compiled_adam as ca
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
-
-import compiled_adam as ca
 from compiled_adam import losses
 from compiled_adam.base import kernels
+from mlx.utils import tree_flatten
 
 WIDTH, VOCABULARY, SHAPE = 32, 128, (3, 25)
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.tuner.trainer import default_loss
-
 from compiled_adam import losses
 from compiled_adam.finetune.batches import Batches
+from mlx_lm.tuner.trainer import default_loss
 
 VOCABULARY = 50
 

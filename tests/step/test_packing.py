@@ -5,19 +5,18 @@ import gc
 import threading
 from collections.abc import Callable
 
+import compiled_adam as ca
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
-
-import compiled_adam as ca
 from compiled_adam.base.mlx_graph import kernels
 from compiled_adam.optimizers import ForSteps
 from compiled_adam.step import apply_packed
 from compiled_adam.update import packing, residual
 from compiled_adam.update.groups import Group
 from compiled_adam.update.leaves import Form
+from mlx.utils import tree_flatten
 
 
 class Many(nn.Module):

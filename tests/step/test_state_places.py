@@ -6,15 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import compiled_adam as ca
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import pytest
-from mlx.utils import tree_flatten, tree_map
-
-import compiled_adam as ca
 from compiled_adam.distributed import shard
 from compiled_adam.optimizers import any_optimizer
+from mlx.utils import tree_flatten, tree_map
+
 from tests.nets import squared_error
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import compiled_adam as ca
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -9,8 +10,6 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from nets import assert_same, batch, linear_net, masked_error, net, ragged_batch, squared_error
-
-import compiled_adam as ca
 
 
 def eager_steps(model: nn.Module, optimizer: optim.Optimizer, count: int, loss_fn=squared_error) -> list[float]:

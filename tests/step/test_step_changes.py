@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import compiled_adam as ca
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -11,8 +12,6 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 from nets import Two, assert_same, batch, linear_net, masked_error, net, ragged_batch, squared_error, values
-
-import compiled_adam as ca
 
 
 @pytest.mark.parametrize("traced_before", [False, True])

@@ -7,18 +7,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import compiled_adam as ca
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten, tree_map
-from nets import assert_same, values
-
-import compiled_adam as ca
 from compiled_adam.base.compiled import Compiled
 from compiled_adam.base.errors import InputError
 from compiled_adam.update import residual
+from mlx.utils import tree_flatten, tree_map
+from nets import assert_same, values
 
 
 def loss_fn(model: nn.Module, x: mx.array) -> mx.array:

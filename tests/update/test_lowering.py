@@ -3,14 +3,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
+import compiled_adam as ca
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
-
-import compiled_adam as ca
 from compiled_adam.base.mlx_graph import kernels as kernels_of
 from compiled_adam.update import global_norm, kernels, leaves, residual
+from mlx.utils import tree_flatten
 
 SIZES = {"small": 100, "large": kernels.LARGE, "larger": kernels.LARGE + 1, "largest": 3 * kernels.LARGE}
 

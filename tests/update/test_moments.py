@@ -1,10 +1,9 @@
 from __future__ import annotations
 
+import compiled_adam as ca
 import mlx.core as mx
 import numpy as np
 import pytest
-
-import compiled_adam as ca
 from compiled_adam.update import moments
 
 SHAPES = [(), (0,), (1,), (127,), (128,), (129,), (64, 65), (3, 5, 7, 11)]

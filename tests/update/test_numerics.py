@@ -5,19 +5,18 @@ from __future__ import annotations
 import math
 from functools import partial
 
+import compiled_adam as ca
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
+from compiled_adam.update import moments, rule
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from reference import Reference
 from trees import assert_identical, flat, value
-
-import compiled_adam as ca
-from compiled_adam.update import moments, rule
 
 POLICIES = moments.POLICIES
 HALF = [mx.bfloat16, mx.float16]

@@ -2,16 +2,15 @@ from __future__ import annotations
 
 import math
 
+import compiled_adam as ca
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-import compiled_adam as ca
 from compiled_adam.update import moments, residual
 from compiled_adam.update.kernels import LARGE
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 
 def stored(values: mx.array, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:

@@ -2,15 +2,15 @@ from __future__ import annotations
 
 import math
 
+import compiled_adam as ca
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
-
-import compiled_adam as ca
-from bench.measure import kernels
 from compiled_adam.update import global_norm, rule
 from compiled_adam.update.kernels import _heron, _root_guess
+from mlx.utils import tree_flatten
+
+from bench.measure import kernels
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.999, 0.99999])

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import compiled_adam as ca
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from nets import linear_net, masked_error, ragged_batch, values
-
-import compiled_adam as ca
 from compiled_adam.base.mlx_graph import kernels
 from compiled_adam.update.groups import ALL_ALIKE
 from compiled_adam.update.leaves import Constants, Form, update
+from nets import linear_net, masked_error, ragged_batch, values
 
 OPTIMIZERS: dict[str, Callable[[], Any]] = {
     "adamw": lambda: ca.AdamW(1e-2),
