@@ -195,10 +195,10 @@ def _lora(arguments: argparse.Namespace) -> None:
     lora.main(arguments.rest)
 
 
-def _plan(arguments: argparse.Namespace) -> None:
+def _plan(arguments: argparse.Namespace) -> int:
     with needed("plan", "mlx-lm", "lm"):
         from .commands import plan
-    plan.main(arguments.rest)
+    return plan.main(arguments.rest)
 
 
 def _show_warning(message: Warning | str, *_: object) -> None:

@@ -11,5 +11,6 @@ from .compiled import Compiled, is_evaluated
 from .errors import InputError, TrainingStopped, while_handling
 from .fingerprint import packages
 from .mlx_graph import Written, kernels, operations, reached
+from .peak import peak, traced
 from .streams import lenient, lenient_streams, say
 from .tree import Aligned, Places, Structure, along, below, indexed, trainable_places

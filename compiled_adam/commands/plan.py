@@ -10,18 +10,24 @@ import argparse
 import os
 import types
 from collections.abc import Mapping, Sequence
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten
 from rich.console import Console
 from rich.table import Table
 
 from ..base import InputError
 from ..distributed import reduce, shard
-from ..finetune import model_config
+from ..finetune import activations, model_config
+from ..finetune.activations import Batch, Pass
 from ..optimizers import Adam, ForSteps
+from ..step import losses
 from ..update import POLICIES
+from . import fitting
+from .like_mlx_lm import options_of_adam
 from .lora import make_optimizer, make_trainable
 from .lora_options import parser, settings
 
@@ -37,7 +43,7 @@ class State(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a job needs, in bytes where nothing else is said. Activations are not in it: they depend on the batch."""
+    """What a job needs, in bytes where nothing else is said."""
 
     parameters: int  # how many the model has without adapters; of a quantized one, those it stands for
     trainable: int  # how many are trained
@@ -51,10 +57,12 @@ class Plan(NamedTuple):
     calls: list[int]  # what each all_sum of an update communicates; none with one worker
     gathers: list[int]  # what all workers have after each all_gather of new weights; none unless state is sharded
     workers: int
+    batch: Pass | None = None  # a forward and backward pass, if that was asked for
 
     def total(self, policy: str) -> int:
-        """The bytes during an update, when everything is in memory at once."""
-        return self.weights + self.gradients + self.window + self.exchange + sum(self.states[policy])
+        """The most bytes in memory at once: in the backward pass, or when its gradients are exchanged."""
+        most = max(self.gradients + self.exchange, self.batch.most if self.batch else 0)
+        return self.weights + self.window + most + sum(self.states[policy])
 
     def traffic(self) -> float:
         """Bytes that each worker sends per update, and receives, in a ring: all but one part of the weights that are
@@ -69,16 +77,34 @@ class Plan(NamedTuple):
 def plan(config: Mapping[str, Any], args: types.SimpleNamespace, workers: int = 1) -> Plan:
     """The plan of a job with the settings ``args``, as `lora_options.settings` gives them, for a model's ``config``.
 
-    Without a ``num_layers`` of its own it is for mlx-lm's default of 16 layers, or all if the model has fewer.
+    Without a ``num_layers`` of its own it is for mlx-lm's default of 16 layers, or all if the model has fewer. It is
+    without the forward and backward pass, whose graph takes longer: `of_batch` adds that.
 
     Raises:
         ValueError: a config that mlx-lm has no model for, or options that contradict each other.
     """
+    return _of_model(_built(config, args), workers)
+
+
+class _Built(NamedTuple):
+    args: types.SimpleNamespace
+    model: nn.Module
+    parameters: int  # before adapters and quantization
+    dtype: str
+
+
+def _built(config: Mapping[str, Any], args: types.SimpleNamespace) -> _Built:
+    """The model of a ``config`` with what the job trains, and the settings for it."""
     args = types.SimpleNamespace(**vars(args))
     model, parameters, dtype = model_config.build(config)
     if "num_layers" not in (*args.given, *args.in_file):
         args.num_layers = min(args.num_layers, len(model.layers))
     make_trainable(args, model)
+    return _Built(args, model, parameters, dtype)
+
+
+def _of_model(built: _Built, workers: int) -> Plan:
+    args, model, parameters, dtype = built
     trainable = _arrays(model.trainable_parameters())
     count = sum(p.size for p in trainable.values())
     many = workers > 1
@@ -101,6 +127,18 @@ def plan(config: Mapping[str, Any], args: types.SimpleNamespace, workers: int = 
         gathers=[call.nbytes for call in rounds],
         workers=workers,
     )
+
+
+def of_batch(args: types.SimpleNamespace, workers: int) -> Batch:
+    """The largest batch of a worker: with examples of ``max_seq_length`` tokens, all of which are targets."""
+    grouped = args.group_by_length or args.batch_tokens is not None
+    length = args.max_seq_length if grouped else args.max_seq_length - 1  # mlx-lm's last token is only a target
+    rows = args.batch_size // workers
+    if args.batch_tokens is not None:
+        length = min(length, max(1, args.batch_tokens // workers))
+        rows = args.batch_tokens // (length * workers)
+    loss = losses.like_mlx_lm if args.like_mlx_lm else losses.next_token
+    return Batch(max(1, rows), max(1, length), bool(args.grad_checkpoint), args.chunked_loss, loss)
 
 
 def _states(args: types.SimpleNamespace, trainable: dict, workers: int) -> dict[str, State]:
@@ -141,8 +179,11 @@ def _bytes(tree: Any) -> int:
 # The command.
 
 
-def main(argv: Sequence[str]) -> None:
-    """Runs the command line ``argv``; raises ValueError or OSError for what cannot be planned."""
+def main(argv: Sequence[str]) -> int:
+    """Runs the command line ``argv``; raises ValueError or OSError for what cannot be planned.
+
+    Returns 0 if the job fits, as it is or with the options that are printed, and 1 if it does not.
+    """
     args = settings(argv, _parser())
     for name in ("workers", "link", "memory"):
         value = getattr(args, name)
@@ -153,11 +194,25 @@ def main(argv: Sequence[str]) -> None:
     console = Console()
     if not console.is_terminal:
         console.width = 120
-    made = plan(model_config.read(args.planned), args, args.workers)
+    built = _built(model_config.read(args.planned), args)
+    own, made = built.args, _of_model(built, args.workers)
+    passed = cache(partial(activations.of_pass, built.model))
+
+    def planned(args: types.SimpleNamespace) -> Plan:
+        window = 4 * made.trainable if args.grad_accumulation_steps > 1 else 0
+        return made._replace(window=window, batch=passed(of_batch(args, args.workers)))
+
+    def fits(args: types.SimpleNamespace) -> bool:
+        return planned(args).total(_policy(args)) <= memory
+
     memory, where = (args.memory * GB, "") if args.memory else (_memory_here(), " of this machine")
-    for line in describe(made, args.link):
+    made = planned(own)
+    for line in [*describe(made, args.link), describe_batch(made, own)]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(table(made, memory, f"{memory / GB:.0f} GB{where}"))
+    remedy = fitting.found(own, args.workers, fits)
+    console.print(advice(made, own, memory, remedy), highlight=False, markup=False, soft_wrap=True)
+    return 1 if remedy is None else 0
 
 
 def describe(made: Plan, link: float) -> list[str]:
@@ -175,7 +230,35 @@ def describe(made: Plan, link: float) -> list[str]:
             f"{made.workers} workers: {_calls(made.calls)}{weights} per update, of which each sends"
             f" {_gb(made.traffic())}: {made.seconds(link * GB):.3g} s at {link:g} GB/s"
         )
-    return [*lines, "activations come on top, and depend on --batch-size, --max-seq-length and --grad-checkpoint"]
+    return lines
+
+
+def describe_batch(made: Plan, args: types.SimpleNamespace) -> str:
+    """A line about the forward and backward pass."""
+    assert made.batch is not None
+    batch = of_batch(args, made.workers)
+    layers = "computed again" if batch.recomputed else "kept"
+    logits = "a chunk at a time" if batch.chunked else "all at once"
+    return (
+        f"forward and backward pass of {batch.rows} x {batch.length} positions: {_gb(made.batch.most)}, gradients"
+        f" included; activations inside layers are {layers}; logits {logits}: {_gb(made.batch.logits)}"
+    )
+
+
+def advice(made: Plan, args: types.SimpleNamespace, memory: float, remedy: dict[str, Any] | None) -> str:
+    """The last line: whether the job fits, and with which options."""
+    if remedy is None:
+        less = "fewer --num-layers" if args.fine_tune_type != "full" else "--fine-tune-type lora, or fewer --num-layers"
+        hint = "a quantized or smaller model" if made.weights > memory else less
+        return f"no options make it fit that keep what is trained; use {hint}"
+    return f"it fits with {fitting.flags(remedy)}" if remedy else f"it fits, with moments {_policy(args)}"
+
+
+def _policy(args: types.SimpleNamespace) -> str:
+    """The row of the table that the job itself is."""
+    if args.optimizer not in ("adam", "adamw"):
+        return str(args.optimizer)
+    return str(options_of_adam(args).get("moments", "float32"))
 
 
 def table(made: Plan, memory: float, name: str) -> Table:
@@ -220,7 +303,10 @@ def _parser() -> argparse.ArgumentParser:
         "Computes the memory and communication that a job needs. Reads only the model's config.json. Takes the options"
         " of compiled-adam lora."
     )
-    made.epilog = None
+    made.epilog = (
+        "The memory is that of the largest batch: --batch-size examples of --max-seq-length tokens. If the job does not"
+        " fit, the last line has options with which it does. The exit code is 1 if there are none, and else 0."
+    )
     ours = made.add_argument_group("planning")
     ours.add_argument(
         "planned", metavar="MODEL", help="A folder with a config.json, the file itself, or the name of a cached model."

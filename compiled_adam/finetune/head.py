@@ -37,7 +37,7 @@ class Parts(NamedTuple):
             return found[0][:, :1] if isinstance(found[0], mx.array) else found[0]
 
         backbone = self.owner[self.key]
-        with self._replaced(record):
+        with self.replaced(record):
             model(tokens)
         if len(found) != 1 or not isinstance(found[0], mx.array) or found[0].ndim != 3:
             raise InputError("the backbone is not called once, or returns something else than hidden states")
@@ -47,13 +47,14 @@ class Parts(NamedTuple):
         """A function from rows of hidden states, (rows, width), to their logits, (rows, vocabulary)."""
 
         def logits(rows: mx.array) -> mx.array:
-            with self._replaced(lambda *args, **kwargs: rows[None]):
-                return model(mx.zeros((1, len(rows)), mx.int32))[0]
+            with self.replaced(lambda *args, **kwargs: rows[None]):
+                return model(mx.zeros((1, len(rows)), mx.int32)).squeeze(0)
 
         return logits
 
     @contextmanager
-    def _replaced(self, function: Callable[..., Any]) -> Iterator[None]:
+    def replaced(self, function: Callable[..., Any]) -> Iterator[None]:
+        """Inside the block, ``function`` is called in the place of the backbone."""
         backbone = self.owner[self.key]
         # Items of the dictionary that a module is, and not attributes, whose assignment would change the order.
         self.owner[self.key] = _Stub(backbone, function)
@@ -82,8 +83,7 @@ def parts(model: nn.Module) -> Parts:
     Raises:
         ValueError: they do not. The message says why.
     """
-    found = next((place for path in _OWNERS if (place := _place(model, path.split("."))) is not None), None)
-    if found is None:
+    if (found := place(model)) is None:
         raise InputError("the model has no backbone where the models of mlx-lm have it")
     training = model.training
     model.eval()  # dropout would make two calls differ
@@ -94,6 +94,11 @@ def parts(model: nn.Module) -> Parts:
     finally:
         model.train(training)
     return found
+
+
+def place(model: nn.Module) -> Parts | None:
+    """The backbone of ``model``, where the models of mlx-lm have it, without a test; None if there is none."""
+    return next((found for path in _OWNERS if (found := _place(model, path.split("."))) is not None), None)
 
 
 def _place(model: Any, path: Sequence[str]) -> Parts | None:

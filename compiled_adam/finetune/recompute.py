@@ -25,8 +25,18 @@ def recomputed(layers: Sequence[nn.Module]) -> Iterator[None]:
     object among the arguments, such as a cache of keys and values, is an ordinary call: a second one would change the
     object twice. Random numbers, as of dropout, are drawn again.
     """
+    with replaced(layers, _recomputing):
+        yield
+
+
+@contextmanager
+def replaced(layers: Sequence[nn.Module], call: Callable[[type[nn.Module]], Callable[..., Any]]) -> Iterator[None]:
+    """Inside the block a call of each of these layers is ``call(class of the layer)(layer, ...)``."""
     before = {id(layer): (layer, type(layer)) for layer in layers}
-    classes = {kind: _recomputing(kind) for _, kind in before.values()}
+    classes = {
+        kind: type(kind.__name__, (kind,), {"__call__": call(kind), "__module__": kind.__module__})
+        for kind in {kind for _, kind in before.values()}
+    }
     # The class of these objects, and not the method of their class: other models have layers of the same class.
     try:
         for layer, kind in before.values():
@@ -37,7 +47,7 @@ def recomputed(layers: Sequence[nn.Module]) -> Iterator[None]:
             layer.__class__ = kind
 
 
-def _recomputing(kind: type[nn.Module]) -> type[nn.Module]:
+def _recomputing(kind: type[nn.Module]) -> Callable[..., Any]:
     call: Callable[..., Any] = kind.__call__
 
     def recomputing(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -45,7 +55,7 @@ def _recomputing(kind: type[nn.Module]) -> type[nn.Module]:
             return call(self, *args, **kwargs)
         return _call(self, call, args, kwargs)
 
-    return type(kind.__name__, (kind,), {"__call__": recomputing, "__module__": kind.__module__})
+    return recomputing
 
 
 def _call(layer: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -56,14 +66,14 @@ def _call(layer: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) ->
     def function(arrays: list[mx.array]) -> list[mx.array]:
         nonlocal result
         own, given = arrays[: len(values)], iter(arrays[len(values) :])
-        own_args, own_kwargs = _with_floats((args, kwargs), given)
+        own_args, own_kwargs = with_floats((args, kwargs), given)
         before = layer.trainable_parameters()
         layer.update(_tree(paths, own))
         try:
             result = call(layer, *own_args, **own_kwargs)
         finally:
             layer.update(before)
-        return _floats(result)
+        return floats(result)
 
     checkpointed = mx.custom_function(function)
 
@@ -76,19 +86,20 @@ def _call(layer: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) ->
         # One by one: what nobody asks for, as the gradient of a mask, is not computed.
         return [*own, *(mx.depends([each], own)[0] for each in given)] if own else found
 
-    outputs: Any = checkpointed([*values, *_floats((args, kwargs))])
-    return _with_floats(result, iter(outputs))
+    outputs: Any = checkpointed([*values, *floats((args, kwargs))])
+    return with_floats(result, iter(outputs))
 
 
 def _tree(paths: list[str], arrays: list[mx.array]) -> Any:
     return tree_unflatten(list(zip(paths, arrays, strict=True))) if paths else {}
 
 
-def _floats(tree: Any) -> list[mx.array]:
+def floats(tree: Any) -> list[mx.array]:
+    """The arrays of floats in lists, tuples and dictionaries."""
     return [leaf for leaf in _leaves(tree) if _is_float(leaf)]
 
 
-def _with_floats(tree: Any, floats: Iterator[mx.array]) -> Any:
+def with_floats(tree: Any, floats: Iterator[mx.array]) -> Any:
     """The tree with other arrays of floats."""
     return tree_map(lambda leaf: next(floats) if _is_float(leaf) else leaf, tree)
 

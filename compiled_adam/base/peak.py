@@ -1,0 +1,225 @@
+"""The peak memory of a graph that is not evaluated: MLX's order of evaluation, followed with sizes instead of arrays.
+
+MLX tells a callback of ``mx.export_function`` the operations of a graph with their shapes. From these, `peak` follows
+what MLX 0.32 does with them: ``mx.compile`` fuses elementwise operations, so that what is between them is never
+written; the evaluation goes through the graph in an order; and memory of a dead input is taken for an output of that
+size. On the CPU one thread allocates and another computes. The first one is ahead of the second, so memory is allocated
+for operations that come later while that of earlier ones is not free yet.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+# How far allocation is ahead: MLX waits when more than ten tasks, of ten calls each, are queued. An operation is two
+# calls, one of which only keeps the inputs; one that moves no bytes is one.
+AHEAD = 110
+AHEAD_GPU = 20  # ten kernels, as large ones are submitted one by one; not measured
+WIDTH = 20  # of MLX's tape, breadth first
+DEPTH = 11  # of a kernel of mx.compile
+VIEWS = {
+    *("AsStrided", "Broadcast", "BroadcastAxes", "Copy", "Depends", "ExpandDims", "Flatten", "Reshape", "Slice"),
+    *("Split", "Squeeze", "StopGradient", "Transpose", "Unflatten", "View"),
+}
+_COPYING = {"Reshape", "Flatten", "Unflatten"}
+_STRIDED = {"AsStrided", "Broadcast", "BroadcastAxes", "Slice", "Split", "Transpose"}
+_FUSED = {
+    *("Abs", "ArcCos", "ArcSin", "ArcTan", "ArcTan2", "AsType", "Ceil", "Cos", "Cosh", "Erf", "ErfInv", "Exp", "Expm1"),
+    *("Floor", "Log", "Log1p", "Log2", "Log10", "LogicalNot", "Negative", "Remainder", "Round", "Rsqrt", "Sigmoid"),
+    *("Sign", "Sin", "Sinh", "Sqrt", "Square", "Tan", "Tanh", "Add", "Divide", "Equal", "Greater", "GreaterEqual"),
+    *("Less", "LessEqual", "LogicalAnd", "LogicalOr", "LogAddExp", "Maximum", "Minimum", "Multiply", "NotEqual"),
+    *("Power", "Subtract", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "Select"),
+}
+_IN_PLACE = {*_FUSED, "Softmax", "Scatter", "ScatterAxis", "SliceUpdate", "Scan"}
+
+
+class Operation(NamedTuple):
+    """An operation of a graph, or a kernel of several."""
+
+    name: str
+    inputs: list[str]
+    outputs: list[str]
+
+
+class Graph(NamedTuple):
+    """Operations in an order in which each comes after its inputs, and shape and bytes of every array by its name."""
+
+    operations: list[Operation]
+    shape: dict[str, tuple[int, ...]]
+    nbytes: dict[str, int]  # without inputs of the graph
+    outputs: list[str]
+
+
+def traced(function: Callable[..., Any], *arrays: mx.array) -> Graph:
+    """The graph of ``function(*arrays)``, a list of arrays. Nothing is evaluated."""
+    told: list[dict[str, Any]] = []
+    mx.export_function(told.append, function, *arrays)
+    operations, nbytes, outputs = list[Operation](), dict[str, int](), list[str]()
+    shape: dict[str, tuple[int, ...]] = {}
+    for each in told:
+        if each["type"] == "outputs":
+            outputs = [name for name, *_ in each["outputs"]]
+        elif each["type"] == "primitive":
+            shape.update({name: tuple(of) for name, of, _ in [*each["inputs"], *each["outputs"]]})
+            made = {name: math.prod(shape) * dtype.size for name, shape, dtype in each["outputs"]}
+            nbytes.update(made)
+            operations.append(Operation(each["name"], [name for name, *_ in each["inputs"]], list(made)))
+    return Graph(operations, shape, nbytes, outputs)
+
+
+def peak(graph: Graph) -> int:
+    """The most bytes that are allocated at once while ``graph`` is evaluated, without those of its inputs.
+
+    >>> def squares(x):
+    ...     return [mx.exp(x @ x) @ x]  # the exponentials take the memory of the product
+    >>> peak(traced(squares, mx.zeros((256, 256))))
+    524288
+    """
+    kernels = fused(graph)
+    memory = _Memory(kernels)
+    for operation in _tape(kernels):
+        memory.follow(operation)
+    return memory.most
+
+
+def fused(graph: Graph) -> Graph:
+    """The graph as ``mx.compile`` makes it: an elementwise operation joins the kernel of all that need its result."""
+    users = _users(graph)
+    kept = set(graph.outputs)
+    kernel: dict[int, int] = {}  # of each operation, by the last one in it
+    depth: dict[int, int] = {}
+    parts: dict[int, list[int]] = {}
+    for i in reversed(range(len(graph.operations))):
+        operation = graph.operations[i]
+        around = {kernel[user] for made in operation.outputs for user in users[made]}
+        below = 1 + max((depth[user] for made in operation.outputs for user in users[made]), default=0)
+        last = around.pop() if len(around) == 1 else i
+        joins = (
+            operation.name in {*_FUSED, "Broadcast"}
+            and graph.operations[last].name in _FUSED
+            and kept.isdisjoint(operation.outputs)
+            and below < DEPTH
+        )
+        kernel[i], depth[i] = (last, below) if joins else (i, 0)
+        parts.setdefault(kernel[i], []).append(i)
+    found = []
+    for last in sorted(parts):
+        inside = [graph.operations[i] for i in reversed(parts[last])]
+        made = {name for part in inside for name in part.outputs}
+        inputs = dict.fromkeys(name for part in inside for name in part.inputs if name not in made)
+        found.append(Operation(inside[-1].name, list(inputs), inside[-1].outputs))
+    return graph._replace(operations=found)
+
+
+def _users(graph: Graph) -> dict[str, list[int]]:
+    users: dict[str, list[int]] = {name: [] for name in graph.nbytes}
+    for i, operation in enumerate(graph.operations):
+        for name in operation.inputs:
+            if name in users:
+                users[name].append(i)
+    return users
+
+
+def _tape(graph: Graph) -> list[Operation]:
+    """The order of evaluation: from the outputs, breadth first up to a width, and then backwards."""
+    maker = {name: operation for operation in graph.operations for name in operation.outputs}
+    root = Operation("", graph.outputs, [])
+    left = Counter(name for each in [root, *graph.operations] for name in each.inputs if name in maker)
+    degree: Counter[int] = Counter()
+    for name, count in left.items():
+        degree[id(maker[name])] += count
+    tape, waiting, i = [root], list[tuple[Operation, int]](), 0
+    while i < len(tape) or waiting:
+        if i < len(tape):
+            operation, j, i = tape[i], 0, i + 1
+        else:
+            operation, j = waiting.pop()
+        for k in range(j, len(operation.inputs)):
+            if (made := maker.get(operation.inputs[k])) is None:
+                continue
+            if len(tape) - i >= WIDTH:
+                waiting.append((operation, k))
+                break
+            degree[id(made)] -= 1
+            if not degree[id(made)]:
+                tape.append(made)
+    return tape[:0:-1]
+
+
+class _Memory:
+    """The buffers that are allocated while operations are followed, one after the other."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.most = 0
+        self._graph = graph
+        self._left = Counter(name for operation in graph.operations for name in operation.inputs)
+        self._left.update(graph.outputs)
+        self._buffer: dict[str, str] = {}  # of each array the one whose memory it has; none for inputs of the graph
+        self._arrays: Counter[str] = Counter()  # alive, for each buffer
+        self._size: dict[str, int] = {}
+        self._read: dict[str, int] = {}  # the last call that reads a buffer
+        self._strided: set[str] = set()
+        self._freed: deque[tuple[int, int]] = deque()  # the last call that needs it, and the bytes
+        self._now = self._calls = 0
+        self._ahead = AHEAD if mx.default_device() == mx.cpu else AHEAD_GPU
+
+    def follow(self, operation: Operation) -> None:
+        """Allocates the outputs, and frees the inputs that no other operation needs."""
+        while self._freed and self._freed[0][0] <= self._calls - self._ahead:
+            self._now -= self._freed.popleft()[1]
+        name, inputs = operation.name, operation.inputs
+        view = name in VIEWS and bool(inputs) and not (name in _COPYING and inputs[0] in self._strided)
+        self._calls += 1 if view else 2
+        dying = [each for each in dict.fromkeys(inputs) if self._left[each] == inputs.count(each)]
+        for k, made in enumerate(operation.outputs):
+            if view:
+                source = inputs[min(k, len(inputs) - 1)] if name == "Depends" else inputs[0]
+                if source in self._strided or self._strides(name, source, made):
+                    self._strided.add(made)
+                own = self._buffer.get(source)
+            else:
+                own = self._donated(dying, made) if name in _IN_PLACE else None
+                own = own or self._allocated(made)
+            if own is not None:
+                self._buffer[made] = own
+                self._arrays[own] += 1
+        self.most = max(self.most, self._now)
+        for each in inputs:
+            self._left[each] -= 1
+            if each in self._buffer:
+                self._read[self._buffer[each]] = self._calls
+        for each in [*dying, *(made for made in operation.outputs if not self._left[made])]:
+            self._free(each)
+
+    def _strides(self, name: str, source: str, made: str) -> bool:
+        """Whether a view of an array whose elements are in order skips some, or changes their order."""
+        before, after = self._graph.shape[source], self._graph.shape[made]
+        if name in ("Slice", "Split") and len(before) == len(after):  # of some rows it is in order
+            cut = [i for i, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
+            return bool(cut) and math.prod(after[: cut[-1]]) > 1
+        return name in _STRIDED
+
+    def _donated(self, dying: Iterable[str], made: str) -> str | None:
+        """The buffer of an input that nothing else needs, or is still reading, and that has the right size."""
+        for own in (self._buffer[each] for each in dying if each in self._buffer):
+            idle = self._read.get(own, -self._ahead) <= self._calls - self._ahead
+            if idle and self._arrays[own] == 1 and self._size[own] == self._graph.nbytes[made]:
+                return own
+        return None
+
+    def _allocated(self, made: str) -> str:
+        self._size[made] = self._graph.nbytes[made]
+        self._now += self._size[made]
+        return made
+
+    def _free(self, array: str) -> None:
+        if (own := self._buffer.get(array)) is None:
+            return
+        self._arrays[own] -= 1
+        if not self._arrays[own]:
+            self._freed.append((self._calls, self._size[own]))
