@@ -127,8 +127,8 @@ without embeddings and head.
 
 ## Memory of one worker
 
-State is moments and residuals together, by `--moments`. Activations come on top of everything; they depend on batch and
-length, and `--grad-checkpoint` lowers them. *Fits in* is the smallest of {memories} GB that holds
+State is moments and residuals together, by `--moments`. Activations come on top of everything; `compiled-adam
+plan` adds those of a batch of your size. *Fits in* is the smallest of {memories} GB that holds
 weights, gradients and state with float32 / 8bit moments, and nothing else. Every worker has all of it, without
 `--shard-state`. Several workers add one float32 copy of the gradients, the buffers of the reduction: 4 bytes for each
 trained parameter.

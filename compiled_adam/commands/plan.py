@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -196,7 +196,12 @@ def main(argv: Sequence[str]) -> int:
         console.width = 120
     built = _built(model_config.read(args.planned), args)
     own, made = built.args, _of_model(built, args.workers)
-    passed = cache(partial(activations.of_pass, built.model))
+    passed: Callable[[Batch], Pass | None] = cache(partial(activations.of_pass, built.model))
+    try:
+        passed(of_batch(own, args.workers))
+    except InputError as error:
+        console.print(f"{error}; they come on top of the total", highlight=False, markup=False, soft_wrap=True)
+        passed = _unknown
 
     def planned(args: types.SimpleNamespace) -> Plan:
         window = 4 * made.trainable if args.grad_accumulation_steps > 1 else 0
@@ -207,9 +212,9 @@ def main(argv: Sequence[str]) -> int:
 
     memory, where = (args.memory * GB, "") if args.memory else (_memory_here(), " of this machine")
     made = planned(own)
-    for line in [*describe(made, args.link), describe_batch(made, own)]:
+    for line in describe(made, args.link) + describe_batch(made, own):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    console.print(table(made, memory, f"{memory / GB:.0f} GB{where}"))
+    console.print(table(made, memory, f"{memory / GB:.3g} GB{where}"))
     remedy = fitting.found(own, args.workers, fits)
     console.print(advice(made, own, memory, remedy), highlight=False, markup=False, soft_wrap=True)
     return 1 if remedy is None else 0
@@ -233,16 +238,21 @@ def describe(made: Plan, link: float) -> list[str]:
     return lines
 
 
-def describe_batch(made: Plan, args: types.SimpleNamespace) -> str:
-    """A line about the forward and backward pass."""
-    assert made.batch is not None
+def _unknown(batch: Batch) -> None:
+    """The pass of a model that cannot be traced."""
+
+
+def describe_batch(made: Plan, args: types.SimpleNamespace) -> list[str]:
+    """A line about the forward and backward pass, if it is known."""
+    if made.batch is None:
+        return []
     batch = of_batch(args, made.workers)
     layers = "computed again" if batch.recomputed else "kept"
     logits = "a chunk at a time" if batch.chunked else "all at once"
-    return (
+    return [
         f"forward and backward pass of {batch.rows} x {batch.length} positions: {_gb(made.batch.most)}, gradients"
         f" included; activations inside layers are {layers}; logits {logits}: {_gb(made.batch.logits)}"
-    )
+    ]
 
 
 def advice(made: Plan, args: types.SimpleNamespace, memory: float, remedy: dict[str, Any] | None) -> str:

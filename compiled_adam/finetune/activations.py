@@ -20,6 +20,8 @@ from .head import Parts, place
 from .recompute import floats, replaced, with_floats
 
 Head = Callable[[mx.array, mx.array], list[mx.array]]  # of hidden states and tokens
+# Classes of mlx-lm raise one of these if a config does not fit, or if they need a GPU.
+_OF_MODELS = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, AssertionError, RuntimeError)
 MOST_CHUNKS = 32  # that are followed; further ones take the same memory again
 
 
@@ -48,7 +50,7 @@ def of_pass(model: nn.Module, batch: Batch) -> Pass:
     """
     try:
         return _of_pass(model, batch)
-    except (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError) as error:
+    except _OF_MODELS as error:
         raise InputError(f"activations cannot be computed: {str(error).partition(chr(10))[0]}") from error
 
 
@@ -115,7 +117,7 @@ def _head_in_chunks(model: nn.Module, parts: Parts, batch: Batch, hidden: mx.arr
     """What `losses.linear_cross_entropy` computes, in the same order: the loss, and its gradients with respect to the
     hidden states and the trained parameters of the head."""
     head, trained = parts.head(model), _places(model)[1]
-    shape, hidden, targets = hidden.shape, hidden.reshape(-1, hidden.shape[-1]), tokens[:, 1:].reshape(-1, 1)
+    shape, hidden, targets = hidden.shape, hidden.reshape(-1, hidden.shape[-1]), tokens[:, 1:].reshape(-1)
     sample = head(mx.zeros((1, shape[-1]), hidden.dtype))
     used = reached([sample], trained.read())
     own = Places([each for each, is_used in zip(_triples(trained), used, strict=True) if is_used])
@@ -142,15 +144,14 @@ def _head_in_chunks(model: nn.Module, parts: Parts, batch: Batch, hidden: mx.arr
 
 
 def _loss(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
-    """The operations of `kept_cross_entropy`, and of its gradient."""
-    wide = logits.astype(mx.float32)
-    top = wide.max(axis=-1, keepdims=True)
-    powers = mx.exp(wide - top)
-    total = powers.sum(axis=-1, keepdims=True)
-    losses = mx.log(total) + top - mx.take_along_axis(wide, targets, axis=-1)
+    """The loss of a chunk and its gradient, as `kept_cross_entropy` computes them."""
+    counts = mx.ones(targets.shape, mx.bool_)
+    each, powers, total = losses.kept(logits, targets)
     # The results of a custom function are there together.
-    losses, powers, total = mx.depends([losses, powers, total], [losses])
-    return losses.sum(), (powers / total - (mx.arange(wide.shape[-1]) == targets)).astype(logits.dtype)
+    each, powers, total = mx.depends([each, powers, total], [each, logits])
+    factor = mx.where(counts, mx.array(1.0), 0.0)
+    cotangent, _ = losses.kept_gradient((logits, targets), [factor], (each, powers, total))
+    return mx.where(counts, each, 0.0).sum(), cotangent
 
 
 class _Call(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -28,8 +29,8 @@ def kept_cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
     return kept[0]
 
 
-@mx.custom_function
-def _kept(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+def kept(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """The losses, the exponentials, and their sums."""
     wide = logits.astype(mx.float32)
     top = wide.max(axis=-1, keepdims=True)
     powers = mx.exp(wide - top)
@@ -38,11 +39,15 @@ def _kept(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.a
     return losses[:, 0], powers, total
 
 
-@_kept.vjp
-def _kept_gradient(
-    inputs: tuple[mx.array, mx.array], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
+def kept_gradient(
+    inputs: tuple[mx.array, mx.array], cotangents: Sequence[mx.array], outputs: tuple[mx.array, ...]
 ) -> tuple[mx.array, mx.array]:
+    """The gradients with respect to the inputs of `kept`, by that of the losses."""
     (logits, targets), (_, powers, total), factor = inputs, outputs, cotangents[0][:, None]
     hit = mx.arange(logits.shape[-1]) == targets[:, None]
     gradient = powers * (factor / total) - mx.where(hit, factor, 0.0)
     return mx.where(factor == 0, 0.0, gradient).astype(logits.dtype), mx.zeros_like(targets)
+
+
+_kept = mx.custom_function(kept)
+_kept.vjp(kept_gradient)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import mlx.core as mx
 import pytest
-
 from compiled_adam.base.mlx_graph import kernels
 from compiled_adam.base.peak import AHEAD, VIEWS, fused, peak, traced
 

@@ -15,12 +15,15 @@ from compiled_adam.commands import plan
 from compiled_adam.commands.lora import make_optimizer, make_trainable
 from compiled_adam.commands.lora_options import settings
 from compiled_adam.finetune import model_config
+from compiled_adam.finetune.activations import Pass
+from compiled_adam.step import losses
 from compiled_adam.update.moments import POLICIES
 from hypothesis import given
 from hypothesis import settings as fuzzing
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from mlx_lm import load
+from mlx_lm.models import llama
 
 from bench import scaling
 
@@ -125,13 +128,86 @@ def test_command(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = str(tiny_model / "config.json")
     assert (
         cli.main(["plan", "--batch-size", "2", config, "--workers", "2", "--memory", "0.0001", "--num-layers", "1"])
-        == 0
+        == 1
     )
     out = capsys.readouterr().out
     assert cli.main(["plan", config, "--workers", "2", "--num-layers", "1", "--shard-state"]) == 0
     assert "and 1 call of together" in (gathers := capsys.readouterr().out) and "of new weights" in gathers
     assert "2 workers: 1 call of together" in out and "at 5 GB/s" in out and "does not fit" in out
     assert all(policy in out for policy in POLICIES)
+    assert "no options make it fit that keep what is trained; use a quantized or smaller model\n" in out
+    assert "forward and backward pass of 1 x 2048 positions: 0.1" in out and "logits a chunk at a time: " in out
+
+
+def test_the_batch_is_the_largest_of_the_job() -> None:
+    def batch(*argv: str, workers: int = 1) -> tuple:
+        return plan.of_batch(options(*argv), workers)[:4]
+
+    assert batch() == (4, 2048, False, True)
+    assert batch("--grad-checkpoint", "--no-chunked-loss", workers=2) == (2, 2048, True, False)
+    assert batch("--no-group-by-length", "--max-seq-length", "65") == (4, 64, False, True)
+    assert batch("--batch-tokens", "8192", "--max-seq-length", "1000", workers=2) == (4, 1000, False, True)
+    assert batch("--batch-tokens", "100") == (1, 100, False, True)
+    like = plan.of_batch(options("--like-mlx-lm"), 1)
+    assert like[:4] == (4, 2047, False, False) and like.loss is losses.like_mlx_lm
+
+
+def test_the_total_has_the_pass_with_its_gradients(tiny_model: Path) -> None:
+    args = options("--fine-tune-type", "full", "--grad-accumulation-steps", "2")
+    made = plan.plan(model_config.read(str(tiny_model)), args, workers=2)
+    without = made.weights + made.window + sum(made.states["8bit"])
+    assert made.total("8bit") == without + made.gradients + made.exchange
+    assert made._replace(batch=Pass(10**9, 10**6)).total("8bit") == without + 10**9
+    assert made._replace(batch=Pass(made.gradients, 0)).total("8bit") == made.total("8bit")
+
+
+def said_last(capsys: pytest.CaptureFixture[str]) -> str:
+    return capsys.readouterr().out.splitlines()[-1]
+
+
+def test_the_last_line_is_a_job_that_fits(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The job with its options fits as it is."""
+    job = ["plan", str(tiny_model), "--optimizer", "adamw", "--no-chunked-loss"]
+    needed = {}
+    for memory, expected in (("4", []), ("0.3", ["--grad-checkpoint"]), ("0.05", ["--batch-size 1"])):
+        assert cli.main([*job, "--memory", memory]) == 0
+        line = said_last(capsys)
+        if not expected:
+            assert line == "it fits, with moments float32"
+            continue
+        fragment = line.removeprefix("it fits with ")
+        assert fragment != line and all(option in fragment for option in expected)
+        assert cli.main([*job, *fragment.split(), "--memory", memory]) == 0
+        assert said_last(capsys).startswith("it fits, with moments ")
+        needed[memory] = fragment
+    assert len(set(needed.values())) == 2
+
+
+def test_a_model_that_cannot_be_traced_is_planned_without_its_activations(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def call(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("needs Metal\nand more")
+
+    monkeypatch.setattr(llama.Model, "__call__", call)
+    assert cli.main(["plan", str(tiny_model), "--memory", "0.01"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("activations cannot be computed: needs Metal; they come on top of the total\n")
+    assert "forward and backward pass" not in out and "it fits, with moments float32\n" in out
+    assert cli.main(["plan", str(tiny_model), "--memory", "0.0001"]) == 1
+
+
+def test_moments_of_the_job_decide_whether_it_fits(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = ["plan", str(tiny_model), "--fine-tune-type", "full", "--batch-size", "1", "--max-seq-length", "8"]
+    made = plan.plan(model_config.read(str(tiny_model)), settings(["--train", "--optimizer", "adam", *job[2:]]))
+    between = made.total("8bit") + sum(made.states["float32"]) / 2
+    assert made.total("float32") > between
+    assert cli.main([*job, "--memory", f"{between / 1e9:.6f}"]) == 0
+    assert said_last(capsys) == "it fits with --moments 8bit"
+    assert cli.main([*job, "--memory", f"{between / 1e9:.6f}", "--moments", "8bit"]) == 0
+    assert said_last(capsys) == "it fits, with moments 8bit"
+    assert cli.main([*job, "--memory", f"{between / 1e9:.6f}", "--optimizer", "sgd"]) == 0
+    assert said_last(capsys) == "it fits, with moments sgd"
 
 
 def test_numbers_of_parameters_are_never_zero() -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import compiled_adam as ca
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from mlx.utils import tree_flatten
-
-import compiled_adam as ca
 from compiled_adam import losses
 from compiled_adam.commands.lora import make_trainable
 from compiled_adam.commands.lora_options import settings
@@ -17,6 +15,7 @@ from compiled_adam.finetune import model_config
 from compiled_adam.finetune.activations import Batch, of_pass
 from compiled_adam.finetune.chunked import ChunkedLoss
 from compiled_adam.finetune.recompute import recomputed
+from mlx.utils import tree_flatten
 
 SIZES = {
     "num_hidden_layers": 4,
@@ -103,12 +102,14 @@ def test_what_saves_memory_is_planned_to_save_it() -> None:
     """A large vocabulary, and many layers: the order of the four ways is that of the measured ones."""
     model = model_of({**LLAMA, "vocab_size": 65536, "num_hidden_layers": 12}, "lora", "bfloat16")
     most = {
-        (again, chunked): of_pass(model, Batch(4, 512, again, chunked)) for again in (False, True) for chunked in (0, 1)
+        (again, chunked): of_pass(model, Batch(4, 512, again, chunked))
+        for again in (False, True)
+        for chunked in (False, True)
     }
-    whole = 4 * 512 * 65536 * 4  # of the logits in float32
-    assert most[False, 0].logits > 2 * whole and most[False, 1].logits < whole / 2 + 1e8
-    assert most[False, 0].most - most[False, 1].most > whole
-    assert most[True, 1].most < 0.5 * most[False, 1].most
+    whole = 4 * 512 * 65536 * 4  # bytes of the logits in float32
+    assert most[False, 0].logits > 4 * whole and most[False, 1].logits < 2 * whole
+    assert most[False, 0].most - most[False, 1].most > 2 * whole
+    assert most[True, 1].most < most[False, 1].most - 1e8
     assert most[True, 1].most < most[True, 0].most < most[False, 0].most
 
 
