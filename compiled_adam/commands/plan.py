@@ -249,9 +249,10 @@ def describe_batch(made: Plan, args: types.SimpleNamespace) -> list[str]:
     batch = of_batch(args, made.workers)
     layers = "computed again" if batch.recomputed else "kept"
     logits = "a chunk at a time" if batch.chunked else "all at once"
+    device = "CPU" if mx.default_device() == mx.cpu else "GPU"  # it has other kernels, and so another graph
     return [
-        f"forward and backward pass of {batch.rows} x {batch.length} positions: {_gb(made.batch.most)}, gradients"
-        f" included; activations inside layers are {layers}; logits {logits}: {_gb(made.batch.logits)}"
+        f"forward and backward pass of {batch.rows} x {batch.length} positions on a {device}: {_gb(made.batch.most)},"
+        f" gradients included; activations inside layers are {layers}; logits {logits}: {_gb(made.batch.logits)}"
     ]
 
 

@@ -122,11 +122,11 @@ def _head_in_chunks(model: nn.Module, parts: Parts, batch: Batch, hidden: mx.arr
     used = reached([sample], trained.read())
     own = Places([each for each, is_used in zip(_triples(trained), used, strict=True) if is_used])
     size = losses.chunk_rows(sample.shape[-1])
-    total, pieces = mx.array(0.0), list[mx.array]()
+    total, pieces, counts = mx.array(0.0), list[mx.array](), mx.ones(targets.shape, mx.bool_)
     sums = [mx.zeros(array.shape, mx.float32) for array in own.read()]
     for start in range(0, min(len(hidden), MOST_CHUNKS * size), size):
         rows = mx.depends([hidden[start : start + size]], [total, *sums, *pieces[-1:]])[0]
-        loss, cotangent = _loss(head(rows), targets[start : start + size])
+        loss, cotangent = _loss(head(rows), targets[start : start + size], counts[start : start + size])
 
         def logits(rows: mx.array, *parameters: mx.array) -> mx.array:
             before = own.read()
@@ -143,15 +143,14 @@ def _head_in_chunks(model: nn.Module, parts: Parts, batch: Batch, hidden: mx.arr
     return [total, mx.concatenate([*pieces, rest]).reshape(shape), *sums]
 
 
-def _loss(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+def _loss(logits: mx.array, targets: mx.array, counts: mx.array) -> tuple[mx.array, mx.array]:
     """The loss of a chunk and its gradient, as `kept_cross_entropy` computes them."""
-    counts = mx.ones(targets.shape, mx.bool_)
     each, powers, total = losses.kept(logits, targets)
     # The results of a custom function are there together.
     each, powers, total = mx.depends([each, powers, total], [each, logits])
-    factor = mx.where(counts, mx.array(1.0), 0.0)
+    loss, factor = mx.value_and_grad(lambda each: mx.where(counts, each, 0.0).sum())(each)
     cotangent, _ = losses.kept_gradient((logits, targets), [factor], (each, powers, total))
-    return mx.where(counts, each, 0.0).sum(), cotangent
+    return loss, cotangent
 
 
 class _Call(NamedTuple):
