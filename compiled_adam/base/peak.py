@@ -33,7 +33,7 @@ _FUSED = {
     *("Floor", "Log", "Log1p", "Log2", "Log10", "LogicalNot", "Negative", "Remainder", "Round", "Rsqrt", "Sigmoid"),
     *("Sign", "Sin", "Sinh", "Sqrt", "Square", "Tan", "Tanh", "Add", "Divide", "Equal", "Greater", "GreaterEqual"),
     *("Less", "LessEqual", "LogicalAnd", "LogicalOr", "LogAddExp", "Maximum", "Minimum", "Multiply", "NotEqual"),
-    *("Power", "Subtract", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "Select"),
+    *("Power", "Subtract", "BitwiseBinary", "BitwiseInvert", "Select"),
 }
 _IN_PLACE = {*_FUSED, "Softmax", "Scatter", "ScatterAxis", "SliceUpdate", "Scan"}
 

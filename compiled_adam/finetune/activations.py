@@ -172,8 +172,8 @@ class _Call(NamedTuple):
 
         primals = mx.depends([*before, *floats(self.args)], [cotangent])
         _, found = mx.vjp(result, primals, [cotangent])
-        own = found[: len(trained)]
-        return own, mx.depends([found[len(trained)]], own)[0] if own else found[0]
+        own, first = found[: len(trained)], found[len(trained)]
+        return own, mx.depends([first], own)[0] if own else first
 
 
 def _calls(model: nn.Module, parts: Parts, tokens: mx.array) -> tuple[list[_Call], mx.array]:
@@ -211,16 +211,14 @@ def _peak(function: Callable[..., list[mx.array]], every: Places, *inputs: mx.ar
 
 
 def _places(module: nn.Module) -> tuple[Places, Places]:
-    """The places of all arrays, and of the trained ones. A tied module has two paths and counts once."""
-    every, trained = (
-        Places(
-            list(
-                {(id(container), key): (path, container, key) for path, container, key in along(tree, module)}.values()
-            )
-        )
-        for tree in (module.parameters(), module.trainable_parameters())
-    )
-    return every, trained
+    """The places of all arrays, and of the trained ones."""
+    return _along(module.parameters(), module), _along(module.trainable_parameters(), module)
+
+
+def _along(tree: Any, module: nn.Module) -> Places:
+    # A tied module has two paths, and counts once.
+    found = {(id(container), key): (path, container, key) for path, container, key in along(tree, module)}
+    return Places(list(found.values()))
 
 
 def _triples(places: Places) -> Iterator[tuple[str, Any, Any]]:
