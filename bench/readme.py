@@ -1,4 +1,4 @@
-"""``python -m bench.readme``: writes the tables of docs/benchmarks.md and its picture from ``bench/results``."""
+"""``python -m bench.readme``: writes the tables of README and docs, and a picture, from ``bench/results``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import re
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from . import numerics, plots
 from .contenders import COMPILED, EAGER, OURS, STEP, TORCH
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "benchmarks.md"
+PAGE, README = ROOT / "docs" / "benchmarks.md", ROOT / "README.md"
 
 
 WORKLOADS = ("1000 x 64", "448 x (8x1024)", "95 M GPT-2")  # of which the page has a row; the record has all
@@ -87,21 +87,38 @@ def quality_table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def step_table(record: dict[str, Any]) -> str:
+    """One epoch by mlx-lm and by ours, a row for each job and command, with ratios to mlx-lm."""
+    columns = ("tokens per second", "positions per token", "memory above the weights", "first step", "held-out loss")
+    lines = [f"| job | command | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+    for row in record["step"]:
+        noisy = " (noisy)" if row["ratio_noisy"] else ""
+        cells = [f"{row['tokens_per_second']:,.0f}, x {row['ratio']:.2f}{noisy}", f"{row['positions_per_token']:.2f}"]
+        cells.append(f"{row['peak_bytes'] / 1e6:.0f} MB, x {row['memory_ratio']:.2f}")
+        cells.append(f"x {row['first_step_ratio']:.2f}" if "first_step_ratio" in row else "-")
+        cells.append(f"{row['held_out']:.3f}, x {row['held_out_ratio']:.3f}" if "held_out" in row else "-")
+        lines.append(f"| {row['job']} | `{row['contender']}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "update": update_table,
     "numerics": numerics_table,
     "quality": quality_table,
+    "step": step_table,
 }
+PAGES = {PAGE: tuple(TABLES), README: ("step",)}
 
 
-def rendered(page: str) -> str:
+def rendered(page: str, names: Sequence[str]) -> str:
     """``page`` with what stands between the markers of each table replaced by what the records say."""
-    for name, table in TABLES.items():
+    for name in names:
+        table = TABLES[name]
         record = json.loads((Path(__file__).parent / "results" / f"{name}-linux-cpu.json").read_text())
-        pattern = re.compile(rf"(<!-- {name} table -->\n).*?(\n<!-- end -->)", re.S)
-        page, count = pattern.subn(lambda match: match[1] + table(record) + match[2], page)  # noqa: B023
+        pattern = re.compile(rf"(<!-- {name} table -->\n)(?:.*?\n)?(<!-- end -->)", re.S)
+        page, count = pattern.subn(lambda match: f"{match[1]}{table(record)}\n{match[2]}", page)  # noqa: B023
         if count != 1:
-            raise InputError(f"{PAGE.name} has {count} places for the {name} table; it must have one")
+            raise InputError(f"the page has {count} places for the {name} table; it must have one")
     return page
 
 
@@ -115,4 +132,5 @@ def picture() -> str:
 
 if __name__ == "__main__":
     (ROOT / "docs" / "numerics.svg").write_text(picture())
-    PAGE.write_text(rendered(PAGE.read_text()))
+    for page, names in PAGES.items():
+        page.write_text(rendered(page.read_text(), names))

@@ -98,7 +98,7 @@ def test_readme_tables_from_records_of_this_schema(
 
 def test_readme_needs_a_place_for_each_table() -> None:
     with pytest.raises(ValueError, match="0 places for the update table"):
-        readme.rendered("no markers")
+        readme.rendered("no markers", ["update"])
 
 
 def test_a_missing_framework_is_one_line(bench, small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
