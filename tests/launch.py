@@ -41,6 +41,7 @@ def workers(count: int, folder: Path, *arguments: str, **environment: str) -> It
     for rank in range(count):
         (CACHES / str(rank)).mkdir(parents=True, exist_ok=True)
         own = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TMPDIR": str(CACHES / str(rank))}
+        own |= {"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # the same bits for any number of workers
         if count > 1:
             own |= {"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)}
         process = subprocess.Popen(

@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 from compiled_adam import cli
-from compiled_adam.commands import like_mlx_lm
+from compiled_adam.commands import lora
 from mlx_lm.tuner.trainer import default_loss
 
 from tests import count_calls
@@ -24,7 +24,7 @@ def poisoned_loss(model: Any, tokens: mx.array, lengths: mx.array) -> Any:
     return loss * mx.where((tokens == TILDE).any(), float("nan"), 1.0), count  # a where of the loss has the gradient 0
 
 
-like_mlx_lm.loss = lambda args: poisoned_loss
+lora._loss = lambda args, model: poisoned_loss
 for arguments in json.loads(sys.argv[1]):
     code = cli.main(arguments)
     if code:

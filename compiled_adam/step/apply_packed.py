@@ -287,9 +287,8 @@ class PackedTrees:
         packed, squares, own_norm = [], [], "grad_norm" in scalars
         for row, stream in zip(self._rows, self._inside.leaves.streams(parameters), strict=True):
             with mx.stream(stream):  # the stream of this pack's update, so that no stream waits for another
-                gradient = flat([gradients[i] for i in row])
+                gradient = row_major(flat([gradients[i] for i in row]), stream)
                 if not own_norm:
-                    gradient = row_major(gradient, stream)
                     squares.append(sum_of_squares(gradient))
                     # Read right before the update, or all gradients would stay in memory until the last was updated.
                     (gradient,) = mx.depends([gradient], [squares[-1]])

@@ -14,7 +14,7 @@ import mlx.core as mx
 from ..base import InputError
 from . import moments, residual, rule
 from .groups import Group
-from .kernels import Runner, in_place, of_leaves, row_major, square_root, unfused
+from .kernels import Runner, in_place, of_leaves, square_root, unfused
 from .moments import Stored
 from .norm import clip_factor, global_norm
 from .residual import Keep
@@ -151,7 +151,6 @@ def update(
     from an update of all parameters at once. If the ``weight`` is 0, the gradients count as 0.
     """
     lowerings = of_leaves(constants.lowering, [p.size for p in parameters])
-    gradients = [row_major(g, how.stream) for g, how in zip(gradients, lowerings, strict=True)]
     new = {**scalars, "step": scalars["step"] + 1}
     clip = finite = None
     if "grad_norm" in scalars:

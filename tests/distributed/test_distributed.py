@@ -363,7 +363,7 @@ losses.next_token = loss
 sys.exit(cli.main(sys.argv[1:]))
 """
     command = ["--model", str(fine.model), "--data", str(fine.folder / "data"), "--batch-size", "4"]
-    more = ["--test", "--adapter-path", "", "--worker-timeout", "1"]
+    more = ["--test", "--adapter-path", "", "--worker-timeout", "1", "--no-chunked-loss"]
     with launch.workers(2, fine.folder / how, "-c", program, "lora", *command, *more) as processes:
         out, _ = processes[0].communicate(timeout=120)
     assert processes[0].returncode == 1 and "there is no test loss" in out, out

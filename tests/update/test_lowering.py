@@ -5,10 +5,12 @@ from collections.abc import Sequence
 
 import compiled_adam as ca
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from compiled_adam.base.mlx_graph import kernels as kernels_of
-from compiled_adam.update import global_norm, kernels, leaves, residual
+from compiled_adam.step import apply_packed
+from compiled_adam.update import global_norm, kernels, residual
 from mlx.utils import tree_flatten
 
 SIZES = {"small": 100, "large": kernels.LARGE, "larger": kernels.LARGE + 1, "largest": 3 * kernels.LARGE}
@@ -204,6 +206,8 @@ def test_a_transposed_gradient_is_put_in_order_once(monkeypatch: pytest.MonkeyPa
         seen.append(gradient.shape)
         return kernels.row_major(gradient, stream)
 
-    monkeypatch.setattr(leaves, "row_major", spy)
-    ca.AdamW(1e-3).apply_gradients({"a": large}, {"a": mx.zeros(large.shape)})
-    assert seen == [large.shape]
+    monkeypatch.setattr(apply_packed, "row_major", spy)
+    for options in ({}, {"max_grad_norm": 1.0}):  # the norm is that of the step, or of the optimizer
+        step = ca.make_step(nn.Linear(300, 200, bias=False), lambda model, x: model(x).sum(), ca.AdamW(1e-3, **options))
+        step(mx.ones((2, 300)))
+    assert seen == [(200, 300)] * 2
