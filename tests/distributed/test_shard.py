@@ -156,6 +156,7 @@ step(*batch())
     launch.run(2, tmp_path, "-c", program)
 
 
+@pytest.mark.slow
 def test_memory_is_what_the_other_does_not_have(tmp_path: Path) -> None:
     program = """
 import json, sys

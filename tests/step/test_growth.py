@@ -156,7 +156,7 @@ WORKLOADS: dict[str, Callable[[], Run]] = {
     "caches by length": caches,
 }
 SLOW = {"8bit", "stock optimizer", "several optimizers", "changing shapes", "changing numbers", "state looked at"}
-SLOW |= {"steps begun anew", "caches by length"}
+SLOW |= {"steps begun anew", "caches by length", "large bfloat16 leaves", "replaced weights", "state saved and loaded"}
 
 
 def counted() -> tuple[int, int]:
