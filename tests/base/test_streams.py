@@ -38,6 +38,7 @@ def test_what_cannot_be_written_is_left_out(make) -> None:
     for _ in range(2):
         print("text", file=stream, flush=True)
     stream.writelines(["a", "b"])
+    assert stream.write("text") == 4  # as if it were written
 
 
 def test_other_characters_become_escapes() -> None:
@@ -64,6 +65,7 @@ def test_progress_goes_on(make, monkeypatch: pytest.MonkeyPatch) -> None:
         progress.line("first ━")
         progress.advance()
         progress.line("second")
+    assert progress._bar.tasks[0].completed == 1
 
 
 def test_the_streams_are_put_back() -> None:

@@ -10,81 +10,30 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import compiled_adam as ca
 import mlx.core as mx
-import numpy as np
 import pytest
 from compiled_adam import losses
 from compiled_adam.base.errors import InputError, TrainingStopped
-from compiled_adam.checkpoint import durable, series
 from compiled_adam.finetune import saving, validation
 from compiled_adam.finetune.batches import Batches
 from compiled_adam.finetune.log import read
 from compiled_adam.finetune.stopping import is_out_of_memory
-from mlx_lm import load
 from mlx_lm.tuner import trainer
-from mlx_lm.tuner.callbacks import TrainingCallback
-from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from tests.conftest import ROOT
-
-
-class Tokens(list):
-    """A data set of mlx-lm's kind, already tokenized."""
-
-
-def lora(tiny_model: Path):
-    mx.random.seed(0)
-    np.random.seed(0)
-    model = load(str(tiny_model))[0]
-    model.freeze()
-    linear_to_lora_layers(model, 2, {"rank": 4, "dropout": 0.0, "scale": 10.0})
-    return model
-
-
-def dataset(count: int = 12) -> Tokens:
-    chance = np.random.default_rng(0)
-    return Tokens((chance.integers(1, 500, 20).tolist(), 0) for _ in range(count))
-
-
-def arguments(folder: Path, **changes) -> trainer.TrainingArgs:
-    defaults = {"batch_size": 2, "iters": 12, "val_batches": 2, "steps_per_report": 1, "steps_per_eval": 3}
-    adapters = {"steps_per_save": 4, "adapter_file": str(folder / "adapters.safetensors")}
-    return trainer.TrainingArgs(**{**defaults, **adapters, **changes})
-
-
-def weights(file: Path) -> dict[str, mx.array]:
-    arrays = mx.load(str(file))
-    assert isinstance(arrays, dict)
-    return arrays
-
-
-BAD = 511  # a token that no example has
-
-
-def loss_that_fails_on_bad(model, batch, lengths):
-    """mlx-lm's loss, which is not a number, nor is its gradient, for a batch with the token `BAD`."""
-    value, tokens = trainer.default_loss(model, batch, lengths)
-    return value * mx.where((batch == BAD).any(), float("nan"), 1.0), tokens
-
-
-class WithBadBatch(Batches):
-    """Its sixth batch has the token `BAD`; or, with ``skip``, does not come."""
-
-    skip = False
-
-    def __next__(self):
-        batch, lengths = super().__next__()
-        if self._loop:
-            self.count = getattr(self, "count", 0) + 1
-            if self.count == 6:
-                if self.skip:
-                    return super().__next__()
-                batch[0, 1] = BAD
-        return batch, lengths
+from tests.tiny_runs import (
+    WithBadBatch,
+    arguments,
+    dataset,
+    lora,
+    loss_that_fails_on_bad,
+    losses_of,
+    train,
+    weights,
+)
 
 
 class WithoutBadBatch(WithBadBatch):
@@ -466,20 +415,6 @@ def test_log_has_every_step(tiny_model: Path, tmp_path: Path) -> None:
 # An earlier run, and what is not ours.
 
 
-def train(tiny_model: Path, folder: Path, val: bool = False, optimizer=None, **options) -> None:
-    """A short run with checkpoints; what `arguments` knows goes there."""
-    names = trainer.TrainingArgs.__dataclass_fields__
-    changes = {name: options.pop(name) for name in list(options) if name in names}
-    args = arguments(folder, **changes)
-    options = {"keep_checkpoints": 9, **options}
-    rate = ca.Adam(1e-3, skip_nonfinite=True) if optimizer is None else optimizer
-    ca.train(lora(tiny_model), rate, dataset(), dataset() if val else None, args=args, **options)
-
-
-def losses_of(folder: Path) -> list[float]:
-    return [entry["loss"] for entry in read(folder / "log.jsonl") if "loss" in entry]
-
-
 def test_nothing_of_others_is_deleted(tiny_model: Path, tmp_path: Path, capsys) -> None:
     mine = ["previous-1/thesis.txt", "checkpoints/mine.txt", "best/notes.txt", "log.jsonl"]
     for name in mine:
@@ -526,218 +461,6 @@ def test_a_refused_run_changes_no_file(tiny_model: Path, tmp_path: Path) -> None
         train(tiny_model, tmp_path, optimizer=ca.Adam(1.0), resume="auto", log=True, adapter_config={"rank": 8})
     after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
     assert before == after
-
-
-# What a resumed run must have in common with the one that was not stopped.
-
-
-def stop_after(iteration: int, kind: int = signal.SIGINT):
-    """A callback that asks the run to stop when it reports this iteration."""
-
-    class Stopper(TrainingCallback):
-        def on_train_loss_report(self, train_info: dict) -> None:
-            if train_info["iteration"] == iteration:
-                os.kill(os.getpid(), kind)
-
-    return Stopper()
-
-
-def test_an_early_stop_is_the_same_when_resumed(tiny_model: Path, tmp_path: Path, capsys) -> None:
-    options = {"val": True, "iters": 60, "steps_per_eval": 3, "early_stop_patience": 2, "log": True}
-    bad = ca.Adam(0.3, skip_nonfinite=True)  # so fast that the loss soon rises
-    train(tiny_model, tmp_path, optimizer=bad, **options)
-    stopped = losses_of(tmp_path)
-    assert len(stopped) < 59
-    train(tiny_model, tmp_path, optimizer=ca.Adam(0.3, skip_nonfinite=True), resume="auto", **options)
-    assert losses_of(tmp_path) == stopped
-    assert capsys.readouterr().out.count("stopped early: 2 validations without a lower loss") == 2
-
-
-def test_more_iterations_follow_as_if_the_last_had_not_been_the_last(tiny_model: Path, tmp_path: Path) -> None:
-    options = {"val": True, "log": True, "steps_per_eval": 5, "grad_accumulation_steps": 3}
-    for name, iterations in (("long", [20]), ("short", [8, 13, 20])):
-        (tmp_path / name).mkdir()
-        for i, iters in enumerate(iterations):
-            train(tiny_model, tmp_path / name, iters=iters, resume="auto" if i else None, **options)
-    assert losses_of(tmp_path / "long") == losses_of(tmp_path / "short")
-    a, b = (weights(tmp_path / name / "adapters.safetensors") for name in ("long", "short"))
-    assert all(mx.array_equal(a[path], b[path]).item() for path in a)
-
-
-def test_random_numbers_that_a_callback_draws(tiny_model: Path, tmp_path: Path) -> None:
-    class Drawing(TrainingCallback):
-        def on_train_loss_report(self, train_info: dict) -> None:
-            np.random.permutation(7)
-
-    options = {"log": True, "training_callback": Drawing(), "steps_per_save": 1}
-    for name, iterations in (("long", [20]), ("short", [5, 20])):
-        (tmp_path / name).mkdir()
-        for i, iters in enumerate(iterations):
-            train(tiny_model, tmp_path / name, iters=iters, resume="auto" if i else None, **options)
-    assert losses_of(tmp_path / "long") == losses_of(tmp_path / "short")
-
-
-def test_dropout_is_on_again_after_a_validation(tiny_model: Path, tmp_path: Path) -> None:
-    seen = []
-
-    def loss(model, batch, lengths):
-        seen.append(model.training)
-        return trainer.default_loss(model, batch, lengths)
-
-    train(tiny_model, tmp_path, val=True, loss=loss, steps_per_eval=1, iters=3)
-    # One trace for training, and two batches for each of three validations, called each time.
-    assert seen.count(True) == 1 and seen.count(False) == 6
-
-
-def test_failures_in_a_row_are_counted_over_a_stop(tiny_model: Path, tmp_path: Path) -> None:
-    def nan(model, batch, lengths):
-        value, tokens = trainer.default_loss(model, batch, lengths)
-        return value * float("nan"), tokens
-
-    options = {"loss": nan, "log": True, "iters": 60}
-    with pytest.raises(KeyboardInterrupt):
-        train(tiny_model, tmp_path, training_callback=stop_after(5), nonfinite_limit=8, **options)
-    with pytest.raises(TrainingStopped, match=r"not finite in (8|9) steps in a row"):
-        train(tiny_model, tmp_path, resume="auto", nonfinite_limit=8, **options)
-
-
-@pytest.mark.parametrize("limit", [2, 3, 7])
-@pytest.mark.parametrize("every", [1, 2, 4])
-def test_the_limit_of_failures_is_met_whatever_the_reports(
-    limit: int, every: int, tiny_model: Path, tmp_path: Path
-) -> None:
-    def nan_gradient(model, batch, lengths):
-        value, tokens = trainer.default_loss(model, batch, lengths)
-        # Finite, but with a gradient that is not: sqrt at zero.
-        return value + mx.sqrt(0.0 * value) * 0.0, tokens
-
-    with pytest.raises(TrainingStopped, match="not finite in"):
-        train(
-            tiny_model,
-            tmp_path,
-            loss=nan_gradient,
-            nonfinite_limit=limit,
-            steps_per_report=every,
-            grad_accumulation_steps=2,
-            iters=60,
-        )
-
-
-# Saves that fail.
-
-
-@pytest.mark.parametrize("ending", ["complete", "SIGINT", "SIGTERM", "nonfinite"])
-def test_adapters_are_saved_where_a_checkpoint_cannot(
-    ending: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(saving, "write_checkpoint", full)
-    expected = {"complete": TrainingStopped, "SIGINT": KeyboardInterrupt, "SIGTERM": SystemExit}
-    options = {"training_callback": stop_after(3, getattr(signal, ending))} if ending.startswith("SIG") else {}
-    if ending == "nonfinite":
-        options = {"loss": loss_that_fails_on_bad, "nonfinite_limit": 1, "iterate_batches": WithBadBatch}
-    with pytest.raises(expected.get(ending, TrainingStopped)) as stopped:
-        train(tiny_model, tmp_path, **options)
-    assert weights(tmp_path / "adapters.safetensors")
-    said = str(stopped.value) + capsys.readouterr().out
-    assert "No space left on device" in said and "adapters.safetensors has the weights after iteration" in said
-    if ending == "SIGTERM":
-        assert stopped.value.code == 143
-
-
-class Sixth(Batches):
-    """Instead of the sixth batch it does something."""
-
-    does: Callable[[], None]
-
-    def __next__(self):
-        if self.position()["next"] == 5:
-            type(self).does()
-        return super().__next__()
-
-
-def sixth(*actions: int | Exception) -> type[Sixth]:
-    """Batches whose sixth sends signals and raises errors, in this order."""
-
-    def does() -> None:
-        for action in actions:
-            if isinstance(action, Exception):
-                raise action
-            os.kill(os.getpid(), action)
-
-    return type("SixthOnce", (Sixth,), {"does": staticmethod(does)})
-
-
-@pytest.mark.parametrize("kind", [InputError, ValueError, KeyError, RuntimeError, ZeroDivisionError])
-def test_an_error_in_the_middle_saves_what_there_is(kind, tiny_model: Path, tmp_path: Path, capsys) -> None:
-    error = kind("example 3 cannot be used")
-
-    # The error itself, and beside it a line that says what there is and how to go on.
-    with pytest.raises(type(error)) as raised:
-        train(tiny_model, tmp_path, iterate_batches=sixth(error), steps_per_save=100)
-    assert raised.value is error
-    line = capsys.readouterr().out.splitlines()[-1]
-    assert re.search(r"iteration 6: '?example 3 .*; .*has the weights after iteration 5, and .*--resume goes on", line)
-    assert ("--allow-change data" in line) == isinstance(error, InputError)
-    assert ca.latest_checkpoint(tmp_path / "checkpoints").name == "0000005"
-
-
-@pytest.mark.parametrize(
-    ("kind", "ended", "message"),
-    [(signal.SIGINT, KeyboardInterrupt, "stopped by SIGINT after iteration 5"), (signal.SIGTERM, SystemExit, "143")],
-)
-def test_what_a_signal_breaks_is_no_error(kind, ended, message: str, tiny_model: Path, tmp_path: Path) -> None:
-    """Ctrl-C reaches every process of a terminal, and so the compiler that MLX waits for, whose failure it raises."""
-    broken = RuntimeError("[Compile::eval_cpu] Failed to compile function")
-    with pytest.raises(ended, match=message):
-        train(tiny_model, tmp_path, iterate_batches=sixth(kind, broken), steps_per_save=100)
-    assert ca.latest_checkpoint(tmp_path / "checkpoints").name == "0000005"
-    # An error that no signal can cause stays one.
-    with pytest.raises(ZeroDivisionError):
-        train(tiny_model, tmp_path, iterate_batches=sixth(kind, ZeroDivisionError()), steps_per_save=100)
-
-
-def test_the_second_ctrl_c_says_what_there_is(tiny_model: Path, tmp_path: Path) -> None:
-    # With Python's own handler, also where the tests run in the background and inherit that Ctrl-C is ignored.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(
-            KeyboardInterrupt, match=r"stopped at once in iteration 6; there is a checkpoint .*iteration 4"
-        ):
-            train(tiny_model, tmp_path, iterate_batches=sixth(signal.SIGINT, signal.SIGINT))
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert ca.latest_checkpoint(tmp_path / "checkpoints").name == "0000004"
-
-
-def test_readers_of_adapters_see_a_whole_file(tiny_model: Path, tmp_path: Path, monkeypatch) -> None:
-    real = durable.save_arrays
-
-    def killed(file: Path, arrays) -> None:
-        real(file, arrays)
-        if file.name.startswith(".adapters"):
-            file.write_bytes(file.read_bytes()[:100])
-            raise OSError("killed in the middle")
-
-    train(tiny_model, tmp_path)
-    before = (tmp_path / "adapters.safetensors").read_bytes()
-    monkeypatch.setattr(durable, "save_arrays", killed)
-    with pytest.raises(TrainingStopped, match="killed in the middle"):
-        train(tiny_model, tmp_path, iters=3)
-    assert (tmp_path / "adapters.safetensors").read_bytes() == before
-
-
-def test_a_checkpoint_that_a_killed_save_left_under_another_name_is_put_aside_like_others(tmp_path: Path) -> None:
-    for name in ("0000002", ".0000004.old"):
-        (tmp_path / "checkpoints" / name).mkdir(parents=True)
-        (tmp_path / "checkpoints" / name / "meta.json").write_text(name)
-    said = saving.put_aside(tmp_path, series.numbered(tmp_path / "checkpoints"), [])
-    assert not os.listdir(tmp_path / "checkpoints")
-    aside = tmp_path / "previous-1" / "checkpoints"
-    assert (aside / "0000004" / "meta.json").read_text() == ".0000004.old" and "previous-1" in said
-    assert [path.name for path in series.numbered(aside)] == ["0000002", "0000004"]
 
 
 # Loops of one's own.
