@@ -151,10 +151,12 @@ def run(folder: Path, job: Job, command: str, options: tuple[str, ...], seed: in
 def _timed(command: str, argv: list[str], count: Count) -> tuple[float, int, Any]:
     """Seconds of a training without its validations, bytes above the weights at the peak, and the trained model."""
     args = lora_options.settings(argv) if command != "mlx_lm.lora" else _stock_settings(argv)
+    model: Any
+    tokenizer: Any
     model, tokenizer = load(args.model)[:2]
     mx.eval(model.parameters())
     np.random.seed(args.seed)
-    sets = data.load(args, tokenizer) if command != "mlx_lm.lora" else mlx_lm_lora.load_dataset(args, tokenizer)  # type: ignore[arg-type]
+    sets = data.load(args, tokenizer) if command != "mlx_lm.lora" else mlx_lm_lora.load_dataset(args, tokenizer)
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import compiled_adam as ca
 import mlx.core as mx
@@ -20,20 +21,21 @@ DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16}
 STEPS, SIZE = 2000, 4096
 Make = Callable[[float, float], optim.Optimizer]  # of the learning rate and the weight decay
 
+
+def _ours(options: dict[str, Any]) -> Make:
+    return lambda rate, decay: ca.AdamW(rate, weight_decay=decay, bias_correction=True, **options)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "compiled_adam": {},
+    "compensated=False": {"compensated": False},
+    'moments="bfloat16"': {"moments": "bfloat16"},
+    'moments="8bit"': {"moments": "8bit"},
+    'moments="param"': {"moments": "param"},
+}
 CONTENDERS: dict[str, Make] = {
     "mlx": lambda rate, decay: optim.AdamW(rate, weight_decay=decay, bias_correction=True),
-    **{
-        name: lambda rate, decay, options=options: ca.AdamW(  # type: ignore[misc]
-            rate, weight_decay=decay, bias_correction=True, **options
-        )
-        for name, options in {
-            "compiled_adam": {},
-            "compensated=False": {"compensated": False},
-            'moments="bfloat16"': {"moments": "bfloat16"},
-            'moments="8bit"': {"moments": "8bit"},
-            'moments="param"': {"moments": "param"},
-        }.items()
-    },
+    **{name: _ours(options) for name, options in OPTIONS.items()},
 }
 
 

@@ -191,7 +191,7 @@ def _report(arguments: argparse.Namespace) -> None:
 def _lora(arguments: argparse.Namespace) -> None:
     with needed("fine-tuning", "mlx-lm", "lm"):
         from .commands import lora
-    warnings.showwarning = _show_warning  # type: ignore[assignment]
+    warnings.showwarning = _show_warning  # type: ignore[assignment]  # which wants every parameter by name
     lora.main(arguments.rest)
 
 

@@ -11,7 +11,8 @@ import mlx.core as mx
 
 def get() -> mx.array:
     """The key: two uint32."""
-    return mx.random.state[0]  # type: ignore[index]
+    state: Any = mx.random.state
+    return state[0]
 
 
 def assign(key: mx.array) -> None:

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import IO, Any
+from typing import IO, Any, cast
 
 
 class Lenient:
@@ -58,7 +58,7 @@ def lenient(stream: IO[str] | None) -> IO[str]:
     """Wraps a stream in `Lenient`, once. None (Python's value for a closed stream) becomes a stream to nowhere."""
     if stream is None:
         return open(os.devnull, "w")  # stays open until the process ends
-    return stream if isinstance(stream, Lenient) else Lenient(stream)  # type: ignore[return-value]
+    return stream if isinstance(stream, Lenient) else cast(IO[str], Lenient(stream))
 
 
 @contextmanager

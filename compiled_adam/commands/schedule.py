@@ -73,7 +73,7 @@ def parser(name: str | None = None) -> argparse.ArgumentParser:
     """The options of one schedule, which are the parameters of its function; without a name, those of ``--config``."""
     made = argparse.ArgumentParser(
         prog=f"compiled-adam schedule{f' {name}' if name else ''}",
-        description=inspect.getdoc(SCHEDULES[name]).split("\n\n")[0].replace("``", "")  # type: ignore[union-attr]
+        description=(inspect.getdoc(SCHEDULES[name]) or "").split("\n\n")[0].replace("``", "")
         if name
         else "Draws the learning rate of a schedule, or of the lr_schedule in a YAML file for lora.",
         usage=None if name else "compiled-adam schedule [-h] (NAME ARGUMENTS... | --config FILE) [options]",

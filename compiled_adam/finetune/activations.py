@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..base import InputError, Places, along, peak, reached, traced
-from ..step import losses
+from ..step import chunk_rows, kept, kept_gradient, losses
 from .head import Parts, place
 from .recompute import floats, replaced, with_floats
 
@@ -121,7 +121,7 @@ def _head_in_chunks(model: nn.Module, parts: Parts, batch: Batch, hidden: mx.arr
     sample = head(mx.zeros((1, shape[-1]), hidden.dtype))
     used = reached([sample], trained.read())
     own = Places([each for each, is_used in zip(_triples(trained), used, strict=True) if is_used])
-    size = losses.chunk_rows(sample.shape[-1])
+    size = chunk_rows(sample.shape[-1])
     total, pieces, counts = mx.array(0.0), list[mx.array](), mx.ones(targets.shape, mx.bool_)
     sums = [mx.zeros(array.shape, mx.float32) for array in own.read()]
     for start in range(0, min(len(hidden), MOST_CHUNKS * size), size):
@@ -145,11 +145,11 @@ def _head_in_chunks(model: nn.Module, parts: Parts, batch: Batch, hidden: mx.arr
 
 def _loss(logits: mx.array, targets: mx.array, counts: mx.array) -> tuple[mx.array, mx.array]:
     """The loss of a chunk and its gradient, as `kept_cross_entropy` computes them."""
-    each, powers, total = losses.kept(logits, targets)
+    each, powers, total = kept(logits, targets)
     # The results of a custom function are there together.
     each, powers, total = mx.depends([each, powers, total], [each, logits])
     loss, factor = mx.value_and_grad(lambda each: mx.where(counts, each, 0.0).sum())(each)
-    cotangent, _ = losses.kept_gradient((logits, targets), [factor], (each, powers, total))
+    cotangent, _ = kept_gradient((logits, targets), [factor], (each, powers, total))
     return loss, cotangent
 
 

@@ -45,7 +45,7 @@ def flat_state(optimizer: optim.Optimizer) -> dict[str, mx.array]:
 
 def other_values(optimizer: optim.Optimizer) -> dict[str, Any]:
     """The values in the state that are no arrays, such as Python numbers, by path."""
-    leaves: list[tuple[str, Any]] = tree_flatten(states(optimizer))  # type: ignore[assignment]
+    leaves: Any = tree_flatten(states(optimizer))
     return {path: value for path, value in leaves if not isinstance(value, mx.array)}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -88,7 +88,7 @@ def check_values(schedule: Schedule, updates: int) -> None:
     values = mx.broadcast_to(schedule(mx.array(steps, mx.float32)), (len(steps),))
     bad = mx.logical_not((values >= 0) & mx.isfinite(values))
     if mx.any(bad).item():
-        first = bad.tolist().index(True)  # type: ignore[union-attr]
+        first = cast(list[bool], bad.tolist()).index(True)
         raise InputError(
             f"lr_schedule gives the learning rate {values[first].item():g} at update {steps[first]} of {updates};"
             " change its arguments so that every rate is finite and at least 0"

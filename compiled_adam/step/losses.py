@@ -8,9 +8,6 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .cross_entropy import cross_entropy as cross_entropy
-from .cross_entropy import kept as kept
-from .cross_entropy import kept_gradient as kept_gradient
-from .linear_cross_entropy import chunk_rows as chunk_rows
 from .linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 
 
