@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 try:
     from .base import InputError, TrainingStopped  # which loads a fast BLAS, and then MLX
 except ImportError as error:
+    _setting = type(error).__name__ == "BlasError"
     _what = (
         str(error)
-        if type(error).__name__ == "BlasError"
+        if _setting
         else f"MLX cannot be loaded ({error}); on Linux `mlx` comes without a backend, so install one with"
         " `pip install 'compiled-adam[cpu]'`, or [cuda12] or [cuda13] with an NVIDIA GPU."
     )
     if [os.path.basename(word) for word in sys.argv[:1]] == ["compiled-adam"]:
-        sys.exit(f"compiled-adam: {_what}")  # the command, `doctor` above all: a sentence and not a traceback
+        print(f"compiled-adam: {_what}", file=sys.stderr)  # the command, `doctor` above all: not a traceback
+        sys.exit(2 if _setting else 1)
     raise ImportError(_what) from error
 
 from . import schedulers
