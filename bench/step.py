@@ -108,8 +108,9 @@ def summary(runs: list[Row]) -> list[Row]:
 def table(rows: list[Row], environment: Row) -> Table:
     made = tables.table(
         f"One epoch of LoRA, MLX {environment['mlx']}, {environment['device']}, {environment['blas']}",
-        f"medians over interleaved runs, ours with {SAME_ADAM}; in brackets: to mlx_lm.lora within a round, of the held-out loss the farthest"
-        f" from 1; tokens: those that are learned; memory: the peak above the weights; {NOISY}",
+        f"medians over interleaved runs, ours with {SAME_ADAM}; in brackets: to mlx_lm.lora within a round, of the"
+        " held-out loss the farthest from 1; tokens: those that are learned; memory: the peak above the weights;"
+        f" {NOISY}",
         ("job", "contender"),
         ("tokens/s", "positions per token", "shapes", "memory", "first step", "held-out loss"),
     )
