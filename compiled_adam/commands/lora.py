@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import os
 import types
@@ -25,7 +26,7 @@ from mlx_lm.tuner.utils import print_trainable_parameters
 from ..base import InputError, fingerprint
 from ..checkpoint import check_exists
 from ..distributed import Workers, join
-from ..finetune import data, model_files, padding
+from ..finetune import data, model_files, padding, samples
 from ..finetune.adapters import check_folder, load_adapters, load_weights, other_scale, read_arrays
 from ..finetune.batches import Batches
 from ..finetune.chunked import ChunkedLoss
@@ -71,8 +72,6 @@ def run(args: types.SimpleNamespace) -> None:
     """One job: training, testing, or both."""
     for note in check_together(args):
         print(f"note: {note}")
-    if args.report:
-        from . import report  # noqa: F401, says now rather than after the training that matplotlib is missing
     # Before the model is loaded, which takes longer.
     optimizer = make_optimizer(args)
     _check_files(args)
@@ -169,10 +168,11 @@ def train_model(
             resume=args.resume,
             settings=_settings(args, base),
             allow=args.allow_change or (),
-            adapter_config={name: value for name, value in vars(args).items() if name not in ("given", "in_file")},
+            adapter_config=_effective(args),
             reduce_dtype=args.reduce_dtype,
             shard_state=args.shard_state,
             worker_timeout=args.worker_timeout,
+            sample=_sample(args, valid_set),
         )
     except BaseException:
         # The error that ended the run is to be told, and not that the run had no step yet.
@@ -203,6 +203,26 @@ def _settings(args: types.SimpleNamespace, base: Any) -> dict[str, Any]:
     found = {"model": base, **{name: getattr(args, name, None) for name in _OF_THE_RESULT}}
     # Checkpoints of earlier versions do not have it.
     return {**found, "like_mlx_lm": True} if args.like_mlx_lm else found
+
+
+def _effective(args: types.SimpleNamespace) -> dict[str, Any]:
+    """The options of a job for its configuration: with the values that hold, where none were given."""
+    found = {name: value for name, value in vars(args).items() if name not in ("given", "in_file")}
+    found["keep_checkpoints"] = _checkpoints(args)
+    if args.optimizer not in ("adam", "adamw"):
+        return found
+    options = like_mlx_lm.options_of_adam(args)
+    defaults = inspect.signature(OPTIMIZERS[args.optimizer]).parameters
+    return found | {name: options.get(name, defaults[name].default) for name in like_mlx_lm.OF_ADAM if name in defaults}
+
+
+def _sample(args: types.SimpleNamespace, dataset: Any) -> partial[samples.Answers] | None:
+    """What takes the samples of ``--sample-prompts``; None if there are to be none."""
+    if not args.sample_prompts:
+        return None
+    if not dataset:
+        raise InputError(f"{called('sample_prompts')} needs a validation set; add valid.jsonl, or leave it out")
+    return partial(samples.answers, chosen=samples.prompts(dataset, args.sample_prompts, args.max_seq_length))
 
 
 def _loss(args: types.SimpleNamespace, model: nn.Module) -> Callable[..., Any]:
