@@ -33,10 +33,11 @@ def charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
     found, many = [], len(runs) > 1
     for title, chart in CHARTS.items():
         series = []
-        for i, run in enumerate(runs):
-            for line in filter(lambda line: line.points, chart.draw(run)):
-                label, color = (f"{run.name}: {line.label}", i) if many else (line.label, line.shade)
-                x, y = zip(*_thinned(line.points), strict=True)
+        for number, run in enumerate(runs):
+            for line in (each for each in chart.draw(run) if each.points):
+                label, color = (f"{run.name}: {line.label}", number) if many else (line.label, line.shade)
+                points = _thinned(line.points)
+                x, y = [i for i, _ in points], [value for _, value in points]
                 series.append({"label": label, "style": line.style, "color": color, "x": x, "y": y})
         positive = any(y > 0 for each in series for y in each["y"])
         if series:

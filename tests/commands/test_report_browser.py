@@ -60,7 +60,9 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # Pixels of each canvas that are not transparent: axes alone have fewer than a line and axes.
 INK = """[...document.querySelectorAll('canvas')].map(canvas => {
-  const bytes = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
+  const copy = new OffscreenCanvas(canvas.width, canvas.height).getContext('2d', {willReadFrequently: true});
+  copy.drawImage(canvas, 0, 0);
+  const bytes = copy.getImageData(0, 0, canvas.width, canvas.height).data;
   let count = 0;
   for (let i = 3; i < bytes.length; i += 4) count += bytes[i] > 0;
   return count;
