@@ -41,7 +41,7 @@ from ..finetune.trainer import train
 from ..finetune.validation import mean_loss, no_targets
 from ..step import losses
 from ..update import decay_matrices
-from . import like_mlx_lm
+from . import like_mlx_lm, report
 from .lora_options import KEPT, check_together, settings
 from .lora_yaml import YAML_ONLY
 
@@ -174,12 +174,8 @@ def train_model(
             worker_timeout=args.worker_timeout,
             sample=_sample(args, valid_set),
         )
-    except BaseException:
-        # The error that ended the run is to be told, and not that the run had no step yet.
-        with contextlib.suppress(InputError, OSError):
-            _report(args)
-        raise
-    _report(args)
+    finally:
+        _report(args)
 
 
 def _batches(args: types.SimpleNamespace, bucket: float | None) -> partial[Batches]:
@@ -244,11 +240,13 @@ def _training_args(args: types.SimpleNamespace) -> TrainingArgs:
 
 
 def _report(args: types.SimpleNamespace) -> None:
+    """Draws the report that was asked for. If that fails, a line says so: the run itself has ended as it has."""
     folder = Path(args.adapter_path)
     if args.report and (folder / LOG).exists():
-        from .report import write
-
-        write([folder], folder / "report.html")
+        try:
+            report.write([folder], folder / "report.html")
+        except (InputError, OSError) as error:
+            print(f"warning: there is no report: {error}")
 
 
 def _test(args: types.SimpleNamespace, model: nn.Module, test_set: Any) -> None:

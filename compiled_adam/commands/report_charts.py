@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..finetune.log import is_number
 from .report_run import Points, Run
 
+_DETAILS = ("faint", "dots", "crosses")  # styles that only a single run has
 _MOST = 2000  # points of a line; more would be on top of each other
 
 
@@ -30,12 +32,14 @@ class Chart(NamedTuple):
 
 def charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """What the script needs: for each chart the title, and its lines; no chart that would be empty."""
-    found, many = [], len(runs) > 1
+    found, many, names = [], len(runs) > 1, short_names([run.name for run in runs])
     for title, chart in CHARTS.items():
-        series = []
+        series: list[dict[str, Any]] = []
         for number, run in enumerate(runs):
-            for line in (each for each in chart.draw(run) if each.points):
-                label, color = (f"{run.name}: {line.label}", number) if many else (line.label, line.shade)
+            for line in chart.draw(run):
+                if not line.points or (many and line.style in _DETAILS):
+                    continue
+                label, color = (f"{names[number]}: {line.label}", number) if many else (line.label, line.shade)
                 points = _thinned(line.points)
                 x, y = [i for i, _ in points], [value for _, value in points]
                 series.append({"label": label, "style": line.style, "color": color, "x": x, "y": y})
@@ -44,6 +48,17 @@ def charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
             log = chart.log and positive
             found.append({"title": title, "zero": chart.zero, "log": log, "positive": positive, "series": series})
     return found
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """The names of several folders, without the part that all have in common.
+
+    >>> short_names(["runs/a/adapters", "runs/b/adapters"]), short_names(["runs/a"])
+    (['a/adapters', 'b/adapters'], ['runs/a'])
+    """
+    parts = [Path(name).parts for name in names]
+    common = next((i for i, each in enumerate(zip(*parts, strict=False)) if len(set(each)) > 1), 0)
+    return [str(Path(*each[common:])) for each in parts]
 
 
 def _thinned(points: Points) -> Points:

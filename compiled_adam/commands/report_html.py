@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .report_charts import charts
+from .report_charts import charts, short_names
 from .report_run import Run
 from .report_verdict import verdict
 
@@ -22,7 +22,8 @@ def page(runs: Sequence[Run], refresh: int | None = None) -> str:
     title = f"Training report: {', '.join(run.name for run in runs)}"
     found = charts(runs)
     again = f'<meta http-equiv="refresh" content="{refresh}">' if refresh else ""
-    parts = [*map(_headline, runs), _summaries(runs), _figures(found), *map(_samples, runs), _settings(runs)]
+    differing, alike = _settings(runs)
+    parts = [*map(_headline, runs), _summaries(runs), differing, _figures(found), *map(_samples, runs), alike]
     # "</script>" in a name would end the data; JSON can write its first character in another way.
     data = json.dumps(found, allow_nan=False).replace("<", "\\u003c")
     return (
@@ -114,21 +115,20 @@ def _samples(run: Run) -> str:
     return f"<section><h2>Samples: {html.escape(run.name)}</h2>{''.join(parts)}</section>"
 
 
-def _settings(runs: Sequence[Run]) -> str:
+def _settings(runs: Sequence[Run]) -> tuple[str, str]:
+    """The settings that differ, where there are several runs, and those that do not."""
     names = sorted({name for run in runs for name in run.settings})
-    if not names:
-        return ""
     texts = [{name: _said(run.settings.get(name)) for name in names} for run in runs]
     differing = [name for name in names if len({column[name] for column in texts}) > 1]
-    same = [name for name in names if name not in differing]
-    parts = ""
-    if len(runs) > 1:
-        none = "<p>No setting differs.</p>"
-        table = _table(runs, [{name: column[name] for name in differing} for column in texts])
-        parts = f"<h2>Settings that differ</h2>{table if differing else none}"
-    columns = [{name: column[name] for name in same} for column in texts[:1]]
-    title = "The other settings, alike in all runs" if len(runs) > 1 else "Settings"
-    return f"<section>{parts}<h2>{title}</h2>{_table(runs[:1], columns)}</section>"
+    alike = [name for name in names if name not in differing]
+    first = [{name: column[name] for name in differing} for column in texts]
+    then = [{name: texts[0][name] for name in alike}]
+    return (
+        f"<section><h2>Settings that differ</h2>{_table(runs, first)}</section>" if differing else "",
+        f"<section><h2>Settings{' that are alike' if len(runs) > 1 else ''}</h2>{_table(runs[:1], then)}</section>"
+        if alike
+        else "",
+    )
 
 
 def _said(value: Any) -> str:
@@ -139,7 +139,7 @@ def _said(value: Any) -> str:
 
 
 def _table(runs: Sequence[Run], columns: Sequence[Mapping[str, str]]) -> str:
-    rows = [["", *(run.name for run in runs)]] if len(runs) > 1 else []
+    rows = [["", *short_names([run.name for run in runs])]] if len(runs) > 1 else []
     rows += [[name, *(column[name] for column in columns)] for name in columns[0]]
     cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
     return f'<div class="scroll"><table>{"".join(f"<tr>{row}</tr>" for row in cells)}</table></div>'
