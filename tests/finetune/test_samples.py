@@ -104,7 +104,7 @@ def test_samples_change_no_bit_of_a_run_and_are_kept_when_it_is_resumed(tiny_mod
     # A run from the beginning moves it aside with the log.
     train(tiny_model, folder, log=True, iters=1)
     assert read(folder / "run.json")["samples"] == [] and len(read(folder / "run.json")["sessions"]) == 1
-    assert len(read(folder / "previous-3" / "run.json")["sessions"]) == 3
+    assert len(read(folder / "previous-2" / "run.json")["sessions"]) == 3
 
 
 def test_samples_that_fail_do_not_end_the_run(tiny_model: Path, tmp_path: Path, capsys) -> None:

@@ -105,7 +105,7 @@ function drawn(chart, box, log) {
     axes: [
       axis({ size: 30, incrs: steps, values: (plot, ticks) => ticks.map(short) }),
       axis({
-        splits: (plot, which, low, high) => (log ? logTicks(low, high) : evenTicks(low, high, 5)),
+        splits: (plot, which, low, high) => (log ? logTicks(low, high) : evenTicks(low, high, 7)),
         filter: (plot, ticks) => ticks,
         values: (plot, ticks) => ticks.map(short),
         size: (plot, ticks) => 16 + 7 * Math.max(3, ...(ticks || []).map((tick) => tick.length)),
