@@ -42,7 +42,7 @@ from ..finetune.validation import mean_loss, no_targets
 from ..step import losses
 from ..update import decay_matrices
 from . import like_mlx_lm, report
-from .lora_options import KEPT, check_together, settings
+from .lora_options import KEPT, SWITCHES, check_together, settings
 from .lora_yaml import YAML_ONLY
 
 # Options that decide which numbers a run computes, beside the optimizer's and those that `train` knows.
@@ -204,7 +204,7 @@ def _settings(args: types.SimpleNamespace, base: Any) -> dict[str, Any]:
 def _effective(args: types.SimpleNamespace) -> dict[str, Any]:
     """The options of a job for its configuration: with the values that hold, where none were given."""
     found = {name: value for name, value in vars(args).items() if name not in ("given", "in_file")}
-    found["keep_checkpoints"] = _checkpoints(args)
+    found |= {name: False for name in SWITCHES if found[name] is None} | {"keep_checkpoints": _checkpoints(args)}
     if args.optimizer not in ("adam", "adamw"):
         return found
     options = like_mlx_lm.options_of_adam(args)

@@ -133,6 +133,7 @@ _OTHER_DEFAULTS = {
 }
 _DEFAULTS = {**{field.name: field.default for field in dataclasses.fields(TrainOptions)}, **_OTHER_DEFAULTS}
 OURS: dict[str, Any] = {option.name: _DEFAULTS.get(option.name) for group in GROUPS.values() for option in group}
+SWITCHES = [option.name for group in GROUPS.values() for option in group if option.kind is bool]
 _ALSO_OF_TESTS = {"worker_timeout", "like_mlx_lm", "assistant_only_loss", "chunked_loss"}
 # Help for options of mlx-lm whose own help says less than they do here.
 _CLEARER = {

@@ -26,7 +26,11 @@ def verdict(run: Run) -> Verdict:
     """Whether a run has improved the model, and what else somebody should know about it."""
     tone, headline = _outcome(run)
     running = run.session is not None and not run.is_over
-    return Verdict(tone, f"So far: {headline}" if running else headline, [*_failures(run), *_best(run), _end(run)])
+    return Verdict(
+        tone,
+        f"So far {headline[0].lower()}{headline[1:]}" if running else headline,
+        [*_failures(run), *_best(run), _end(run)],
+    )
 
 
 def _outcome(run: Run) -> tuple[str, str]:

@@ -112,8 +112,8 @@ def test_how_it_ended() -> None:
         found = verdict(run(FALLING, validations, settings, sessions=[{**session, **changes}]))
         return found.headline.split(":")[0], found.notes[-1]
 
-    assert told() == ("So far", "Still training: iteration 40 of 600.")
-    assert told(host="elsewhere") == ("So far", "Still training: iteration 40 of 600.")
+    assert told() == ("So far improved", "Still training: iteration 40 of 600.")
+    assert told(host="elsewhere") == ("So far improved", "Still training: iteration 40 of 600.")
     assert told(pid=2**40) == (
         "Improved",
         "The run was killed after iteration 40 of 600; --resume goes on from its newest checkpoint.",

@@ -8,7 +8,7 @@ const ink = (name) => getComputedStyle(document.documentElement).getPropertyValu
 function text(value, digits) {
   if (value == null) return "–";
   const size = Math.abs(value);
-  if (size !== 0 && (size < 1e-3 || size >= 1e15)) {
+  if (size !== 0 && (size < 1e-4 || size >= 1e15)) {
     const [mantissa, exponent] = value.toExponential(digits - 1).split("e");
     return `${Number(mantissa)}e${Number(exponent)}`;
   }
@@ -50,7 +50,7 @@ function range(chart, log) {
       const pad = Math.max(1.02, (high / low) ** 0.05);
       return [low / pad, high * pad];
     }
-    const pad = (high - low) * 0.05 || Math.abs(high) * 0.05 || 1;
+    const pad = (high - low) * 0.05 || Math.abs(high) * 0.5 || 1;
     return [chart.zero ? 0 : low - pad, high + pad];
   };
 }
@@ -94,6 +94,7 @@ function axis(more) {
 
 function drawn(chart, box, log) {
   const steps = [1, 2, 5].flatMap((digit) => Array.from({ length: 12 }, (_, i) => digit * 10 ** i)).sort((a, b) => a - b);
+  const whole = chart.series.every((each) => each.y.every(Number.isInteger)); // counts have no halves
   const options = {
     width: box.clientWidth,
     height: Math.round(Math.min(320, Math.max(200, box.clientWidth * 0.5))),
@@ -105,8 +106,9 @@ function drawn(chart, box, log) {
     axes: [
       axis({ size: 30, incrs: steps, values: (plot, ticks) => ticks.map(short) }),
       axis({
-        splits: (plot, which, low, high) => (log ? logTicks(low, high) : evenTicks(low, high, 7)),
-        filter: (plot, ticks) => ticks,
+        splits: (plot, which, low, high) =>
+          (log ? logTicks(low, high) : evenTicks(low, high, 7)).filter((tick) => !whole || Number.isInteger(tick)),
+        filter: (plot, ticks) => ticks, // uPlot's own would hide some of a logarithmic axis
         values: (plot, ticks) => ticks.map(short),
         size: (plot, ticks) => 16 + 7 * Math.max(3, ...(ticks || []).map((tick) => tick.length)),
       }),
