@@ -117,7 +117,8 @@ def test_values_ticks_and_the_switch(one: Path, opened) -> None:
 
 def test_what_others_wrote_is_only_text(opened, tmp_path: Path) -> None:
     """The name of a folder, settings, prompts and answers, in one page and in a comparison on a phone."""
-    folder = make_run(tmp_path / HOSTILE.replace("/", "\\"), model=HOSTILE, **{HOSTILE: 1})
+    (tmp_path / HOSTILE).parent.mkdir(parents=True)  # its slashes make folders in folders
+    folder = make_run(tmp_path / HOSTILE, model=HOSTILE, **{HOSTILE: 1})
     record(folder, HOSTILE, [(HOSTILE, HOSTILE, HOSTILE)])
     other = make_run(tmp_path / ("another " * 12), 20, seed=2)
     for folders in ([folder], [folder, other]):

@@ -8,7 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
+from compiled_adam.base import random_state
 from compiled_adam.finetune import samples
 from compiled_adam.finetune.record import Record, read
 from compiled_adam.finetune.rows import Located
@@ -67,23 +69,26 @@ def test_a_template_that_refuses_an_example() -> None:
         prompts(ChatDataset([{"messages": [{"role": "user", "content": ""}]}], Letters()))
 
 
-def answering(said: list[str]):
+def answering(said: list[nn.Module]):
     """What `train` calls: it draws random numbers, which must not change the run."""
 
     def sample(model, stop):
         assert not model.training
         mx.eval(mx.random.uniform())
-        said.append("sample")
+        said.append(model)
         return [{"prompt": "p", "expected": "e", "answer": str(len(said))}]
 
     return sample
 
 
 def test_samples_change_no_bit_of_a_run_and_are_kept_when_it_is_resumed(tiny_model: Path, tmp_path: Path) -> None:
-    said: list[str] = []
+    said: list[nn.Module] = []
+    states = []
     for name in ("without", "with"):
         (tmp_path / name).mkdir()
         train(tiny_model, tmp_path / name, log=True, sample=answering(said) if name == "with" else None)
+        states.append(random_state.get().tolist())
+    assert states[0] == states[1] and said[-1].training
     one, other = (weights(tmp_path / name / "adapters.safetensors") for name in ("without", "with"))
     assert all(mx.array_equal(one[path], other[path]).item() for path in one) and len(said) == 2
     assert losses_of(tmp_path / "without") == losses_of(tmp_path / "with")
