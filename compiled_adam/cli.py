@@ -141,12 +141,16 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser(
         "report",
         help="draw one or more runs as one HTML file",
-        description="Draws the runs of one or more folders of adapters as one HTML file. Needs matplotlib.",
+        description="Draws the runs of one or more folders of adapters as one HTML file, which needs no network. It"
+        " says whether the training worked, and has charts, samples and settings.",
     )
     report.add_argument(
         "folders", type=Path, nargs="+", metavar="FOLDER", help="a folder of adapters that `lora` wrote"
     )
     report.add_argument("--out", type=Path, help="the file to write (default: report.html in the first folder)")
+    report.add_argument(
+        "--watch", action="store_true", help="draw again while the runs go on, until they end or you press Ctrl-C"
+    )
     report.set_defaults(command=_report)
     told = "draw a learning rate schedule in the terminal, or as a picture"
     commands.add_parser("schedule", help=told, add_help=False).set_defaults(command=_schedule)
@@ -181,10 +185,13 @@ def _schedule(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from .commands import report  # here, because it imports matplotlib, which is optional
+    from .commands import report
 
     out = arguments.out or arguments.folders[0] / "report.html"
-    report.write(arguments.folders, out)
+    if arguments.watch:
+        report.watch(arguments.folders, out, print)
+    else:
+        report.write(arguments.folders, out)
     print(f"wrote {out}")
 
 

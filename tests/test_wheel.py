@@ -70,6 +70,9 @@ def test_the_wheel_is_the_package_only(wheel: Path) -> None:
     assert {name for name in names if name.endswith(".py")} == modules
     assert not [name for name in names if "__pycache__" in name]
     assert f"{metadata}licenses/LICENSE" in names
+    page = ROOT / "compiled_adam" / "commands" / "report_page"
+    assert {f"compiled_adam/commands/report_page/{file.name}" for file in page.iterdir()} <= set(names)
+    assert any(name.startswith(f"{metadata}licenses/") and name.endswith("uPlot.LICENSE") for name in names)
 
 
 def test_without_extras(wheel: Path, tmp_path: Path) -> None:
@@ -86,7 +89,7 @@ def test_without_extras(wheel: Path, tmp_path: Path) -> None:
     execute(programs / "python", "-m", "pip", "install", "--quiet", f"{wheel}[{BACKEND}]", cwd=tmp_path)
     assert str(tmp_path) in execute(programs / "python", "-c", STEP, cwd=tmp_path)
     assert "training works" in execute(programs / "compiled-adam", "doctor", cwd=tmp_path)
-    for command, extra in (("demo", "lm"), ("lora --help", "lm"), ("report .", "plot")):
+    for command, extra in (("demo", "lm"), ("lora --help", "lm")):
         said = execute(programs / "compiled-adam", *command.split(), cwd=tmp_path, code=2)
         assert f"compiled-adam[{extra}]'" in said and "Traceback" not in said
     assert "0.5" in execute(programs / "compiled-adam", "schedule", "linear", "1", "10", cwd=tmp_path)

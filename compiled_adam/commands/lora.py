@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import os
 import types
@@ -25,7 +26,7 @@ from mlx_lm.tuner.utils import print_trainable_parameters
 from ..base import InputError, fingerprint
 from ..checkpoint import check_exists
 from ..distributed import Workers, join
-from ..finetune import data, model_files, padding
+from ..finetune import data, model_files, padding, samples
 from ..finetune.adapters import check_folder, load_adapters, load_weights, other_scale, read_arrays
 from ..finetune.batches import Batches
 from ..finetune.chunked import ChunkedLoss
@@ -40,8 +41,8 @@ from ..finetune.trainer import train
 from ..finetune.validation import mean_loss, no_targets
 from ..step import losses
 from ..update import decay_matrices
-from . import like_mlx_lm
-from .lora_options import KEPT, check_together, settings
+from . import like_mlx_lm, report
+from .lora_options import KEPT, SWITCHES, check_together, settings
 from .lora_yaml import YAML_ONLY
 
 # Options that decide which numbers a run computes, beside the optimizer's and those that `train` knows.
@@ -71,8 +72,6 @@ def run(args: types.SimpleNamespace) -> None:
     """One job: training, testing, or both."""
     for note in check_together(args):
         print(f"note: {note}")
-    if args.report:
-        from . import report  # noqa: F401, says now rather than after the training that matplotlib is missing
     # Before the model is loaded, which takes longer.
     optimizer = make_optimizer(args)
     _check_files(args)
@@ -169,17 +168,14 @@ def train_model(
             resume=args.resume,
             settings=_settings(args, base),
             allow=args.allow_change or (),
-            adapter_config={name: value for name, value in vars(args).items() if name not in ("given", "in_file")},
+            adapter_config=_effective(args),
             reduce_dtype=args.reduce_dtype,
             shard_state=args.shard_state,
             worker_timeout=args.worker_timeout,
+            sample=_sample(args, valid_set),
         )
-    except BaseException:
-        # The error that ended the run is to be told, and not that the run had no step yet.
-        with contextlib.suppress(InputError, OSError):
-            _report(args)
-        raise
-    _report(args)
+    finally:
+        _report(args)
 
 
 def _batches(args: types.SimpleNamespace, bucket: float | None) -> partial[Batches]:
@@ -205,6 +201,26 @@ def _settings(args: types.SimpleNamespace, base: Any) -> dict[str, Any]:
     return {**found, "like_mlx_lm": True} if args.like_mlx_lm else found
 
 
+def _effective(args: types.SimpleNamespace) -> dict[str, Any]:
+    """The options of a job for its configuration: with the values that hold, where none were given."""
+    found = {name: value for name, value in vars(args).items() if name not in ("given", "in_file")}
+    found |= {name: False for name in SWITCHES if found[name] is None} | {"keep_checkpoints": _checkpoints(args)}
+    if args.optimizer not in ("adam", "adamw"):
+        return found
+    options = like_mlx_lm.options_of_adam(args)
+    defaults = inspect.signature(OPTIMIZERS[args.optimizer]).parameters
+    return found | {name: options.get(name, defaults[name].default) for name in like_mlx_lm.OF_ADAM if name in defaults}
+
+
+def _sample(args: types.SimpleNamespace, dataset: Any) -> partial[samples.Answers] | None:
+    """What takes the samples of ``--sample-prompts``; None if there are to be none."""
+    if not args.sample_prompts:
+        return None
+    if not dataset:
+        raise InputError(f"{called('sample_prompts')} needs a validation set; add valid.jsonl, or leave it out")
+    return partial(samples.answers, chosen=samples.prompts(dataset, args.sample_prompts, args.max_seq_length))
+
+
 def _loss(args: types.SimpleNamespace, model: nn.Module) -> Callable[..., Any]:
     """The loss of training, validation and test: in chunks where the model allows it."""
     whole = losses.like_mlx_lm if args.like_mlx_lm else losses.next_token
@@ -224,11 +240,13 @@ def _training_args(args: types.SimpleNamespace) -> TrainingArgs:
 
 
 def _report(args: types.SimpleNamespace) -> None:
+    """Draws the report that was asked for. If that fails, a line says so: the run itself has ended as it has."""
     folder = Path(args.adapter_path)
     if args.report and (folder / LOG).exists():
-        from .report import write
-
-        write([folder], folder / "report.html")
+        try:
+            report.write([folder], folder / "report.html")
+        except (InputError, OSError) as error:
+            print(f"warning: there is no report: {error}")
 
 
 def _test(args: types.SimpleNamespace, model: nn.Module, test_set: Any) -> None:

@@ -61,6 +61,10 @@ _CHUNKED = (
     "Compute the logits of a part of the target tokens at a time, and none for prompts and padding. Loss and gradient"
     " stay the same, and the memory for all logits is saved. Default: on."
 )
+_SAMPLES = (
+    "Let the model answer N prompts of the validation set before and after the training; the report shows both."
+    " Default: {default}."
+)
 _KEEP = (
     "Keep only the newest N checkpoints and N numbered adapter files; 0 writes no checkpoints. Default:"
     f" {KEPT} checkpoints, and all adapter files, as mlx_lm.lora does."
@@ -111,6 +115,7 @@ GROUPS = {
         Option("resume", str, _RESUME, {"nargs": "?", "const": "auto", "metavar": "PATH"}),
         Option("allow_change", str, _ALLOW, {"action": "append", "metavar": "NAME"}),
         Option("report", bool, "Draw the run into report.html beside the adapters when it ends. Default: off."),
+        Option("sample_prompts", int, _SAMPLES),
     ),
     "options of several workers, which mlx.launch starts and which share each batch (also YAML keys)": (
         Option("reduce_dtype", DTYPES, _REDUCE),
@@ -119,9 +124,16 @@ GROUPS = {
     ),
 }
 # Defaults are those of `train`, but for these. None: not asked for; then the optimizer's own default holds, or `KEPT`.
-_OTHER_DEFAULTS = {"chunked_loss": True, "group_by_length": True, "keep_checkpoints": None, "nonfinite_limit": 20}
+_OTHER_DEFAULTS = {
+    "chunked_loss": True,
+    "group_by_length": True,
+    "keep_checkpoints": None,
+    "nonfinite_limit": 20,
+    "sample_prompts": 0,
+}
 _DEFAULTS = {**{field.name: field.default for field in dataclasses.fields(TrainOptions)}, **_OTHER_DEFAULTS}
 OURS: dict[str, Any] = {option.name: _DEFAULTS.get(option.name) for group in GROUPS.values() for option in group}
+SWITCHES = [option.name for group in GROUPS.values() for option in group if option.kind is bool]
 _ALSO_OF_TESTS = {"worker_timeout", "like_mlx_lm", "assistant_only_loss", "chunked_loss"}
 # Help for options of mlx-lm whose own help says less than they do here.
 _CLEARER = {

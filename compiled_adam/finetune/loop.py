@@ -18,6 +18,7 @@ from .batches import Batches
 from .chunked import batch_for
 from .options import TrainOptions, called
 from .reporting import Reporting
+from .samples import Sampling
 from .saving import RunFolder
 from .stopping import Asked, is_out_of_memory
 from .validation import Best, Interrupted, Validation
@@ -36,6 +37,7 @@ class TrainingLoop:
     folder: RunFolder
     reporting: Reporting
     asked: Asked
+    sampling: Sampling | None = field(default=None, init=False)  # once the folder is ready
     iteration: int = field(default=0, init=False)  # the last one that is finished
     best: Best = field(default=Best(), init=False)
     # While an iteration is not finished, `_place` before it.
@@ -54,20 +56,20 @@ class TrainingLoop:
         self.folder.go_on(path, self.iteration, adapters)
         self.reporting.progress.advance(self.iteration)
 
-    def run(self) -> None:
-        """Runs to the last iteration, or until something ends it; then saves.
+    def run(self) -> str:
+        """Runs to the last iteration, or until something ends it; then saves. Returns a sentence: why it ended.
 
         Raises TrainingStopped, KeyboardInterrupt or SystemExit that says what was saved.
         """
         try:
-            self._run()
+            return self._run()
         except KeyboardInterrupt as error:
             if str(error):
                 raise
             # The second Ctrl-C: nothing is finished or saved.
             raise KeyboardInterrupt(f"stopped at once in iteration {self.iteration + 1}; {self.folder.saved}") from None
 
-    def _run(self) -> None:
+    def _run(self) -> str:
         self.step.model.train()
         try:
             ended = self._iterations()
@@ -94,10 +96,16 @@ class TrainingLoop:
             )
         if problems:
             raise TrainingStopped(f"the training is over, but {outcome}")
+        if self.sampling is not None:
+            self.sampling.last(self.step.model, self.iteration)
+        return ended.split("  ")[-1] if ended else f"all {self.args.iters} iterations are done"
 
     def _iterations(self) -> str | None:
         """Runs the iterations; returns a sentence if they ended early without an error."""
         args = self.args
+        if self.sampling is not None and self.iteration < args.iters:
+            self.sampling.first(self.step.model, self.iteration)
+            self.reporting.reader.restart_clock()
         while self.iteration < args.iters and self.asked.agreed is None and not self._failed_too_often():
             iteration = self.iteration + 1
             self.begun = self._place()

@@ -2,5 +2,5 @@
 
 from __future__ import annotations
 
-CONFIG, WEIGHTS, LOG = "adapter_config.json", "adapters.safetensors", "log.jsonl"
+CONFIG, WEIGHTS, LOG, RECORD = "adapter_config.json", "adapters.safetensors", "log.jsonl", "run.json"
 CHECKPOINTS, BEST, PREVIOUS = "checkpoints", "best", "previous"  # folders; earlier runs are in previous-1 and so on

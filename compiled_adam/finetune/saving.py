@@ -31,7 +31,7 @@ from ..checkpoint import (
 from ..distributed import Workers
 from ..step import TrainStep
 from .log import is_log
-from .names import BEST, CHECKPOINTS, CONFIG, LOG, PREVIOUS
+from .names import BEST, CHECKPOINTS, CONFIG, LOG, PREVIOUS, RECORD
 from .options import TrainOptions
 from .stopping import is_lost_evaluation
 
@@ -221,9 +221,10 @@ class RunFolder:
         self._tell(put_aside(self.path, [p for p in self._checkpoints() if int(p.name) > iteration], []))
 
     def begin_anew(self) -> None:
-        """Puts aside the checkpoints and the log of an earlier run, so that they are not taken for this run's own."""
+        """Puts aside what an earlier run left, but for its weights, so that it is not taken for this run's own."""
         log = self.path / LOG
-        self._tell(put_aside(self.path, self._checkpoints(), [log] if is_log(log) else []))
+        files = [file for file in (log, self.path / RECORD) if file.is_file()] if is_log(log) else []
+        self._tell(put_aside(self.path, self._checkpoints(), files))
 
     def _checkpoints(self) -> list[Path]:
         return numbered(self.path / CHECKPOINTS)

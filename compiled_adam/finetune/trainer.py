@@ -35,11 +35,13 @@ from .console import TrainingProgress
 from .log import RunLog
 from .loop import TrainingLoop
 from .metrics import StepReader
-from .names import CHECKPOINTS, CONFIG, LOG
+from .names import CHECKPOINTS, CONFIG, LOG, RECORD
 from .options import WHOLE, TrainOptions, called, check_whole
 from .recompute import recomputed
+from .record import Record
 from .reporting import Reporting
 from .rows import located
+from .samples import Sampling
 from .saving import RunFolder, has_checkpoints
 from .stopping import asked_to_stop
 from .tokenizing import tokenize
@@ -73,6 +75,7 @@ def train(
     reduce_dtype: str = TrainOptions.reduce_dtype,
     shard_state: bool = TrainOptions.shard_state,
     worker_timeout: float = TrainOptions.worker_timeout,
+    sample: Callable[[nn.Module, Callable[[], bool]], list[dict[str, str]]] | None = TrainOptions.sample,
 ) -> None:
     """Fine-tunes ``model`` in place: the call, the defaults and the adapter files of ``mlx_lm.tuner.trainer.train``.
 
@@ -99,7 +102,7 @@ def train(
     """
     options = TrainOptions(
         *(max_traces, log, keep_checkpoints, keep_adapters, save_best, early_stop_patience, nonfinite_limit, resume),
-        *(settings, allow, adapter_config, reduce_dtype, shard_state, worker_timeout),
+        *(settings, allow, adapter_config, reduce_dtype, shard_state, worker_timeout, sample),
     )
     job = Job(model, optimizer, train_dataset, val_dataset, loss, iterate_batches, args or TrainingArgs(), options)
     job.run(training_callback)
@@ -173,8 +176,11 @@ class Job:
                 )
             if options.log and workers.first:
                 reporting.log = stack.enter_context(closing(RunLog(self.folder / LOG, loop.iteration, reporting.warn)))
+            file = self.folder / RECORD if options.log and workers.first else None
+            record = stack.enter_context(Record(file, loop.iteration, workers.size, reporting.warn))
+            loop.sampling = Sampling(options.sample, record, workers, lambda: asked.signal is not None, reporting.warn)
             workers.first_does(self._write_config)
-            loop.run()
+            record.because = loop.run()
 
     def _make_folder(self) -> None:
         if self.folder.exists() and not self.folder.is_dir():
@@ -246,6 +252,7 @@ class Job:
             **{name: getattr(self.options, name) for name in names},
             **settings,
             "resume": resumed,
+            "sample": self.options.sample is not None,
             "NumPy's random state": fingerprint.of_numpy(),
             "MLX's random state": random_state.get().tolist(),
             "validation set": bool(self.val_dataset),

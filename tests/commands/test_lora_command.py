@@ -78,7 +78,12 @@ def test_the_adapters_of_mlx_lm_lora(more: list[str], tiny_model: Path, data: Pa
     assert ours.returncode == 0, ours.stderr
     files = {path.name for path in (tmp_path / "stock").iterdir()}
     assert files >= {"adapters.safetensors", "adapter_config.json"}
-    assert {path.name for path in (tmp_path / "ours").iterdir()} == files | {"log.jsonl", "checkpoints", ".lock"}
+    assert {path.name for path in (tmp_path / "ours").iterdir()} == files | {
+        "log.jsonl",
+        "run.json",
+        "checkpoints",
+        ".lock",
+    }
     a, b = (mx.load(str(tmp_path / which / "adapters.safetensors")) for which in ("ours", "stock"))
     assert a.keys() == b.keys()
     for path in a:
