@@ -41,7 +41,8 @@ from ..finetune.validation import mean_loss, no_targets
 from ..step import losses
 from ..update import decay_matrices
 from . import like_mlx_lm
-from .lora_options import KEPT, check_together, settings
+from .lora_options import KEPT, settings
+from .lora_together import check_together
 from .lora_yaml import YAML_ONLY
 
 # Options that decide which numbers a run computes, beside the optimizer's and those that `train` knows.

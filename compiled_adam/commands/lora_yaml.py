@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import math
 from collections.abc import Sequence, Set
 from typing import Any
@@ -13,6 +12,7 @@ from mlx_lm import lora as mlx_lm_lora
 
 from ..base import InputError
 from ..finetune.lora_values import FEATURES, OPTIMIZERS
+from .parsing import did_you_mean
 
 YAML_ONLY = {"hf_dataset", *FEATURES}  # keys without a flag
 
@@ -40,9 +40,8 @@ def read(file: str, known: Set[str], actions: Sequence[argparse.Action]) -> dict
     if not isinstance(config, dict):
         raise InputError(f"{file} is not a mapping of options to values")
     if unknown := sorted(str(key) for key in config.keys() - known):
-        near = difflib.get_close_matches(unknown[0].replace("-", "_"), known, 1)
-        hint = f"is {near[0]} meant? " if near else ""
-        raise InputError(f"{file} has the unknown key {unknown[0]!r}; {hint}--help lists the options")
+        near = did_you_mean(unknown[0].replace("-", "_"), known) or "; `compiled-adam lora --help` lists the options"
+        raise InputError(f"{file} has the unknown key {unknown[0]!r}{near}")
     given = {key: value for key, value in config.items() if value is not None}
     for key in FEATURES:
         if not isinstance(given.get(key, ""), str):

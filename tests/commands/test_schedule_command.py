@@ -83,12 +83,12 @@ def test_pictures(tmp_path: Path, capsys) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("", "the following arguments are required: --config"),
-        ("sine 1", "there is no schedule 'sine'; there are constant, linear"),
-        ("cosine 1", "required: steps"),
-        ("cosine 1 ten", "invalid int value: 'ten'"),
+        ("", "schedule needs a name and its arguments"),
+        ("sine 1", "there is no schedule 'sine'; did you mean cosine?"),
+        ("cosine 1", "schedule cosine needs steps"),
+        ("cosine 1 ten", "steps is 'ten'; it must be a whole number"),
         ("cosine 1 10 --warmup 20", "warmup is 20; it must be less than steps"),
-        ("cosine 1 10 --peek 2", "unrecognized arguments: --peek 2"),
+        ("cosine 1 10 --peek 2", "schedule cosine has no option --peek"),
         ("cosine 1 10 --at 1,x", "'1,x' is not a list of updates"),
         ("cosine 1 10 --at=-1", "'-1' is not a list of updates"),
         ("cosine 1 10 --until 0", "until is 0"),
