@@ -126,17 +126,29 @@ def _tell(message: str) -> None:
 def _parser() -> Parser:
     parser = Parser(
         prog=PROGRAM,
+        usage=f"{PROGRAM} COMMAND [options]",
         description="Fine-tunes language models on Apple's MLX, with float32 arithmetic for half-precision weights and"
         " exact resume.",
         epilog="Begin with doctor and demo. compiled-adam COMMAND --help lists the options of a command.",
     )
     parser.add_argument("--version", action="version", version=f"compiled-adam {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
+    parser.add_argument(
+        "--print-completion",
+        choices=("bash", "zsh"),
+        metavar="SHELL",
+        help="print a script for the tab key in bash or zsh",
+    )
     parser.set_defaults(command=_without_command)
-    commands = parser.add_subparsers(metavar="COMMAND", dest="name")
+    _add_commands(parser)
+    return parser
+
+
+def _add_commands(parser: Parser) -> None:
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="name", prog=PROGRAM)
     init = commands.add_parser(
         "init",
-        help="write a YAML file with every option of lora, for you to edit",
+        help="write a YAML file with every option of lora",
         description="Writes a YAML file for `lora --config`. It has every option with its meaning and its default, as"
         " comments. Replaces no file.",
     )
@@ -146,7 +158,7 @@ def _parser() -> Parser:
     init.set_defaults(command=_init)
     demo = commands.add_parser(
         "demo",
-        help="make a small language model and fine-tune it; needs no network",
+        help="make a small model and fine-tune it, without network",
         description="Makes a small Llama and trains it a little. Then fine-tunes it: with LoRA, and in full in bfloat16"
         " with stock AdamW and with ours. Needs no network.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -156,9 +168,9 @@ def _parser() -> Parser:
     demo.add_argument("--pretraining", type=int, default=100, help="iterations of the training before the fine-tuning")
     demo.add_argument("--seed", type=int, default=0, help="the seed of the weights and of the order of the batches")
     demo.set_defaults(command=_demo)
-    told = "fine-tune a model, with the flags and files of mlx_lm.lora"
+    told = "fine-tune a model, with the flags of mlx_lm.lora"
     commands.add_parser("lora", help=told, add_help=False).set_defaults(command=_lora)
-    told = "compute the memory and communication of a job from the model's config.json"
+    told = "compute the memory that a job needs"
     commands.add_parser("plan", help=told, add_help=False).set_defaults(command=_plan)
     report = commands.add_parser(
         "report",
@@ -170,22 +182,28 @@ def _parser() -> Parser:
     )
     report.add_argument("--out", type=Path, help="the file to write (default: report.html in the first folder)")
     report.set_defaults(command=_report)
-    told = "draw a learning rate schedule in the terminal, or as a picture"
+    told = "draw a learning rate schedule"
     commands.add_parser("schedule", help=told, add_help=False).set_defaults(command=_schedule)
     doctor = commands.add_parser(
         "doctor",
-        help="check whether this machine can train, and give advice",
+        help="check whether this machine can train",
         description="Runs a small training and prints a line for each check, with advice below it. The exit code is 0"
         " if training works, and 1 if it does not.",
     )
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
     doctor.set_defaults(command=_doctor)
-    return parser
 
 
-def _without_command(_: argparse.Namespace) -> int:
-    _parser().print_help(sys.stderr)
-    return 2
+def _without_command(arguments: argparse.Namespace) -> int:
+    if arguments.print_completion is None:
+        _parser().print_help(sys.stderr)
+        return 2
+    with needed("completion of lora's options", "mlx-lm", "lm"):
+        from .commands import lora_options  # noqa: F401
+    from .commands import completion  # outside of `needed`, because it says itself that shtab is missing
+
+    print(completion.script(_parser(), arguments.print_completion))
+    return 0
 
 
 def _init(arguments: argparse.Namespace) -> None:
