@@ -42,7 +42,7 @@ from ..step import losses
 from ..update import decay_matrices
 from . import like_mlx_lm
 from .lora_options import KEPT, settings
-from .lora_together import check_together
+from .lora_together import check_together, not_named, short_schedule
 from .lora_yaml import YAML_ONLY
 
 # Options that decide which numbers a run computes, beside the optimizer's and those that `train` knows.
@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
 
 def run(args: types.SimpleNamespace) -> None:
     """One job: training, testing, or both."""
-    for note in check_together(args):
+    for note in [*check_together(args), *not_named(args)]:
         print(f"note: {note}")
     if args.report:
         from . import report  # noqa: F401, says now rather than after the training that matplotlib is missing
@@ -147,6 +147,8 @@ def train_model(
     if args.epochs is not None:
         args.iters = _iterations(args, cached, make_batches)
         check_rates(args)
+        for note in short_schedule(args):
+            print(f"note: {note}")
     if args.bucket is not None:
         _print_forecast(args, cached)
     print(like_mlx_lm.differences(args))
@@ -254,7 +256,7 @@ def _test(args: types.SimpleNamespace, model: nn.Module, test_set: Any) -> None:
 def make_trainable(args: types.SimpleNamespace, model: nn.Module) -> None:
     """Freezes a model, except for the parameters that the job trains: new adapters, or the last layers."""
     model.freeze()
-    check_layers(model, args.num_layers)
+    check_layers(model, args.num_layers, given="num_layers" in (*args.given, *args.in_file))
     if args.fine_tune_type == "full":
         unfreeze_last(model, args.num_layers)
         args.lora_parameters = None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import types
-from pathlib import Path
 
+from .. import schedulers
 from ..base import InputError
+from ..finetune import places
 from ..finetune.lora_values import FEATURES
 from ..finetune.options import called
 from .lora_options import OURS
@@ -73,17 +74,36 @@ def check_together(args: types.SimpleNamespace) -> list[str]:
             notes.append(f"{loser} is not used, because there is {winner}, {meaning}")
     if args.train:
         notes += _unused_by_optimizer(args)
-    _check_places(args)
+        notes += [] if args.epochs else short_schedule(args)
+    for what in ("model", *([] if getattr(args, "hf_dataset", None) else ["data"])):
+        places.check(what, str(getattr(args, what)))
     return notes
 
 
-def _check_places(args: types.SimpleNamespace) -> None:
-    for what in ("model", "data"):
-        value = str(getattr(args, what))
-        if what == "data" and getattr(args, "hf_dataset", None):
-            continue
-        if not Path(value).exists() and (value.startswith((".", "/", "~")) or value.count("/") > 1):
-            raise InputError(f"{what} is {value!r}, which does not exist and is not a name on Hugging Face either")
+def not_named(args: types.SimpleNamespace) -> list[str]:
+    """Sentences about a model and data that nobody named, and that are downloaded."""
+    named = {*args.given, *args.in_file, *(["data"] if getattr(args, "hf_dataset", None) else [])}
+    return [
+        f"{what} (--{what}) is not given, so it is mlx-lm's default, {getattr(args, what)} on Hugging Face"
+        for what in ("model", "data")
+        if what not in named
+    ]
+
+
+def short_schedule(args: types.SimpleNamespace) -> list[str]:
+    """A sentence if the schedule ends before the run."""
+    end = None if args.lr_schedule is None else schedulers.last_update(args.lr_schedule)
+    updates = -(-args.iters // args.grad_accumulation_steps)
+    if end is None or end >= updates:
+        return []
+    rate = schedulers.from_config(args.lr_schedule)(end).item()
+    name = "iters" if args.epochs is None else "epochs"
+    by = "" if name in {*args.given, *args.in_file} else " by default"
+    return [
+        f"lr_schedule ends at update {end}, but the run has {updates} ({name} is {getattr(args, name):g}{by}): from"
+        f" there on the learning rate stays {rate:g}{'' if rate else ', so nothing more is learned'}. Give --iters"
+        f" {end * args.grad_accumulation_steps}, or a longer schedule"
+    ]
 
 
 def _unused_by_optimizer(args: types.SimpleNamespace) -> list[str]:

@@ -10,9 +10,8 @@ from typing import Any
 import yaml
 from mlx_lm import lora as mlx_lm_lora
 
-from ..base import InputError
+from ..base import InputError, did_you_mean
 from ..finetune.lora_values import FEATURES, OPTIMIZERS
-from .parsing import did_you_mean
 
 YAML_ONLY = {"hf_dataset", *FEATURES}  # keys without a flag
 

@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
-from ..base import InputError
+from ..base import InputError, did_you_mean
 
 PROGRAM = "compiled-adam"
 _KINDS = {"int": "a whole number", "float": "a number"}
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of a sentence about a misspelled word; empty if nothing ``known`` is like it.
-
-    >>> did_you_mean("--bach-size", ["--batch-size", "--batch-tokens"]), did_you_mean("--x", ["--batch-size"])
-    ('; did you mean --batch-size?', '')
-    """
-    near = difflib.get_close_matches(word, list(known), 1)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 class Help(argparse.RawDescriptionHelpFormatter):

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 from .. import schedulers
-from ..base import InputError
+from ..base import InputError, did_you_mean
 from ..checkpoint import output
 from ..finetune.packages import needed
 from ..schedulers import picture
-from .parsing import Parser, did_you_mean
+from .parsing import Parser
 
 # The functions of `schedulers` that make a schedule from numbers, as the documentation orders them.
 SCHEDULES: dict[str, Callable[..., schedulers.Schedule]] = {

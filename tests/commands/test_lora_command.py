@@ -275,6 +275,7 @@ def test_what_cannot_be_done_is_one_sentence(tiny_model: Path, data: Path, comma
             (*model, "--data", str(data), "--train", "--num-layers", "99"),
             "num_layers (--num-layers) is 99, but the model has 4",
         ),
+        ((*model, "--data", str(data), "--train"), "num_layers (--num-layers) is 16 by default, but the model has 4"),
         (("--model", "broken", "--data", str(data), "--train"), "broken/config.json has no model_type"),
         ((*model, "--data", "dataa", "--train"), "data is 'dataa', which is no folder"),
         (

@@ -202,7 +202,7 @@ def test_what_mlx_lm_takes_is_taken(tmp_path: Path) -> None:
     assert from_yaml(tmp_path, text).lora_parameters == {"rank": 8, "scale": 1.0, "dropout": 0.0}
 
 
-SCHEDULE = "lr_schedule: {name: cosine_decay, arguments: [1.0e-3, 100]}"
+SCHEDULE = "lr_schedule: {name: cosine_decay, arguments: [1.0e-3, 1000]}"  # as long as the run
 
 
 def test_a_learning_rate_beside_a_schedule(tmp_path: Path) -> None:
