@@ -40,7 +40,7 @@ from ..finetune.trainer import train
 from ..finetune.validation import mean_loss, no_targets
 from ..step import losses
 from ..update import decay_matrices
-from . import like_mlx_lm
+from . import like_mlx_lm, resuming
 from .lora_options import KEPT, settings
 from .lora_together import check_together, not_named, short_schedule
 from .lora_yaml import YAML_ONLY
@@ -61,7 +61,8 @@ def main(argv: Sequence[str]) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     args = settings(argv)
     if join(args.worker_timeout).rank() == 0:
-        run(args)
+        with resuming.told(argv):
+            run(args)
     else:
         args.report, args.report_to = False, None
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):

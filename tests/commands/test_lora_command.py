@@ -316,7 +316,7 @@ def test_resuming_on_the_command_line(tiny_model: Path, data: Path, command, tmp
     first = lora("parts", "--iters", "5")
     assert re.search(r"bucket 1\.25: at most \d+ traces, [\d.]+ % padding \(without --bucket: \d", first.stdout)
     wrong = lora("parts", "--resume", "--learning-rate", "1e-4")
-    assert wrong.returncode == 2 and re.search(r"learning_rate +0\.0001 +0\.001", wrong.stderr)
+    assert wrong.returncode == 2 and re.search(r"--learning-rate +0\.0001 +0\.001", wrong.stderr)
     assert lora("parts", "--resume").returncode == 0
     assert {path.name for path in (tmp_path / "parts").iterdir()} >= {"best", "checkpoints", "log.jsonl"}
     again = lora("parts", "--resume", "--learning-rate", "1e-4", "--allow-change", "learning_rate", "--iters", "9")
@@ -353,4 +353,4 @@ def test_another_model_or_other_data_is_not_resumed(tiny_model: Path, data: Path
         done = lora(model, texts, "--resume")
         assert done.returncode == 2 and re.search(rf"^  {name} ", done.stderr, re.M), done.stderr
     done = lora(tiny_model, data, "--resume", "--val-batches", "1")
-    assert done.returncode == 2 and re.search(r"^  validation +\[200, 1, 8\] +\[200, 2, 8\]", done.stderr, re.M)
+    assert done.returncode == 2 and re.search(r"^  --val-batches +1 +2$", done.stderr, re.M)
