@@ -34,6 +34,8 @@ def read(file: str, known: Set[str], actions: Sequence[argparse.Action]) -> dict
     try:
         with open(file) as stream:
             config = yaml.load(stream, _OnlyOnce) or {}
+    except FileNotFoundError:
+        raise InputError(f"there is no file {file}; `compiled-adam init {file}` writes one with every option") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(config, dict):

@@ -257,7 +257,7 @@ def test_what_cannot_be_done_is_one_sentence(tiny_model: Path, data: Path, comma
         ((*model, "--data", str(data)), "give --train, --test or both"),
         (("-c", "typo.yaml"), "unknown key 'iterations'"),
         (("-c", "list.yaml"), "not a mapping"),
-        (("-c", "missing.yaml"), "missing.yaml"),
+        (("-c", "missing.yaml"), "there is no file missing.yaml; `compiled-adam init missing.yaml` writes one"),
         (("--model", "missing/model/folder", "--data", str(data), "--train"), "model is 'missing/model/folder', which"),
         ((*model, "--data", "./missing", "--train"), "data is './missing', which does not exist"),
         ((*model, "--data", "empty", "--train"), "empty/train.jsonl has no examples"),

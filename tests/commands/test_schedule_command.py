@@ -94,7 +94,7 @@ def test_pictures(tmp_path: Path, capsys) -> None:
         ("cosine 1 10 --until 0", "until is 0"),
         ("cosine 1 10 --out a.gif", "its name must end in .svg or .png"),
         ("cosine 1 10 --out /nonexistent/a.png", "/nonexistent is no folder; make it first"),
-        ("--config nowhere.yaml", "No such file"),
+        ("--config nowhere.yaml", "there is no file nowhere.yaml"),
         ("--config empty.yaml", "empty.yaml has no lr_schedule"),
         ("--config broken.yaml", "broken.yaml is not YAML"),
     ],
