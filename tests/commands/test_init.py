@@ -29,6 +29,7 @@ def test_what_a_line_shows_is_the_default(tmp_path: Path) -> None:
         name: value for name, value in defaults.items() if name != "config"
     }
     assert (found["moments"], found["bias_correction"], found["batch_tokens"]) == ("float32", True, None)
+    assert (found["like_mlx_lm"], found["report"]) == (False, False)  # a switch is off, and not null
 
 
 def test_the_examples_in_it_are_accepted(tmp_path: Path) -> None:
