@@ -41,8 +41,9 @@ from ..finetune.trainer import train
 from ..finetune.validation import mean_loss, no_targets
 from ..step import losses
 from ..update import decay_matrices
-from . import like_mlx_lm, report
-from .lora_options import KEPT, SWITCHES, check_together, settings
+from . import like_mlx_lm, report, resuming
+from .lora_options import KEPT, SWITCHES, settings
+from .lora_together import check_together, not_named, short_schedule
 from .lora_yaml import YAML_ONLY
 
 # Options that decide which numbers a run computes, beside the optimizer's and those that `train` knows.
@@ -61,7 +62,8 @@ def main(argv: Sequence[str]) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     args = settings(argv)
     if join(args.worker_timeout).rank() == 0:
-        run(args)
+        with resuming.told(argv):
+            run(args)
     else:
         args.report, args.report_to = False, None
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
@@ -70,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
 
 def run(args: types.SimpleNamespace) -> None:
     """One job: training, testing, or both."""
-    for note in check_together(args):
+    for note in [*check_together(args), *not_named(args)]:
         print(f"note: {note}")
     # Before the model is loaded, which takes longer.
     optimizer = make_optimizer(args)
@@ -145,6 +147,8 @@ def train_model(
     if args.epochs is not None:
         args.iters = _iterations(args, cached, make_batches)
         check_rates(args)
+        for note in short_schedule(args):
+            print(f"note: {note}")
     if args.bucket is not None:
         _print_forecast(args, cached)
     print(like_mlx_lm.differences(args))
@@ -271,7 +275,7 @@ def _test(args: types.SimpleNamespace, model: nn.Module, test_set: Any) -> None:
 def make_trainable(args: types.SimpleNamespace, model: nn.Module) -> None:
     """Freezes a model, except for the parameters that the job trains: new adapters, or the last layers."""
     model.freeze()
-    check_layers(model, args.num_layers)
+    check_layers(model, args.num_layers, given="num_layers" in (*args.given, *args.in_file))
     if args.fine_tune_type == "full":
         unfreeze_last(model, args.num_layers)
         args.lora_parameters = None

@@ -6,7 +6,6 @@ any size takes a second and almost no memory.
 
 from __future__ import annotations
 
-import argparse
 import os
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -30,9 +29,22 @@ from . import fitting
 from .like_mlx_lm import options_of_adam
 from .lora import make_optimizer, make_trainable
 from .lora_options import parser, settings
+from .parsing import Parser
 
 GB = 1e9
 MOST_WORKERS = 1 << 16
+_EXAMPLES = """\
+examples:
+  # LoRA with the defaults, on this machine
+  compiled-adam plan my_model
+  # full fine-tuning with small moments, on a machine of 16 GB
+  compiled-adam plan my_model --fine-tune-type full --moments 8bit --memory 16
+  # four machines that share each batch and the state of the optimizer
+  compiled-adam plan my_model --workers 4 --batch-size 8 --shard-state
+
+The memory is that of the largest batch: --batch-size examples of
+--max-seq-length tokens. If the job does not fit, the last line has options with
+which it does. The exit code is 1 if there are none, and else 0."""
 
 
 class State(NamedTuple):
@@ -307,17 +319,15 @@ def _memory_here() -> float:
     return float(known) if known else float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     made = parser()
     made.prog = "compiled-adam plan"
+    made.usage = "compiled-adam plan MODEL [options]"
     made.description = (
-        "Computes the memory and communication that a job needs. Reads only the model's config.json. Takes the options"
-        " of compiled-adam lora."
+        "Computes the memory and communication that a job needs. Reads only the model's\n"
+        "config.json. Takes the options of compiled-adam lora."
     )
-    made.epilog = (
-        "The memory is that of the largest batch: --batch-size examples of --max-seq-length tokens. If the job does not"
-        " fit, the last line has options with which it does. The exit code is 1 if there are none, and else 0."
-    )
+    made.epilog = _EXAMPLES
     ours = made.add_argument_group("planning")
     ours.add_argument(
         "planned", metavar="MODEL", help="A folder with a config.json, the file itself, or the name of a cached model."

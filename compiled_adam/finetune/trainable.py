@@ -17,11 +17,14 @@ _DORA = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
 _LORA = (*_DORA, SwitchLinear, QuantizedSwitchLinear)  # beside modules that have a `to_lora` of their own
 
 
-def check_layers(model: nn.Module, num_layers: int) -> None:
-    """Raises ValueError for more layers than the model has."""
-    if num_layers > len(model.layers):
+def check_layers(model: nn.Module, num_layers: int, *, given: bool = True) -> None:
+    """Raises ValueError for more layers than the model has; ``given``: whether the user gave the number."""
+    has = len(model.layers)
+    if num_layers > has:
+        by = "" if given else " by default"
         raise InputError(
-            f"{called('num_layers')} is {num_layers}, but the model has {len(model.layers)} layers; -1 is for all"
+            f"{called('num_layers')} is {num_layers}{by}, but the model has {has} layers; give --num-layers {has}, or"
+            " fewer, or -1 for all"
         )
 
 

@@ -240,7 +240,9 @@ class Job:
             "batch_size": args.batch_size,
             "max_seq_length": args.max_seq_length,
             "examples": len(self.train_dataset),
-            "validation": [args.steps_per_eval, args.val_batches, len(self.val_dataset)] if self.val_dataset else None,
+            "steps_per_eval": args.steps_per_eval if self.val_dataset else None,
+            "val_batches": args.val_batches if self.val_dataset else None,
+            "validation examples": len(self.val_dataset) if self.val_dataset else 0,
             "grad_checkpoint": args.grad_checkpoint,  # it draws the random numbers of dropout twice
         }
 
