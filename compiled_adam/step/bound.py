@@ -87,7 +87,7 @@ def bind(model: nn.Module, loss_fn: LossFunction, optimizer: optim.Optimizer, se
 def init(optimizer: optim.Optimizer, parameters: Any, shard: Shard | None) -> None:
     """Creates missing state of the optimizer."""
     if shard is None:
-        optimizer.init(parameters)
+        any_optimizer.init(optimizer, parameters)
     else:
         shard.init(optimizer, parameters)
 

@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 
 from ..base import Compiled, InputError, Places, Structure, is_evaluated, operations, undone_on_error
 from . import signature as batches
+from .draws import without_draws
 from .settings import LossFunction, Settings
 
 
@@ -71,7 +72,8 @@ class GradientGraphs:
                 before = [*parameters, *arrays[self._trainable :]]
                 before_it = operations(before)
                 self._arrays.write(before)
-                loss, aux, weight = _taken_apart(self._loss_fn(self._model, *args, **kwargs), self._settings.weighted)
+                output = without_draws(lambda: self._loss_fn(self._model, *args, **kwargs))
+                loss, aux, weight = _taken_apart(output, self._settings.weighted)
                 self._follow_structure()
                 after = self._arrays.read()
                 changed = [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a is not b]
@@ -115,11 +117,13 @@ class GradientGraphs:
 
 def _taken_apart(output: Any, weighted: bool) -> tuple[mx.array, list[Any], mx.array]:
     """The output of loss_fn as (loss, aux, weight). Raises an error that says what to return instead."""
+    if isinstance(output, dict) and "loss" in output:
+        output = output["loss"], {name: value for name, value in output.items() if name != "loss"}
     loss, *aux = output if isinstance(output, (tuple, list)) and output else (output,)
     if not isinstance(loss, mx.array):
         raise TypeError(
             f"loss_fn returned {type(loss).__name__} as the loss; return an mx.array of shape (),"
-            " or a tuple that begins with one"
+            " a tuple that begins with one, or a dict that has one as 'loss'"
         )
     if loss.shape != ():
         raise InputError(f"loss_fn returned a loss of shape {loss.shape}; reduce it to a scalar, as with .mean()")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,21 +23,10 @@ from ..update import window
 from . import signature as batches
 from .bound import Bound, bind, check_parameters
 from .guards import Place, Traced, evaluate, take_out_placeholders
+from .result import StepResult
 from .settings import LossFunction, check_arguments, checked
 from .state import StepState
 from .update_graph import Update
-
-
-class StepResult(NamedTuple):
-    """The result of one call of a `TrainStep`. Arrays are lazy: reading one waits for the step."""
-
-    loss: mx.array  # 0-d, loss of this batch before the update; from `flush`: the mean over the window
-    aux: tuple[Any, ...]  # the values that loss_fn returned after the loss
-    grad_norm: mx.array | None  # 0-d float32, global norm of the (mean) gradient; None if this call made no update
-    learning_rate: mx.array | None  # 0-d, rate of the last update; None for an optimizer without a learning rate
-    updated: bool  # whether this call applied an update
-    skipped: mx.array  # 0-d, how many updates were skipped so far
-    extra: mx.array | None = None  # 0-d, sum of `extra` over the workers; None without other workers or an update
 
 
 class TrainStep:
@@ -56,8 +45,9 @@ class TrainStep:
         model: the module to train. The step updates the trainable parameters and keeps arrays that the forward pass
             assigns (such as running statistics). The random state (dropout) advances as it does without a step.
         loss_fn: ``loss_fn(model, *args, **kwargs)`` returns the loss (a 0-d float array), or a tuple that begins
-            with the loss.
-        optimizer: any ``mlx.optimizers`` optimizer. Default ``Adam(1e-3)``.
+            with the loss, or a dict that has the loss as ``"loss"``. Random numbers must come from ``mx.random``.
+        optimizer: any ``mlx.optimizers`` optimizer, or an object with ``init(parameters)`` and
+            ``apply_gradients(gradients, parameters)``, whose arrays are in its attributes. Default ``Adam(1e-3)``.
         accumulate: micro-batches per update, at least 1. Default 1.
         weighted: whether the second item of loss_fn's tuple is the weight of the batch: a 0-d array of at least 0,
             usually the number of tokens that the loss is a mean over. A batch of weight 0 adds nothing to the gradient,
@@ -125,7 +115,7 @@ class TrainStep:
             workers.check_alike(others, {"shard_state": shard_state})  # first: it decides which arrays are exchanged
             shard.complete(self._optimizer, others, model.parameters())
         for part in any_optimizer.parts(self._optimizer):
-            check_schedules(part._schedulers)
+            check_schedules(any_optimizer.schedules(part))
         self._state = StepState(self._optimizer, self._settings, self._current)
         self._bind()
         if others is not None:
@@ -266,7 +256,14 @@ class TrainStep:
         evaluate(loss, aux, grad_norm, skipped, extra, rate, [a for *_, a in model], state, self._state.window, key)
         # New array objects, so that editing the arrays of the state in place does not change this result.
         grad_norm, rate = (None if array is None else array[...] for array in (grad_norm, rate))
-        return StepResult(loss, tuple(aux), grad_norm, rate, update is not None, skipped, extra)
+        return StepResult(
+            (loss, *aux),
+            grad_norm=grad_norm,
+            learning_rate=rate,
+            updated=update is not None,
+            skipped=skipped,
+            extra=extra,
+        )
 
     # Saving and continuing.
 
