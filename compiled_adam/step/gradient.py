@@ -27,9 +27,10 @@ class Gradients(NamedTuple):
 
 
 class GradientGraphs:
-    """The gradient of ``loss_fn`` for a model whose arrays are at the places ``arrays``.
+    """The gradient of ``loss_fn`` for a model and the ``others`` that it uses.
 
-    The first ``trainable`` of these arrays are parameters. ``made`` and ``evicted`` count traces.
+    Their arrays are at the places ``arrays``. The first ``trainable`` of these are parameters. ``made`` and ``evicted``
+    count traces.
     """
 
     def __init__(
@@ -37,18 +38,20 @@ class GradientGraphs:
         model: nn.Module,
         loss_fn: LossFunction,
         structure: Structure,
+        others: Structure,
         arrays: Places,
         trainable: int,
         settings: Settings,
     ) -> None:
         self._model, self._loss_fn, self._settings = model, loss_fn, settings
-        self._structure, self._arrays, self._trainable = structure, arrays, trainable
+        self._structure, self._others, self._arrays, self._trainable = structure, others, arrays, trainable
+        self._modules = [*structure.modules, *others.modules]
         self.made = self.evicted = 0
         self._compiled: OrderedDict[Hashable, Compiled] = OrderedDict()
 
     def __call__(self, signature: Hashable, batch: list[mx.array]) -> Gradients:
         # Layers read `training` while they are traced, so a trace is valid for one value of each flag only.
-        key = signature, tuple([module.training for module in self._structure.modules])
+        key = signature, tuple([module.training for module in self._modules])
         graph = self._compiled.get(key)
         if graph is None:
             while len(self._compiled) >= self._settings.max_traces:
@@ -86,6 +89,11 @@ class GradientGraphs:
                 return loss
 
             originals, put_back = self._arrays.read(), self._structure.snapshot()
+            put_others_back = self._others.snapshot()
+
+            def undo() -> None:
+                put_back()
+                put_others_back()
 
             def traced() -> Any:
                 found = mx.value_and_grad(forward)(arrays[: self._trainable])
@@ -93,7 +101,7 @@ class GradientGraphs:
                 self._arrays.write(originals)
                 return found
 
-            loss, gradients = undone_on_error(traced, put_back)
+            loss, gradients = undone_on_error(traced, undo)
             aux, assigned, weight = rest
             return loss, aux, assigned, gradients, weight
 

@@ -37,9 +37,11 @@ class TrainStep:
     second value that loss_fn returns if ``weighted=True``.
 
     MLX traces loss_fn: the Python code runs once for each new batch signature and records a graph, the trace. A trace
-    keeps the Python values of that moment: arrays of other objects (a second model in a closure), attributes such as
-    a dropout rate, activation functions. Pass changing values in the batch. A change of a module's ``training`` flag
-    makes the step use (or trace) another graph. A schedule must be a pure function of the step.
+    keeps the Python values of that moment: arrays of other objects, attributes such as a dropout rate, activation
+    functions. Pass changing values in the batch. Other models that loss_fn refers to when `make_step` is called (a
+    discriminator, a teacher) are followed: the step uses their present arrays, and trains none of them. A change of a
+    module's ``training`` flag makes the step use (or trace) another graph. A schedule must be a pure function of the
+    step.
 
     Args:
         model: the module to train. The step updates the trainable parameters and keeps arrays that the forward pass
@@ -234,8 +236,8 @@ class TrainStep:
         """Assigns the results of the forward pass and of the update, and the window, all at once."""
         bound = self._bound
         for index, array in assigned.items():
-            container, key = bound.arrays.places[index]
-            if index >= len(bound.parameters):
+            container, key = bound.inputs.places[index]
+            if len(bound.parameters) <= index < len(bound.arrays):
                 self._state.note_buffer(bound.arrays.paths[index], container[key], assignments)
             if update is None or index >= len(bound.parameters):
                 assignments.add(container, key, array)
@@ -251,9 +253,9 @@ class TrainStep:
         extra = update.sums[2] if update is not None and update.sums else None
         rate = any_optimizer.learning_rate(self._optimizer)
         self._remember()  # before the evaluation, because the update overwrites the memory of the old arrays
-        model, _, key = self._known
         state = None if update is None else update.state
-        evaluate(loss, aux, grad_norm, skipped, extra, rate, [a for *_, a in model], state, self._state.window, key)
+        changed = [self._bound.inputs.read(), state, self._state.window, random_state.get()]
+        evaluate(loss, aux, grad_norm, skipped, extra, rate, changed)
         # New array objects, so that editing the arrays of the state in place does not change this result.
         grad_norm, rate = (None if array is None else array[...] for array in (grad_norm, rate))
         return StepResult(
