@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 
-STEPS, MICRO_BATCHES, WORDS, LENGTH = 30, 2, 16, 12
+STEPS, MICRO, WORDS, LENGTH = 30, 2, 16, 12
 
 
 class Block(nn.Module):
@@ -55,18 +55,16 @@ model.set_dtype(mx.bfloat16)
 muon = optim.Muon(0.02)  # in bfloat16 it rounds small updates away: ca.Compensated(optim.Muon(0.02)) does not
 adamw = ca.AdamW(3e-3)  # MLX: adamw = optim.AdamW(3e-3)
 optimizer = optim.MultiOptimizer([muon, adamw], [lambda path, p: path.startswith("blocks.") and p.ndim == 2])
-step = ca.make_step(
-    model, loss_fn, optimizer, accumulate=MICRO_BATCHES
-)  # MLX: step = nn.value_and_grad(model, loss_fn)
+step = ca.make_step(model, loss_fn, optimizer, accumulate=MICRO)  # MLX: step = nn.value_and_grad(model, loss_fn)
 for i in range(STEPS):
     for part, peak in ((muon, 0.02), (adamw, 3e-3)):
         part.learning_rate = peak * min(1.0, (i + 1) / 10, 2 * (STEPS - i) / STEPS)
     # MLX: total = None
-    for j in range(MICRO_BATCHES):
-        words = texts(mx.random.key(MICRO_BATCHES * i + j))
+    for j in range(MICRO):
+        words = texts(mx.random.key(MICRO * i + j))
         (loss,) = step(words)  # MLX: loss, gradients = step(model, words)
         # MLX: total = gradients if total is None else mlx.utils.tree_map(mx.add, total, gradients)
-    # MLX: optimizer.update(model, mlx.utils.tree_map(lambda g: g / MICRO_BATCHES, total))
+    # MLX: optimizer.update(model, mlx.utils.tree_map(lambda g: g / MICRO, total))
     # MLX: mx.eval(model.parameters(), optimizer.state)
     if i % 10 == 9:
         print(f"update {i + 1:>2}  loss {loss.item():.4f}")
