@@ -12,5 +12,6 @@ from .errors import InputError, TrainingStopped, while_handling
 from .fingerprint import packages
 from .mlx_graph import Written, kernels, operations, reached
 from .peak import peak, traced
+from .shown import shown
 from .streams import lenient, lenient_streams, say
 from .tree import Aligned, Places, Structure, along, below, indexed, trainable_places
