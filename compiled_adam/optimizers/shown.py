@@ -31,8 +31,7 @@ def of_adam(optimizer: Adam) -> str:
     }
     defaults: dict[str, Any] = {}
     for kind in reversed(type(optimizer).__mro__[:-1]):
-        parameters = inspect.signature(kind.__init__).parameters
-        defaults |= {name: parameter.default for name, parameter in parameters.items()}
+        defaults |= {name: each.default for name, each in inspect.signature(kind).parameters.items()}
     settings = [
         f"{name}={shown(value)}" for name, value in values.items() if name in defaults and value != defaults[name]
     ]

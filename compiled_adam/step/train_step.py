@@ -15,7 +15,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten
 
 from ..base import Assignments, InputError, Row, random_state, undone_on_error
 from ..distributed import shard, workers
@@ -161,7 +160,7 @@ class TrainStep:
         return {name: self._earlier[name] + count for name, count in now.items()}
 
     def __repr__(self) -> str:
-        size = sum(array.size for _, array in tree_flatten(self._model.trainable_parameters()))
+        size = sum(array.size for array in self._bound.parameters.read())
         model, optimizer = f"{type(self._model).__name__} of {size:,} trainable parameters", of_any(self._optimizer)
         return f"TrainStep({model}, {optimizer}, accumulate={self.accumulate}, traces={self.traces})"
 
