@@ -33,7 +33,7 @@ from ..step import TrainStep, losses, make_step
 from .batches import Batches
 from .console import TrainingProgress
 from .history import History
-from .log import RunLog, read
+from .log import RunLog, is_log, read
 from .loop import TrainingLoop
 from .metrics import StepReader
 from .names import CHECKPOINTS, CONFIG, LOG
@@ -178,16 +178,20 @@ class Job:
             if options.log and workers.first:
                 reporting.log = stack.enter_context(closing(RunLog(self.folder / LOG, loop.iteration, reporting.warn)))
             if options.log and resume is not None:
-                reporting.history.follow(workers.first_does(self._earlier), args.steps_per_report)
+                reporting.history.follow(
+                    workers.first_does(partial(self._earlier, loop.iteration)), args.steps_per_report
+                )
             workers.first_does(self._write_config)
             loop.run()
             reporting.history.report()  # of an early end
             return reporting.history
 
-    def _earlier(self) -> list[dict[str, Any]]:
-        """The lines of the log from before this process; none if there is no log, which does not end a run."""
+    def _earlier(self, iteration: int) -> list[dict[str, Any]]:
+        """The lines of the log up to an iteration; none if there is no log, which does not end a run."""
         with suppress(OSError, InputError):
-            return read(self.folder / LOG)
+            # The log may be a pipe, which would be waited for, or old, if it could not be written anew.
+            if is_log(self.folder / LOG):
+                return [line for line in read(self.folder / LOG) if line["iteration"] <= iteration]
         return []
 
     def _make_folder(self) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import sys
 from pathlib import Path
 
 import compiled_adam as ca
 import pytest
+from compiled_adam.checkpoint import output
 from compiled_adam.finetune import log
 from mlx_lm.tuner.callbacks import TrainingCallback
 
@@ -139,3 +142,28 @@ def test_a_table_of_it(whole: tuple[ca.History, Reports, Path], monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ImportError, match=r"to_pandas needs pandas .*pip install 'compiled-adam\[notebook\]'"):
         whole[0].to_pandas()
+
+
+def test_a_log_that_is_a_pipe_is_not_waited_for(tiny_model: Path, tmp_path: Path) -> None:
+    train(tiny_model, tmp_path, iters=2)
+    os.mkfifo(tmp_path / "log.jsonl")
+    history = train(tiny_model, tmp_path, iters=3, resume="auto", log=True)
+    assert [iteration for iteration, _ in history.losses] == [3]
+
+
+def test_lines_that_happen_again_are_there_once(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A log that cannot be written anew, as on a full disk, still has lines from after the checkpoint."""
+    train(tiny_model, tmp_path, iters=4, steps_per_save=2, log=True)
+    (tmp_path / "checkpoints" / "0000004").rename(tmp_path / "later")
+    write = output.write
+
+    def full(file: Path, content: bytes) -> None:
+        if file.name == "log.jsonl":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(file, content)
+
+    monkeypatch.setattr(output, "write", full)
+    history = train(tiny_model, tmp_path, iters=4, resume="auto", log=True)
+    assert [iteration for iteration, _ in history.losses] == [1, 2, 3, 4]
