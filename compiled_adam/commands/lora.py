@@ -20,7 +20,6 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.callbacks import TrainingCallback, get_reporting_callbacks
 from mlx_lm.tuner.datasets import CacheDataset
 from mlx_lm.tuner.trainer import TrainingArgs
-from mlx_lm.tuner.utils import print_trainable_parameters
 
 from ..base import InputError, fingerprint
 from ..checkpoint import check_exists
@@ -29,18 +28,18 @@ from ..finetune import data, model_files, padding
 from ..finetune.adapters import check_folder, load_adapters, load_weights, other_scale, read_arrays
 from ..finetune.batches import Batches
 from ..finetune.chunked import ChunkedLoss
-from ..finetune.console import TrainingProgress
+from ..finetune.console import TrainingProgress, stage
 from ..finetune.lora_values import OPTIMIZERS, check_rates
-from ..finetune.names import LOG, WEIGHTS
-from ..finetune.options import called
+from ..finetune.names import LOG, REPORT, WEIGHTS
+from ..finetune.options import TrainOptions, called
 from ..finetune.saving import has_checkpoints
 from ..finetune.tokenizing import tokenize
 from ..finetune.trainable import add_adapters, check_layers, unfreeze_last
-from ..finetune.trainer import train
+from ..finetune.trainer import Job
 from ..finetune.validation import mean_loss, no_targets
 from ..step import losses
 from ..update import decay_matrices
-from . import like_mlx_lm
+from . import like_mlx_lm, lora_screen
 from .lora_options import KEPT, check_together, settings
 from .lora_yaml import YAML_ONLY
 
@@ -59,6 +58,7 @@ def main(argv: Sequence[str]) -> None:
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     args = settings(argv)
+    args.typed = argv
     if join(args.worker_timeout).rank() == 0:
         run(args)
     else:
@@ -81,8 +81,10 @@ def run(args: types.SimpleNamespace) -> None:
     callback = get_reporting_callbacks(
         args.report_to, project_name=args.project_name, log_dir=args.adapter_path, config=everything
     )
-    model, tokenizer = model_files.load(args.model, getattr(args, "trust_remote_code", None))
-    train_set, valid_set, test_set = data.load(args, tokenizer)
+    with stage(f"loading {args.model}"):
+        model, tokenizer = model_files.load(args.model, getattr(args, "trust_remote_code", None))
+    with stage(f"reading {args.data}"):
+        train_set, valid_set, test_set = data.load(args, tokenizer)
     if args.test:
         test_set = _test_set(args, test_set)
     if args.train:
@@ -140,46 +142,46 @@ def train_model(
     make_trainable(args, model)
     if args.resume_adapter_file is not None:
         _begin_with(args, model)
-    print_trainable_parameters(model)
     cached = CacheDataset(train_set)
     make_batches = _batches(args, args.bucket)
     if args.epochs is not None:
         args.iters = _iterations(args, cached, make_batches)
         check_rates(args)
-    if args.bucket is not None:
-        _print_forecast(args, cached)
-    print(like_mlx_lm.differences(args))
+    tokenize(cached, quiet=join(args.worker_timeout).rank() > 0)
+    valid = CacheDataset(valid_set)
+    forecast = None if args.bucket is None else _forecast(args, cached)
+    options = _options(args, base)
+    job = Job(model, optimizer, cached, valid, _loss(args, model), make_batches, _training_args(args), options)
     try:
-        train(
-            model,
-            optimizer,
-            cached,
-            CacheDataset(valid_set),
-            _training_args(args),
-            loss=_loss(args, model),
-            iterate_batches=make_batches,
-            training_callback=callback,
-            max_traces=args.max_traces,
-            log=True,
-            keep_checkpoints=_checkpoints(args),
-            keep_adapters=args.keep_checkpoints or None,
-            save_best=args.save_best,
-            early_stop_patience=args.early_stop_patience,
-            nonfinite_limit=args.nonfinite_limit,
-            resume=args.resume,
-            settings=_settings(args, base),
-            allow=args.allow_change or (),
-            adapter_config={name: value for name, value in vars(args).items() if name not in ("given", "in_file")},
-            reduce_dtype=args.reduce_dtype,
-            shard_state=args.shard_state,
-            worker_timeout=args.worker_timeout,
-        )
+        with lora_screen.how_to_go_on(args):
+            job.run(callback, lora_screen.facts(args, model, cached, valid, forecast))
     except BaseException:
         # The error that ended the run is to be told, and not that the run had no step yet.
         with contextlib.suppress(InputError, OSError):
             _report(args)
         raise
     _report(args)
+    print(f"try: {lora_screen.generate(args, valid_set)}")
+
+
+def _options(args: types.SimpleNamespace, base: Any) -> TrainOptions:
+    own = ("given", "in_file", "typed")
+    return TrainOptions(
+        max_traces=args.max_traces,
+        log=True,
+        keep_checkpoints=_checkpoints(args),
+        keep_adapters=args.keep_checkpoints or None,
+        save_best=args.save_best,
+        early_stop_patience=args.early_stop_patience,
+        nonfinite_limit=args.nonfinite_limit,
+        resume=args.resume,
+        settings=_settings(args, base),
+        allow=args.allow_change or (),
+        adapter_config={name: value for name, value in vars(args).items() if name not in own},
+        reduce_dtype=args.reduce_dtype,
+        shard_state=args.shard_state,
+        worker_timeout=args.worker_timeout,
+    )
 
 
 def _batches(args: types.SimpleNamespace, bucket: float | None) -> partial[Batches]:
@@ -228,7 +230,8 @@ def _report(args: types.SimpleNamespace) -> None:
     if args.report and (folder / LOG).exists():
         from .report import write
 
-        write([folder], folder / "report.html")
+        write([folder], folder / REPORT)
+        print(f"report -> {folder / REPORT}")
 
 
 def _test(args: types.SimpleNamespace, model: nn.Module, test_set: Any) -> None:
@@ -273,12 +276,12 @@ def _checkpoints(args: types.SimpleNamespace) -> int:
     return KEPT if args.keep_checkpoints is None else args.keep_checkpoints
 
 
-def _print_forecast(args: types.SimpleNamespace, dataset: Any) -> None:
+def _forecast(args: types.SimpleNamespace, dataset: Any) -> str:
     ours, without = (
         _batches(args, bucket)(dataset, args.batch_size, args.max_seq_length, loop=True).forecast()
         for bucket in (args.bucket, None)
     )
-    print(
+    return (
         f"bucket {args.bucket:g}: at most {ours.traces} traces, {100 * ours.overhead:.1f} % padding"
         f" (without --bucket: {without.traces} traces, {100 * without.overhead:.1f} %)"
     )
