@@ -105,11 +105,16 @@ def picture(screen: list[str]) -> str:
 
 
 def words(svg: str) -> list[str]:
-    """The lines of a picture, in which every number is 0: what must be the same at each run."""
+    """The lines of a picture, in which every number is 0: what must be the same at each run.
+
+    Which losses are better or the best depends on the numbers, and what takes more than a second on the machine.
+    """
     found: dict[float, str] = {}
     for y, text in re.findall(r'<text [^>]*\by="([\d.]+)"[^>]*>([^<]*)</text>', svg):
         found[float(y)] = found.get(float(y), "") + text.replace("&#160;", " ")
-    return [" ".join(re.sub(r"[\d.,]+(e[-+]?\d+)?", "0", found[y]).split()) for y in sorted(found)]
+    numbers = [re.sub(r"[\d.,:]+(e[-+]?\d+)?k?", "0", re.sub("[▲▼]|val  best", "val", found[y])) for y in sorted(found)]
+    short = [" ".join(re.sub(r"0 (s|min)\b", "0 s", line).replace("val", "").split()) for line in numbers]
+    return [line for line in short if not re.search(r"\w0 s$|\)0 s$", line)]
 
 
 def draw() -> str:

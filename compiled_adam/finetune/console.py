@@ -48,7 +48,10 @@ def stage(what: str, clock: Callable[[], float] = time.perf_counter) -> Iterator
     """
     console, start = make_console(), clock()
     live = is_live(console)
-    console.print(Text(what, "dim"), end="" if live else "\n", soft_wrap=True)
+    if live:  # one line at most, which is removed again
+        console.print(Text(what, "dim"), end="", no_wrap=True, overflow="ellipsis")
+    else:
+        console.print(what, markup=False, soft_wrap=True)
     try:
         yield
     finally:
@@ -132,7 +135,7 @@ class TrainingProgress:
             self._output.show(self._bar(), seldom=True)
         else:
             # Without soft_wrap a pipe, which has no width, would get lines broken at 80 columns.
-            self.console.print(what, soft_wrap=not self._on_terminal)
+            self.console.print(what, soft_wrap=not self.console.is_terminal)
 
     def _bar(self) -> RenderableType:
         """One line, never more: what does not fit is left out."""

@@ -90,7 +90,7 @@ class TrainingLoop:
         if fault is not None:
             self.reporting.line(f"iter {self.iteration:>5}  {outcome}")
             raise fault
-        self.reporting.line(self._summary())
+        self.reporting.screen.progress.line(self._summary(), "bold")
         if (number := self.asked.agreed) is not None:
             self._end_as_asked(number, outcome)
         if self._failed_too_often():

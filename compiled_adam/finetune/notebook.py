@@ -35,7 +35,10 @@ class Output:
         if seldom and now - self._shown < _SELDOM:
             return
         self._shown = now
-        console = Console(file=io.StringIO(), record=True, width=self.width, force_terminal=True, highlight=False)
+        # As on a terminal: in a notebook rich shows each line as an output of its own.
+        console = Console(
+            file=io.StringIO(), record=True, width=self.width, force_terminal=True, force_jupyter=False, highlight=False
+        )
         console.print(Group(*self._lines, *([bar] if bar else [])))
         text = console.export_text(clear=False)
         bundle = {"text/plain": text, "text/html": console.export_html(inline_styles=True, code_format=_PAGE)}

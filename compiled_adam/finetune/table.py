@@ -58,13 +58,13 @@ def loss(value: float) -> str:
     >>> loss(5.66183), loss(123456.0), loss(math.nan)
     ('5.6618', '1.23e+05', 'nan')
     """
-    return f"{value:.4f}" if abs(value) < 1000 or not math.isfinite(value) else f"{value:.2e}"
+    return f"{value:.4f}" if abs(value) < 999 or not math.isfinite(value) else f"{value:.2e}"
 
 
 def norm(value: float | None) -> str:
     if value is None:
         return "-"
-    return f"{value:.3f}" if 1e-3 <= value < 1000 or value == 0 or not math.isfinite(value) else f"{value:.2e}"
+    return f"{value:.3f}" if 1e-3 <= value < 999 or value == 0 or not math.isfinite(value) else f"{value:.2e}"
 
 
 def rate(value: float | None) -> str:
