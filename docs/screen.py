@@ -112,9 +112,13 @@ def words(svg: str) -> list[str]:
     found: dict[float, str] = {}
     for y, text in re.findall(r'<text [^>]*\by="([\d.]+)"[^>]*>([^<]*)</text>', svg):
         found[float(y)] = found.get(float(y), "") + text.replace("&#160;", " ")
-    numbers = [re.sub(r"[\d.,:]+(e[-+]?\d+)?k?", "0", re.sub("[▲▼]|val  best", "val", found[y])) for y in sorted(found)]
-    short = [" ".join(re.sub(r"0 (s|min)\b", "0 s", line).replace("val", "").split()) for line in numbers]
-    return [line for line in short if not re.search(r"\w0 s$|\)0 s$", line)]
+    shown = []
+    for y in sorted(found):
+        line = re.sub(r"[▲▼]|(?<=val  )best", "", found[y])
+        line = re.sub(r"\d[\d.,:]*(e[-+]?\d+)?k?", "0", line).replace("0 min", "0 s")
+        if not re.search(r"\D: 0 s$", line):
+            shown.append(" ".join(line.split()))
+    return shown
 
 
 def draw() -> str:
