@@ -6,7 +6,6 @@ any size takes a second and almost no memory.
 
 from __future__ import annotations
 
-import os
 import types
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
@@ -22,6 +21,7 @@ from ..base import InputError
 from ..distributed import reduce, shard
 from ..finetune import activations, model_config
 from ..finetune.activations import Batch, Pass
+from ..finetune.metrics import machine_memory
 from ..optimizers import Adam, ForSteps
 from ..step import losses
 from ..update import POLICIES
@@ -222,7 +222,7 @@ def main(argv: Sequence[str]) -> int:
     def fits(args: types.SimpleNamespace) -> bool:
         return planned(args).total(_policy(args)) <= memory
 
-    memory, where = (args.memory * GB, "") if args.memory else (_memory_here(), " of this machine")
+    memory, where = (args.memory * GB, "") if args.memory else (machine_memory(), " of this machine")
     made = planned(own)
     for line in describe(made, args.link) + describe_batch(made, own):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -312,11 +312,6 @@ def _count(number: int) -> str:
     if number < 1e6:
         return f"{number:,}"
     return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.1f} M"
-
-
-def _memory_here() -> float:
-    known = mx.device_info().get("memory_size")
-    return float(known) if known else float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def _parser() -> Parser:

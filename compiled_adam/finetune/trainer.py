@@ -9,7 +9,7 @@ same where shapes are the same. Callbacks are called at every worker.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -43,6 +43,7 @@ from .reporting import Reporting
 from .rows import located
 from .samples import Sampling
 from .saving import RunFolder, has_checkpoints
+from .screen import RunScreen
 from .stopping import asked_to_stop
 from .tokenizing import tokenize
 from .validation import Validation
@@ -131,8 +132,8 @@ class Job:
             self.options.check_validation()
         self.folder = Path(self.args.adapter_file).parent
 
-    def run(self, callback: TrainingCallback | None) -> None:
-        """Trains, and saves at the end."""
+    def run(self, callback: TrainingCallback | None, facts: Iterable[tuple[str, str]] = ()) -> None:
+        """Trains, and saves at the end. ``facts`` are names and values for a box above the table."""
         if (limit := mx.device_info().get("max_recommended_working_set_size")) is not None:
             mx.set_wired_limit(int(limit))  # Metal: keeps weights from being paged out between steps
         args, options = self.args, self.options
@@ -153,9 +154,11 @@ class Job:
                 stack.enter_context(workers.all_do(partial(_lock, self.folder, workers.first)))
             asked = stack.enter_context(asked_to_stop(workers.many))
             progress = stack.enter_context(TrainingProgress(args.iters, quiet=not workers.first))
-            validation = Validation(self.val_dataset, self.loss, self.iterate_batches, args, workers, asked)
+            screen = RunScreen(progress, batches.per_epoch if isinstance(batches, Batches) else None)
+            validation = Validation(self.val_dataset, self.loss, self.iterate_batches, args, workers, asked, progress)
             reporting = Reporting(
-                StepReader(step), progress, callback or TrainingCallback(), workers, asked, args.max_seq_length
+                *(StepReader(step), screen, callback or TrainingCallback(), workers, asked, args.max_seq_length),
+                batches.forecast().traces if isinstance(batches, Batches) and batches.grouped else None,
             )
             saved = RunFolder(Path(args.adapter_file), step, options, settings, workers, progress.line)
             loop = TrainingLoop(step, batches, validation, args, options, saved, reporting, asked)
@@ -167,8 +170,7 @@ class Job:
                 progress.line(
                     f"there is no checkpoint in {self.folder / CHECKPOINTS} yet: the run starts from the beginning"
                 )
-            if isinstance(batches, Batches):
-                progress.line(in_epochs(args.iters, batches))
+            self._show(screen, batches, facts)
             if loop.iteration >= args.iters:
                 progress.line(
                     f"iter {loop.iteration:>5}  all {args.iters} iterations are done; to train on, give more"
@@ -181,6 +183,14 @@ class Job:
             loop.sampling = Sampling(options.sample, record, workers, lambda: asked.signal is not None, reporting.warn)
             workers.first_does(self._write_config)
             record.because = loop.run()
+
+    def _show(self, screen: RunScreen, batches: Iterator[Any], facts: Iterable[tuple[str, str]]) -> None:
+        """Prints the box with the ``facts``; without any, one line about epochs."""
+        run = in_epochs(self.args.iters, batches) if isinstance(batches, Batches) else f"{self.args.iters} iterations"
+        if facts:
+            screen.box("compiled-adam lora", [*facts, ("run", run), ("folder", str(self.folder))])
+        elif screen.per_epoch:
+            screen.progress.line(run)
 
     def _make_folder(self) -> None:
         if self.folder.exists() and not self.folder.is_dir():
