@@ -17,6 +17,7 @@ from ..distributed import DTYPES
 from ..finetune import lora_values
 from ..finetune.lora_values import FEATURES
 from ..finetune.options import TrainOptions, called
+from ..finetune.trainable import DTYPES as DTYPES_OF_WEIGHTS
 from ..optimizers import AdamW
 from ..update import POLICIES
 from . import like_mlx_lm
@@ -34,6 +35,10 @@ class Option(NamedTuple):
     more: Mapping[str, Any] = {}  # further arguments of argparse
 
 
+_DTYPE = (
+    "Cast the model's weights to this dtype after loading; full fine-tuning trains and saves them in it. Adapters of"
+    " LoRA and DoRA stay float32. Not for quantized models. Default: the dtype in which the model is stored."
+)
 _TRACES = "The number of batch shapes that stay compiled; the least recently used is dropped. Default: {default}."
 _PATIENCE = "Stop when the validation loss has not improved N times in a row. Default: never."
 _BUCKET = (
@@ -96,6 +101,7 @@ GROUPS = {
         ),
     ),
     "options of training (also YAML keys)": (
+        Option("dtype", tuple(DTYPES_OF_WEIGHTS), _DTYPE),
         Option("max_traces", int, _TRACES),
         Option("group_by_length", bool, _GROUP),
         Option("batch_tokens", int, _BATCH_TOKENS),
@@ -122,7 +128,7 @@ GROUPS = {
 _OTHER_DEFAULTS = {"chunked_loss": True, "group_by_length": True, "keep_checkpoints": None, "nonfinite_limit": 20}
 _DEFAULTS = {**{field.name: field.default for field in dataclasses.fields(TrainOptions)}, **_OTHER_DEFAULTS}
 OURS: dict[str, Any] = {option.name: _DEFAULTS.get(option.name) for group in GROUPS.values() for option in group}
-_ALSO_OF_TESTS = {"worker_timeout", "like_mlx_lm", "assistant_only_loss", "chunked_loss"}
+_ALSO_OF_TESTS = {"dtype", "worker_timeout", "like_mlx_lm", "assistant_only_loss", "chunked_loss"}
 # Help for options of mlx-lm whose own help says less than they do here.
 _CLEARER = {
     "optimizer": "The optimizer. adam and adamw are compiled_adam's, the others are MLX's. Default: adam.",
