@@ -26,7 +26,7 @@ from ..base import InputError, fingerprint
 from ..checkpoint import check_exists
 from ..distributed import Workers, join
 from ..finetune import data, model_files, padding, samples
-from ..finetune.adapters import check_folder, load_adapters, load_weights, other_scale, read_arrays
+from ..finetune.adapters import check_folder, load_adapters, load_weights, other_scale, read_arrays, trained_dtype
 from ..finetune.batches import Batches
 from ..finetune.chunked import ChunkedLoss
 from ..finetune.console import TrainingProgress, stage
@@ -35,7 +35,7 @@ from ..finetune.names import LOG, REPORT, WEIGHTS
 from ..finetune.options import TrainOptions, called
 from ..finetune.saving import has_checkpoints
 from ..finetune.tokenizing import tokenize
-from ..finetune.trainable import add_adapters, check_layers, unfreeze_last
+from ..finetune.trainable import add_adapters, cast, check_layers, unfreeze_last
 from ..finetune.trainer import Job
 from ..finetune.validation import mean_loss, no_targets
 from ..step import losses
@@ -90,10 +90,20 @@ def run(args: types.SimpleNamespace) -> None:
         test_set = _test_set(args, test_set)
     if args.train:
         train_model(args, model, optimizer, train_set, valid_set, callback)
-    elif args.adapter_path:
-        print(load_adapters(model, args.adapter_path))
+    else:
+        _load_adapters(args, model)
     if args.test:
         _test(args, model, test_set)
+
+
+def _load_adapters(args: types.SimpleNamespace, model: nn.Module) -> None:
+    """The model of a test without training, in the dtype that it was trained in unless another one is asked for."""
+    if args.adapter_path:
+        print(load_adapters(model, args.adapter_path))
+        args.dtype = args.dtype or trained_dtype(args.adapter_path)
+    cast(model, args.dtype)
+    if args.dtype is not None:
+        print(f"the weights are cast to {args.dtype}")
 
 
 def _check_files(args: types.SimpleNamespace) -> None:
@@ -202,8 +212,9 @@ def _iterations(args: types.SimpleNamespace, dataset: CacheDataset, make_batches
 def _settings(args: types.SimpleNamespace, base: Any) -> dict[str, Any]:
     """The settings that a resumed run must have, too, beside those that `train` knows."""
     found = {"model": base, **{name: getattr(args, name, None) for name in _OF_THE_RESULT}}
-    # Checkpoints of earlier versions do not have it.
-    return {**found, "like_mlx_lm": True} if args.like_mlx_lm else found
+    # Checkpoints of earlier versions do not have these.
+    later = {"like_mlx_lm": args.like_mlx_lm or None, "dtype": args.dtype}
+    return {**found, **{name: value for name, value in later.items() if value is not None}}
 
 
 def _effective(args: types.SimpleNamespace) -> dict[str, Any]:
@@ -276,7 +287,8 @@ def _test(args: types.SimpleNamespace, model: nn.Module, test_set: Any) -> None:
 
 
 def make_trainable(args: types.SimpleNamespace, model: nn.Module) -> None:
-    """Freezes a model, except for the parameters that the job trains: new adapters, or the last layers."""
+    """Casts a model, and freezes all but the parameters that the job trains: new adapters, or the last layers."""
+    cast(model, args.dtype)
     model.freeze()
     check_layers(model, args.num_layers, given="num_layers" in (*args.given, *args.in_file))
     if args.fine_tune_type == "full":
@@ -290,6 +302,7 @@ def _begin_with(args: types.SimpleNamespace, model: nn.Module) -> None:
     """Puts the weights of ``resume_adapter_file`` into the model, and says how many."""
     every, trained = (list(dict(tree_flatten(tree))) for tree in (model.parameters(), model.trainable_parameters()))
     print(load_weights(model, args.resume_adapter_file, wanted=trained, allowed=every))
+    cast(model, args.dtype)  # the file may have another one
     if note := other_scale(args.resume_adapter_file, args.lora_parameters):
         print(f"note: {note}")
 

@@ -60,7 +60,7 @@ class Plan(NamedTuple):
     parameters: int  # how many the model has without adapters; of a quantized one, those it stands for
     trainable: int  # how many are trained
     layers: int  # in how many of the last layers
-    dtype: str  # of weights that are not quantized; bfloat16 if the config does not say
+    dtype: str  # of weights that are not quantized: --dtype, else what the config says, else bfloat16
     weights: int
     gradients: int
     window: int  # float32 sums of accumulated gradients
@@ -112,7 +112,7 @@ def _built(config: Mapping[str, Any], args: types.SimpleNamespace) -> _Built:
     if "num_layers" not in (*args.given, *args.in_file):
         args.num_layers = min(args.num_layers, len(model.layers))
     make_trainable(args, model)
-    return _Built(args, model, parameters, dtype)
+    return _Built(args, model, parameters, args.dtype or dtype)
 
 
 def _of_model(built: _Built, workers: int) -> Plan:

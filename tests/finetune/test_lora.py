@@ -10,7 +10,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from compiled_adam.commands.demo import texts
+from compiled_adam.commands.small_model import texts
 from compiled_adam.finetune import batches, validation
 from mlx.utils import tree_flatten
 from mlx_lm import load
