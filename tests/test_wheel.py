@@ -1,4 +1,4 @@
-"""The package as others get it: a wheel in an environment of its own, outside the checkout. Minutes, and a network."""
+"""The wheel in an environment of its own, outside the checkout. Minutes, and a network."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ import re
 import subprocess
 import sys
 import venv
-import zipfile
 from pathlib import Path
 
-import compiled_adam
 import pytest
 from conftest import ROOT
 
@@ -60,19 +58,6 @@ def environment(folder: Path, requirement: str) -> Path:
     venv.create(folder, with_pip=True)
     execute(folder / "bin" / "python", "-m", "pip", "install", "--quiet", requirement, cwd=folder)
     return folder / "bin"
-
-
-def test_the_wheel_is_the_package_only(wheel: Path) -> None:
-    names = zipfile.ZipFile(wheel).namelist()
-    metadata = f"compiled_adam-{compiled_adam.__version__}.dist-info/"
-    assert {name.split("/")[0] + "/" for name in names} == {"compiled_adam/", metadata}
-    modules = {f"compiled_adam/{file.name}" for file in (ROOT / "compiled_adam").glob("*.py")}
-    assert {name for name in names if name.endswith(".py")} == modules
-    assert not [name for name in names if "__pycache__" in name]
-    assert f"{metadata}licenses/LICENSE" in names
-    page = ROOT / "compiled_adam" / "commands" / "report_page"
-    assert {f"compiled_adam/commands/report_page/{file.name}" for file in page.iterdir()} <= set(names)
-    assert any(name.startswith(f"{metadata}licenses/") and name.endswith("uPlot.LICENSE") for name in names)
 
 
 def test_without_extras(wheel: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from mlx_lm.tuner.callbacks import TrainingCallback
 
 from ..distributed import Workers
+from .history import History
 from .log import RunLog
 from .metrics import Report, StepReader, failures
 from .options import called
@@ -29,6 +30,7 @@ class Reporting:
     max_seq_length: int
     shapes: int | None  # of all batches of an epoch, if they are known
     log: RunLog | None = field(default=None, init=False)  # of the first worker, once the folder is ready
+    history: History = field(default_factory=History, init=False)
     failures: int = field(default=0, init=False)  # steps in a row that were not finite
     sums: Report = field(default_factory=Report, init=False)
     unaccounted: list[dict[str, Any]] = field(default_factory=list, init=False)  # not yet summed over the workers
@@ -65,6 +67,7 @@ class Reporting:
         entries, self.unaccounted = self.workers.mean_steps(self.unaccounted), []
         for entry in entries:
             self.sums.add(entry)
+            self.history.add(entry)
             if self.log is not None:
                 self.log.write(entry)
             self.failures = failures(self.failures, entry)
@@ -72,6 +75,7 @@ class Reporting:
     def report(self) -> None:
         """Reports the sums since the last report."""
         info = self.sums.close()
+        self.history.report()
         self.screen.report(info)
         if not info["trained_tokens"] and not self.told:
             # Otherwise a run that teaches the model nothing looks like one that does.
@@ -102,8 +106,10 @@ class Reporting:
         else:
             self.screen.validation(iteration, loss, seconds, best)
         known = math.nan if loss is None else loss
+        entry = {"iteration": iteration, "val_loss": known, "seconds": seconds}
+        self.history.add(entry)
         if self.log is not None:
-            self.log.write({"iteration": iteration, "val_loss": known, "seconds": seconds})
+            self.log.write(entry)
         self.callback.on_val_loss_report({"iteration": iteration - 1, "val_loss": known, "val_time": seconds})
 
     def state(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from ..update import ALL_ALIKE, Part, Shared, Stored, update_leaf
 from .leaf_update import LeafUpdate, Options
 from .options import assigned_rate, check_numbers, check_options
 from .options import learning_rate as checked_rate
+from .shown import of_adam
 from .state import State, evaluate
 
 LearningRate = float | mx.array | Callable[[mx.array], mx.array]
@@ -258,6 +259,9 @@ class Adam(optim.Adam):
             for name, array in new.items():
                 assignments.add(state, name, array)
         return new_parameters, leaves.places
+
+    def __repr__(self) -> str:
+        return of_adam(self)
 
     def __getstate__(self) -> dict[str, Any]:
         self._kept.complete()  # a copy has no keeper
