@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import shlex
 import signal
 import sys
 import threading
@@ -16,6 +17,7 @@ from types import FrameType
 
 from . import __version__
 from .base import InputError, TrainingStopped, lenient_streams, while_handling
+from .commands.parsing import PROGRAM, Parser, commands_of
 from .finetune.packages import needed
 
 
@@ -34,14 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None, interrupts: _Interrupts) -> int:
-    parser = _parser()
-    # What follows `lora` and `plan` is for mlx-lm's parser, whose import takes a second; `schedule` has a parser for
-    # each name.
-    arguments, rest = parser.parse_known_args(argv)
-    arguments.rest = rest
-    if rest and arguments.command not in (_lora, _plan, _schedule):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    debug = False
     try:
+        arguments = _arguments(argv)
+        debug = arguments.debug
         code: int | None = arguments.command(arguments)
         return code or 0
     except KeyboardInterrupt as error:
@@ -58,10 +56,23 @@ def _run(argv: Sequence[str] | None, interrupts: _Interrupts) -> int:
             # Ctrl-C ends every process of a terminal, as the compiler that MLX is waiting for: its failure came first.
             _tell("interrupted")
             return 130
-        if arguments.debug or not _is_told(error):
+        if debug or not _is_told(error):
             raise
         _tell(str(error))
         return 1 if isinstance(error, TrainingStopped) else 2
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The parsed command line, with the function that runs it as ``command``."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # What follows `lora` and `plan` is for mlx-lm's parser, whose import takes a second; `schedule` has a parser for
+    # each name.
+    arguments.rest = rest
+    if rest and arguments.command not in (_lora, _plan, _schedule):
+        chosen = parser if arguments.name is None else commands_of(parser)[arguments.name]
+        chosen.refuse(rest)
+    return arguments
 
 
 class _Interrupts:
@@ -109,56 +120,101 @@ def _is_told(error: Exception) -> bool:
 
 
 def _tell(message: str) -> None:
-    print(f"compiled-adam: {message}", file=sys.stderr)
+    print(f"{PROGRAM}: {message}", file=sys.stderr)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="compiled-adam",
+def _parser() -> Parser:
+    parser = Parser(
+        prog=PROGRAM,
+        usage=f"{PROGRAM} COMMAND [options]",
         description="Fine-tunes language models on Apple's MLX, with float32 arithmetic for half-precision weights and"
         " exact resume.",
         epilog="Begin with doctor and demo. compiled-adam COMMAND --help lists the options of a command.",
     )
     parser.add_argument("--version", action="version", version=f"compiled-adam {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    parser.add_argument(
+        "--print-completion",
+        choices=("bash", "zsh"),
+        metavar="SHELL",
+        help="print a script for the tab key in bash or zsh",
+    )
+    parser.set_defaults(command=_without_command)
+    _add_commands(parser)
+    return parser
+
+
+def _add_commands(parser: Parser) -> None:
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="name", prog=PROGRAM)
+    init = commands.add_parser(
+        "init",
+        help="write a YAML file with every option of lora",
+        description="Writes a YAML file for `lora --config`. It has every option with its meaning and its default, as"
+        " comments. Replaces no file.",
+    )
+    init.add_argument(
+        "file", type=Path, nargs="?", default=Path("lora.yaml"), metavar="FILE", help="default: lora.yaml"
+    )
+    init.set_defaults(command=_init)
     demo = commands.add_parser(
         "demo",
-        help="make a small language model and fine-tune it; needs no network",
-        description="Makes a small Llama and trains it a little. Then fine-tunes it: with LoRA, and in full in bfloat16"
-        " with stock AdamW and with ours. Needs no network.",
+        help="make a small model and fine-tune it, without network",
+        description="Makes a small language model and trains it a little. Then fine-tunes all its weights: in bfloat16"
+        " with stock AdamW and with ours, and in float32. Takes about a minute, and needs no network.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    demo.add_argument("--out", type=Path, default=Path("demo"), help="the folder for the model and the adapters")
-    demo.add_argument("--iters", type=int, default=100, help="iterations of each fine-tuning")
-    demo.add_argument("--pretraining", type=int, default=100, help="iterations of the training before the fine-tuning")
+    demo.add_argument("--out", type=Path, default=Path("demo"), help="the folder for model, runs and report")
+    demo.add_argument("--iters", type=int, default=160, help="iterations of each fine-tuning")
+    demo.add_argument("--pretraining", type=int, default=200, help="iterations of the training before the fine-tuning")
     demo.add_argument("--seed", type=int, default=0, help="the seed of the weights and of the order of the batches")
     demo.set_defaults(command=_demo)
-    told = "fine-tune a model, with the flags and files of mlx_lm.lora"
+    told = "fine-tune a model, with the flags of mlx_lm.lora"
     commands.add_parser("lora", help=told, add_help=False).set_defaults(command=_lora)
-    told = "compute the memory and communication of a job from the model's config.json"
+    told = "compute the memory that a job needs"
     commands.add_parser("plan", help=told, add_help=False).set_defaults(command=_plan)
     report = commands.add_parser(
         "report",
         help="draw one or more runs as one HTML file",
-        description="Draws the runs of one or more folders of adapters as one HTML file. Needs matplotlib.",
+        description="Draws the runs of one or more folders of adapters as one HTML file, which needs no network. It"
+        " says whether the training worked, and has charts, samples and settings.",
     )
     report.add_argument(
         "folders", type=Path, nargs="+", metavar="FOLDER", help="a folder of adapters that `lora` wrote"
     )
     report.add_argument("--out", type=Path, help="the file to write (default: report.html in the first folder)")
+    report.add_argument(
+        "--watch", action="store_true", help="draw again while the runs go on, until they end or you press Ctrl-C"
+    )
     report.set_defaults(command=_report)
-    told = "draw a learning rate schedule in the terminal, or as a picture"
+    told = "draw a learning rate schedule"
     commands.add_parser("schedule", help=told, add_help=False).set_defaults(command=_schedule)
     doctor = commands.add_parser(
         "doctor",
-        help="check whether this machine can train, and give advice",
+        help="check whether this machine can train",
         description="Runs a small training and prints a line for each check, with advice below it. The exit code is 0"
         " if training works, and 1 if it does not.",
     )
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
     doctor.set_defaults(command=_doctor)
-    return parser
+
+
+def _without_command(arguments: argparse.Namespace) -> int:
+    if arguments.print_completion is None:
+        _parser().print_help(sys.stderr)
+        return 2
+    with needed("completion of lora's options", "mlx-lm", "lm"):
+        from .commands import lora_options  # noqa: F401
+    from .commands import completion  # outside of `needed`, because it says itself that shtab is missing
+
+    print(completion.script(_parser(), arguments.print_completion))
+    return 0
+
+
+def _init(arguments: argparse.Namespace) -> None:
+    with needed("fine-tuning", "mlx-lm", "lm"):
+        from .commands import init
+    init.write(arguments.file)
+    print(f"wrote {arguments.file}; edit it, then: compiled-adam lora -c {shlex.quote(str(arguments.file))} --train")
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -181,10 +237,13 @@ def _schedule(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from .commands import report  # here, because it imports matplotlib, which is optional
+    from .commands import report
 
     out = arguments.out or arguments.folders[0] / "report.html"
-    report.write(arguments.folders, out)
+    if arguments.watch:
+        report.watch(arguments.folders, out, print)
+    else:
+        report.write(arguments.folders, out)
     print(f"wrote {out}")
 
 

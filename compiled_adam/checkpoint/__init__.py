@@ -14,4 +14,5 @@ from .checkpoint import (
     write_checkpoint,
 )
 from .durable import locked, present, replace_arrays, replacing, save_arrays
+from .other_run import COLUMNS, OtherRun
 from .series import latest_checkpoint, numbered, prune

@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from ..base import InputError, blas, differences, packages, table
+from ..base import InputError, blas, differences, packages
 from ..distributed import workers
 from ..optimizers import any_optimizer
 from ..step import TrainStep
 from .durable import flush, opened, record, recorded, replacing, save_arrays
 from .meta import FORMAT, LARGEST, META, as_json, parsed
 from .meta import sealed as _sealed
+from .other_run import OtherRun
 
 FILES = {"model": "weights.safetensors", "optimizer": "optimizer.safetensors", "window": "window.safetensors"}
 # Options that decide which arrays the optimizer's state has. If one changes, the state must be converted.
@@ -212,14 +213,11 @@ def read_checkpoint(
         if unknown := set(allow) - here.keys() - meta["settings"].keys():
             raise InputError(f"there is no setting {min(unknown)!r} to allow; there are {', '.join(sorted(here))}")
         rows = differences(here, meta["settings"])
-        changed = {name for name, *_ in rows} & set(allow)
+        changed = {name for name, *_ in rows}
         convert = bool({name.split(".")[-1] for name in changed} & _OF_THE_STATE)
-        rows = [row for row in rows if row[0] not in changed] + step.mismatches(state, convert=convert)
-        if rows:
-            raise InputError(
-                f"{folder} was saved by another run:\n{table(('what', 'here', 'checkpoint'), rows)}\n"
-                "use the same values, or allow the change of a setting by name (allow=..., --allow-change)"
-            )
+        rows = [row for row in rows if row[0] not in allow]
+        if rows + (arrays := step.mismatches(state, convert=convert)):
+            raise OtherRun(folder, rows, arrays, meta["settings"])
         mx.eval(state)  # before the files are closed
     if state["window"] and state["window"]["batches"].item() != meta["accumulated"]:
         raise InputError(f"{found / META} is damaged: its number of accumulated batches is not the one in the window")

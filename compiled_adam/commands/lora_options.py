@@ -7,20 +7,19 @@ import dataclasses
 import inspect
 import types
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlx_lm import lora as mlx_lm_lora
 
-from ..base import InputError
 from ..distributed import DTYPES
 from ..finetune import lora_values
-from ..finetune.lora_values import FEATURES
-from ..finetune.options import TrainOptions, called
+from ..finetune.options import TrainOptions
+from ..finetune.trainable import DTYPES as DTYPES_OF_WEIGHTS
 from ..optimizers import AdamW
 from ..update import POLICIES
 from . import like_mlx_lm
 from .lora_yaml import YAML_ONLY, read, size
+from .parsing import Help, Parser
 
 KEPT = 2  # checkpoints, unless --keep-checkpoints says otherwise
 
@@ -34,6 +33,10 @@ class Option(NamedTuple):
     more: Mapping[str, Any] = {}  # further arguments of argparse
 
 
+_DTYPE = (
+    "Cast the model's weights to this dtype after loading; full fine-tuning trains and saves them in it. Adapters of"
+    " LoRA and DoRA stay float32. Not for quantized models. Default: the dtype in which the model is stored."
+)
 _TRACES = "The number of batch shapes that stay compiled; the least recently used is dropped. Default: {default}."
 _PATIENCE = "Stop when the validation loss has not improved N times in a row. Default: never."
 _BUCKET = (
@@ -61,6 +64,10 @@ _CHUNKED = (
     "Compute the logits of a part of the target tokens at a time, and none for prompts and padding. Loss and gradient"
     " stay the same, and the memory for all logits is saved. Default: on."
 )
+_SAMPLES = (
+    "Let the model answer N prompts of the validation set before and after the training; the report shows both."
+    " Default: {default}."
+)
 _KEEP = (
     "Keep only the newest N checkpoints and N numbered adapter files; 0 writes no checkpoints. Default:"
     f" {KEPT} checkpoints, and all adapter files, as mlx_lm.lora does."
@@ -71,7 +78,9 @@ _RESUME = (
     " undamaged checkpoint beside the adapters, or from the beginning if none was ever written. Default: start from the"
     " beginning."
 )
-_ALLOW = "With --resume: a setting that may differ from the checkpoint's, such as learning_rate; repeatable."
+_ALLOW = (
+    "With --resume: a setting that may differ from the checkpoint's, such as learning_rate; repeatable. Default: none."
+)
 _REDUCE = (
     "The dtype in which gradients are communicated. param, the dtype of the parameters, halves the bytes for"
     " half-precision weights. Default: {default}."
@@ -84,59 +93,123 @@ _TIMEOUT = (
     "Stop when the other workers are silent for this many seconds, or for five of the longest steps if that is more."
     " Default: {default:g}."
 )
-GROUPS = {
-    "options of adam and adamw (also YAML keys)": (
-        Option("max_grad_norm", float, "Clip gradients to this global norm. Default: no clipping."),
-        Option("skip_nonfinite", bool, "Skip updates whose gradients are infinite or not a number. Default: on."),
-        Option("moments", POLICIES, "The format in which the moments are stored. Default: {default}."),
+_SKIP = "Skip updates whose gradients are infinite or not a number. Only adam and adamw. Default: on."
+_BIAS = "The bias correction of adam and adamw. Default: on, unlike mlx_lm.lora, where it is off."
+# The groups of `--help`. A name alone is an option of mlx-lm.
+GROUPS: dict[str, tuple[str | Option, ...]] = {
+    "model": (
+        *("model", "trust_remote_code", "fine_tune_type", "num_layers", "resume_adapter_file"),
+        Option("dtype", tuple(DTYPES_OF_WEIGHTS), _DTYPE),
+    ),
+    "data": (
+        *("data", "mask_prompt"),
+        Option("assistant_only_loss", bool, _TURNS),
+        *("max_seq_length", "batch_size"),
+        Option("group_by_length", bool, _GROUP),
+        Option("batch_tokens", int, _BATCH_TOKENS),
+        Option("bucket", float, _BUCKET, {"nargs": "?", "const": 1.25, "metavar": "RATIO"}),
+    ),
+    "training": (
+        *("config", "train", "test", "iters"),
+        Option("epochs", float, _EPOCHS, {"metavar": "N"}),
+        *("seed", "grad_accumulation_steps", "grad_checkpoint"),
+        Option("chunked_loss", bool, _CHUNKED),
+        "clear_cache_threshold",
+        Option("max_traces", int, _TRACES),
+        *("steps_per_report", "steps_per_eval", "val_batches", "test_batches"),
+        Option("early_stop_patience", int, _PATIENCE),
+        Option("nonfinite_limit", int, _LIMIT),
+        Option("like_mlx_lm", bool, _LIKE),
+    ),
+    "optimizer": (
+        *("optimizer", "learning_rate"),
+        Option(
+            "max_grad_norm", float, "Clip gradients to this global norm. Only adam and adamw. Default: no clipping."
+        ),
+        Option("skip_nonfinite", bool, _SKIP),
+        Option("moments", POLICIES, "The format in which adam and adamw store the moments. Default: {default}."),
         Option("weight_decay", float, "Weight decay for adamw. Default: {default}."),
-        Option("bias_correction", bool, "Adam's bias correction. Default: on, unlike mlx_lm.lora, where it is off."),
+        Option("bias_correction", bool, _BIAS),
         Option(
             "decay_matrices_only", bool, "No weight decay for biases, norms and embeddings, in adamw. Default: off."
         ),
     ),
-    "options of training (also YAML keys)": (
-        Option("max_traces", int, _TRACES),
-        Option("group_by_length", bool, _GROUP),
-        Option("batch_tokens", int, _BATCH_TOKENS),
-        Option("epochs", float, _EPOCHS, {"metavar": "N"}),
-        Option("like_mlx_lm", bool, _LIKE),
-        Option("chunked_loss", bool, _CHUNKED),
-        Option("bucket", float, _BUCKET, {"nargs": "?", "const": 1.25, "metavar": "RATIO"}),
-        Option("assistant_only_loss", bool, _TURNS),
+    "saving": (
+        *("adapter_path", "save_every"),
         Option("keep_checkpoints", int, _KEEP),
         Option("save_best", bool, "Keep the adapters with the lowest validation loss in best/. Default: off."),
-        Option("early_stop_patience", int, _PATIENCE),
-        Option("nonfinite_limit", int, _LIMIT),
         Option("resume", str, _RESUME, {"nargs": "?", "const": "auto", "metavar": "PATH"}),
         Option("allow_change", str, _ALLOW, {"action": "append", "metavar": "NAME"}),
         Option("report", bool, "Draw the run into report.html beside the adapters when it ends. Default: off."),
+        Option("sample_prompts", int, _SAMPLES),
+        *("report_to", "project_name"),
     ),
-    "options of several workers, which mlx.launch starts and which share each batch (also YAML keys)": (
+    "workers, which mlx.launch starts and which share each batch": (
         Option("reduce_dtype", DTYPES, _REDUCE),
         Option("shard_state", bool, _SHARD),
         Option("worker_timeout", float, _TIMEOUT, {"metavar": "SECONDS"}),
     ),
 }
 # Defaults are those of `train`, but for these. None: not asked for; then the optimizer's own default holds, or `KEPT`.
-_OTHER_DEFAULTS = {"chunked_loss": True, "group_by_length": True, "keep_checkpoints": None, "nonfinite_limit": 20}
+_OTHER_DEFAULTS = {
+    "chunked_loss": True,
+    "group_by_length": True,
+    "keep_checkpoints": None,
+    "nonfinite_limit": 20,
+    "sample_prompts": 0,
+}
 _DEFAULTS = {**{field.name: field.default for field in dataclasses.fields(TrainOptions)}, **_OTHER_DEFAULTS}
-OURS: dict[str, Any] = {option.name: _DEFAULTS.get(option.name) for group in GROUPS.values() for option in group}
-_ALSO_OF_TESTS = {"worker_timeout", "like_mlx_lm", "assistant_only_loss", "chunked_loss"}
+OURS: dict[str, Any] = {
+    option.name: _DEFAULTS.get(option.name)
+    for group in GROUPS.values()
+    for option in group
+    if isinstance(option, Option)
+}
+SWITCHES = [o.name for group in GROUPS.values() for o in group if isinstance(o, Option) and o.kind is bool]
 # Help for options of mlx-lm whose own help says less than they do here.
 _CLEARER = {
-    "optimizer": "The optimizer. adam and adamw are compiled_adam's, the others are MLX's. Default: adam.",
+    "model": "The folder of a model, or its name on Hugging Face.",
+    "num_layers": "How many of the last layers are trained; -1 for all.",
     "resume_adapter_file": "Begin a new run with the weights in this file. To continue a run, use --resume.",
-    "save_every": "Save the adapters and a checkpoint every N iterations. Default: 100.",
+    "data": "A folder with train.jsonl, valid.jsonl and test.jsonl, or a data set on Hugging Face.",
+    "project_name": "The name of the project, for --report-to.",
+    "mask_prompt": "Train no token of the prompts.",
+    "config": "A YAML file with options; `compiled-adam init` writes one. The command line wins.",
+    "train": "Train the model.",
+    "test": "Compute the loss on the test set, after the training if there is one.",
+    "clear_cache_threshold": (
+        "After a step, give MLX's cached memory back to the system if it is more than this (such as 4GB). The next step"
+        " reuses memory in the cache, so a small threshold makes steps slow. Set a threshold if other programs need the"
+        " memory. 0 means never (mlx_lm.lora: after every step)."
+    ),
+    "optimizer": "The optimizer. adam and adamw are compiled_adam's, the others are MLX's.",
+    "learning_rate": "The learning rate. In a YAML file, lr_schedule can stand instead.",
+    "adapter_path": "The folder for adapters, log and checkpoints.",
+    "save_every": "Save the adapters and a checkpoint every N iterations.",
 }
-# Options of mlx-lm that a test does not read.
-_OF_TRAINING = (
-    *("fine_tune_type", "optimizer", "num_layers", "iters", "val_batches", "learning_rate", "steps_per_report"),
-    *("steps_per_eval", "grad_accumulation_steps", "save_every", "grad_checkpoint"),
-)
+_METAVARS = {
+    "config": "FILE",
+    "resume_adapter_file": "FILE",
+    "adapter_path": "FOLDER",
+    "clear_cache_threshold": "SIZE",
+    "report_to": "NAMES",
+    "project_name": "NAME",
+}
+_EXAMPLES = """\
+examples:
+  # LoRA; train.jsonl and valid.jsonl are in the folder data
+  compiled-adam lora --train --model mlx-community/Qwen3-0.6B-4bit --data data
+  # a job whose options are in a file; it goes on if it was stopped before
+  compiled-adam lora -c lora.yaml --train --resume
+  # the loss of the adapters on data/test.jsonl
+  compiled-adam lora --test --model mlx-community/Qwen3-0.6B-4bit --data data
+
+After Ctrl-C or SIGTERM the run finishes its step and saves. The folder of the
+adapters also has log.jsonl, with a line for each step, and checkpoints.
+--resume continues from a checkpoint exactly."""
 
 
-def settings(argv: Sequence[str], made: argparse.ArgumentParser | None = None) -> types.SimpleNamespace:
+def settings(argv: Sequence[str], made: Parser | None = None) -> types.SimpleNamespace:
     """The values of a job: from the command line, else from the YAML file, else the defaults, as in mlx-lm.
 
     ``made`` is a `parser`, maybe with more options. ``given`` has the names of the options on the command line, and
@@ -160,39 +233,61 @@ def settings(argv: Sequence[str], made: argparse.ArgumentParser | None = None) -
     return args
 
 
-def parser() -> argparse.ArgumentParser:
-    """mlx-lm's own parser, and our options. An option that is not given is None, so that the YAML file can have it."""
-    made = mlx_lm_lora.build_parser()
-    made.prog = "compiled-adam lora"
-    made.description = (
-        "Fine-tunes a language model, with the models, data sets, flags and files of mlx_lm.lora. Every option is also"
-        " a YAML key, with _ for -."
+def parser() -> Parser:
+    """mlx-lm's options and ours in one. An option that is not given is None, so that the YAML file can have it."""
+    made = Parser(
+        prog="compiled-adam lora",
+        usage="compiled-adam lora (--train | --test) --model MODEL --data DATA [options]",
+        description="Fine-tunes a language model, with the models, data sets, flags and files of\n"
+        "mlx_lm.lora. Every option is also a YAML key, with _ for -.",
+        epilog=_EXAMPLES,
+        formatter_class=Help,
     )
-    made.epilog = (
-        "After Ctrl-C or SIGTERM the run finishes its step and saves. The folder of the adapters also has log.jsonl,"
-        " with a line for each step, and checkpoints. --resume continues from a checkpoint exactly."
-    )
-    for action in made._actions:
-        if action.dest in ("clear_cache_threshold", "trust_remote_code"):
-            action.default = None  # mlx-lm's defaults of 0 and False would hide the YAML keys
-        if action.dest in _CLEARER:
-            action.help = _CLEARER[action.dest]
-        if action.dest == "optimizer":
-            action.type = str.lower
-        if action.dest == "clear_cache_threshold":
-            action.type = size
-            action.help = (
-                "After a step, give MLX's cached memory back to the system if it is more than this (such as 4GB). The"
-                " next step reuses memory in the cache, so a small threshold makes steps slow. Set a threshold if other"
-                " programs need the memory. Default: 0, which means never (mlx_lm.lora: after every step)."
-            )
-    of_adamw = {name: each.default for name, each in inspect.signature(AdamW).parameters.items()}
+    theirs = {action.dest: action for action in mlx_lm_lora.build_parser()._actions if action.dest != "help"}
+    shown = effective_defaults()
     for title, options in GROUPS.items():
         group = made.add_argument_group(title)
         for option in options:
-            text = option.help.format(default=of_adamw.get(option.name, OURS[option.name]))
-            group.add_argument(f"--{option.name.replace('_', '-')}", help=text, **_kind(option.kind), **option.more)
+            if isinstance(option, Option):
+                text = option.help.format(default=shown[option.name])
+                group.add_argument(
+                    f"--{option.name.replace('_', '-')}", help=text, **{**_kind(option.kind), **option.more}
+                )
+            elif option in theirs:  # mlx-lm 0.31 lacks some
+                group._add_action(_as_here(theirs.pop(option), shown.get(option)))
+    if theirs:
+        group = made.add_argument_group("more of mlx_lm.lora")
+        for name, action in theirs.items():
+            group._add_action(_as_here(action, shown.get(name)))
     return made
+
+
+def _as_here(action: argparse.Action, default: Any) -> argparse.Action:
+    """An option of mlx-lm with the help and the reading of its values that it has here."""
+    words = {"None": "none", "False": "off", "True": "on"}
+    text = (_CLEARER.get(action.dest, action.help) or "").rstrip(".")
+    action.help = f"{text}. Default: {words.get(str(default), default)}."
+    action.default = None  # mlx-lm's 0 and False would hide the YAML keys
+    action.metavar = _METAVARS.get(action.dest, {int: "N", float: "X"}.get(action.type))  # type: ignore[call-overload]
+    if action.dest == "optimizer":
+        action.type = str.lower
+    if action.dest == "clear_cache_threshold":
+        action.type = size
+    return action
+
+
+def effective_defaults() -> dict[str, Any]:
+    """The value that each option has if nobody gives it: its default here, or that of the optimizer."""
+    parameters = inspect.signature(AdamW).parameters
+    of_adamw = {name: parameters[name].default for name in ("max_grad_norm", "moments", "weight_decay")}
+    on = dict.fromkeys(("bias_correction", "skip_nonfinite"), True)  # `like_mlx_lm.options_of_adam`
+    switches = {
+        option.name: bool(OURS[option.name])
+        for group in GROUPS.values()
+        for option in group
+        if isinstance(option, Option) and option.kind is bool
+    }
+    return {**mlx_lm_lora.CONFIG_DEFAULTS, **OURS, **switches, **of_adamw, **on}
 
 
 def _kind(kind: Any) -> dict[str, Any]:
@@ -201,83 +296,6 @@ def _kind(kind: Any) -> dict[str, Any]:
         return {"action": argparse.BooleanOptionalAction, "default": None}
     if kind is int:
         return {"type": int, "metavar": "N"}
+    if kind is float:
+        return {"type": float, "metavar": "X"}
     return {"type": kind} if isinstance(kind, type) else {"choices": kind}
-
-
-def check_together(args: types.SimpleNamespace) -> list[str]:
-    """Raises ValueError for options that contradict each other, or that the command line has for nothing.
-
-    Returns sentences about options that mlx-lm accepts and that are not used.
-    """
-    given, notes = set(args.given), []
-    if not args.train and not args.test:
-        raise InputError("there is nothing to do; give --train, --test or both")
-    if not args.train:
-        for name in sorted(given & {*OURS, "resume_adapter_file"} - _ALSO_OF_TESTS):
-            hint = "; --adapter-path says what is tested" if name == "resume_adapter_file" else ""
-            raise InputError(f"{called(name)} is an option of training, but there is no --train{hint}")
-        if unused := [called(name) for name in _OF_TRAINING if name in given]:
-            notes.append(f"{', '.join(unused)}: not used by --test, which reads adapter_config.json")
-    if not args.test and "test_batches" in given:
-        raise InputError(f"{called('test_batches')} is an option of testing, but there is no --test")
-    for name in ("resume", "resume_adapter_file"):
-        if getattr(args, name) == "":
-            raise InputError(f"{called(name)} is empty; give a path, or leave it out")
-    if args.resume not in (None, "auto") and args.resume_adapter_file:
-        raise InputError(
-            "resume continues a run and resume_adapter_file begins one with old weights; give one of them. Or give"
-            " --resume without a path: then the weights are used if there is no checkpoint yet"
-        )
-    if args.assistant_only_loss and args.mask_prompt:
-        raise InputError(
-            f"{called('assistant_only_loss')} trains every turn of the assistant and {called('mask_prompt')} only the"
-            " last message; give one of them"
-        )
-    if args.allow_change and not args.resume:
-        raise InputError("allow_change is about a checkpoint's settings, but there is no --resume")
-    if args.batch_tokens and not args.group_by_length and "group_by_length" in {*args.given, *args.in_file}:
-        raise InputError(
-            f"{called('batch_tokens')} groups examples by length, but group_by_length is off; leave one of them out"
-        )
-    if args.decay_matrices_only and args.weight_decay == 0:
-        raise InputError("decay_matrices_only chooses what decays, but weight_decay is 0; leave one of them out")
-    # What wins is what mlx-lm takes. In one file both may stand: mlx-lm's own example has all of them.
-    for loser, winner, meaning in (
-        ("learning_rate", "lr_schedule", "which sets the learning rate"),
-        ("iters", "epochs", "which says how long to train"),
-        ("data", "hf_dataset", "which says where the data are"),
-        *((feature, "hf_dataset", "which has a key of this name itself") for feature in FEATURES),
-    ):
-        if not getattr(args, winner, None):
-            continue
-        if loser in given:
-            raise InputError(f"{called(loser)} is given beside {winner}, {meaning}; give one of them")
-        if loser in args.in_file:
-            notes.append(f"{loser} is not used, because there is {winner}, {meaning}")
-    if args.train:
-        notes += _unused_by_optimizer(args)
-    for what in ("model", "data"):
-        value = str(getattr(args, what))
-        if what == "data" and getattr(args, "hf_dataset", None):
-            continue
-        if not Path(value).exists() and (value.startswith((".", "/", "~")) or value.count("/") > 1):
-            raise InputError(f"{what} is {value!r}, which does not exist and is not a name on Hugging Face either")
-    return notes
-
-
-def _unused_by_optimizer(args: types.SimpleNamespace) -> list[str]:
-    notes = [
-        f"optimizer_config of {name} is not used: the optimizer is {args.optimizer}"
-        for name, config in args.optimizer_config.items()
-        if config and name != args.optimizer
-    ]
-    own = args.optimizer_config.get(args.optimizer, {})
-    rate = "lr_schedule" if args.lr_schedule else "learning_rate"
-    if args.optimizer == "adafactor" and own.get("relative_step", True) and rate in {*args.given, *args.in_file}:
-        notes.append(
-            f"{rate} is not used: adafactor computes a rate of its own, unless optimizer_config has"
-            " {adafactor: {relative_step: false}}"
-        )
-    if args.fine_tune_type == "full" and "lora_parameters" in args.in_file:
-        notes.append("lora_parameters is not used: fine_tune_type is full")
-    return notes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import math
 from collections.abc import Sequence, Set
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import yaml
 from mlx_lm import lora as mlx_lm_lora
 
-from ..base import InputError
+from ..base import InputError, did_you_mean
 from ..finetune.lora_values import FEATURES, OPTIMIZERS
 
 YAML_ONLY = {"hf_dataset", *FEATURES}  # keys without a flag
@@ -35,14 +34,15 @@ def read(file: str, known: Set[str], actions: Sequence[argparse.Action]) -> dict
     try:
         with open(file) as stream:
             config = yaml.load(stream, _OnlyOnce) or {}
+    except FileNotFoundError:
+        raise InputError(f"there is no file {file}; `compiled-adam init {file}` writes one with every option") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(config, dict):
         raise InputError(f"{file} is not a mapping of options to values")
     if unknown := sorted(str(key) for key in config.keys() - known):
-        near = difflib.get_close_matches(unknown[0].replace("-", "_"), known, 1)
-        hint = f"is {near[0]} meant? " if near else ""
-        raise InputError(f"{file} has the unknown key {unknown[0]!r}; {hint}--help lists the options")
+        near = did_you_mean(unknown[0].replace("-", "_"), known) or "; `compiled-adam lora --help` lists the options"
+        raise InputError(f"{file} has the unknown key {unknown[0]!r}{near}")
     given = {key: value for key, value in config.items() if value is not None}
     for key in FEATURES:
         if not isinstance(given.get(key, ""), str):

@@ -6,8 +6,6 @@ any size takes a second and almost no memory.
 
 from __future__ import annotations
 
-import argparse
-import os
 import types
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
@@ -23,6 +21,7 @@ from ..base import InputError
 from ..distributed import reduce, shard
 from ..finetune import activations, model_config
 from ..finetune.activations import Batch, Pass
+from ..finetune.metrics import machine_memory
 from ..optimizers import Adam, ForSteps
 from ..step import losses
 from ..update import POLICIES
@@ -30,9 +29,22 @@ from . import fitting
 from .like_mlx_lm import options_of_adam
 from .lora import make_optimizer, make_trainable
 from .lora_options import parser, settings
+from .parsing import Parser
 
 GB = 1e9
 MOST_WORKERS = 1 << 16
+_EXAMPLES = """\
+examples:
+  # LoRA with the defaults, on this machine
+  compiled-adam plan my_model
+  # full fine-tuning with small moments, on a machine of 16 GB
+  compiled-adam plan my_model --fine-tune-type full --moments 8bit --memory 16
+  # four machines that share each batch and the state of the optimizer
+  compiled-adam plan my_model --workers 4 --batch-size 8 --shard-state
+
+The memory is that of the largest batch: --batch-size examples of
+--max-seq-length tokens. If the job does not fit, the last line has options with
+which it does. The exit code is 1 if there are none, and else 0."""
 
 
 class State(NamedTuple):
@@ -48,7 +60,7 @@ class Plan(NamedTuple):
     parameters: int  # how many the model has without adapters; of a quantized one, those it stands for
     trainable: int  # how many are trained
     layers: int  # in how many of the last layers
-    dtype: str  # of weights that are not quantized; bfloat16 if the config does not say
+    dtype: str  # of weights that are not quantized: --dtype, else what the config says, else bfloat16
     weights: int
     gradients: int
     window: int  # float32 sums of accumulated gradients
@@ -100,7 +112,7 @@ def _built(config: Mapping[str, Any], args: types.SimpleNamespace) -> _Built:
     if "num_layers" not in (*args.given, *args.in_file):
         args.num_layers = min(args.num_layers, len(model.layers))
     make_trainable(args, model)
-    return _Built(args, model, parameters, dtype)
+    return _Built(args, model, parameters, args.dtype or dtype)
 
 
 def _of_model(built: _Built, workers: int) -> Plan:
@@ -210,7 +222,7 @@ def main(argv: Sequence[str]) -> int:
     def fits(args: types.SimpleNamespace) -> bool:
         return planned(args).total(_policy(args)) <= memory
 
-    memory, where = (args.memory * GB, "") if args.memory else (_memory_here(), " of this machine")
+    memory, where = (args.memory * GB, "") if args.memory else (machine_memory(), " of this machine")
     made = planned(own)
     for line in describe(made, args.link) + describe_batch(made, own):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -302,22 +314,15 @@ def _count(number: int) -> str:
     return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.1f} M"
 
 
-def _memory_here() -> float:
-    known = mx.device_info().get("memory_size")
-    return float(known) if known else float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-
-
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     made = parser()
     made.prog = "compiled-adam plan"
+    made.usage = "compiled-adam plan MODEL [options]"
     made.description = (
-        "Computes the memory and communication that a job needs. Reads only the model's config.json. Takes the options"
-        " of compiled-adam lora."
+        "Computes the memory and communication that a job needs. Reads only the model's\n"
+        "config.json. Takes the options of compiled-adam lora."
     )
-    made.epilog = (
-        "The memory is that of the largest batch: --batch-size examples of --max-seq-length tokens. If the job does not"
-        " fit, the last line has options with which it does. The exit code is 1 if there are none, and else 0."
-    )
+    made.epilog = _EXAMPLES
     ours = made.add_argument_group("planning")
     ours.add_argument(
         "planned", metavar="MODEL", help="A folder with a config.json, the file itself, or the name of a cached model."

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 from .. import schedulers
-from ..base import InputError
+from ..base import InputError, did_you_mean
 from ..checkpoint import output
 from ..finetune.packages import needed
 from ..schedulers import picture
+from .parsing import Parser
 
 # The functions of `schedulers` that make a schedule from numbers, as the documentation orders them.
 SCHEDULES: dict[str, Callable[..., schedulers.Schedule]] = {
@@ -38,7 +39,12 @@ class Drawn(NamedTuple):
 
 def main(argv: Sequence[str]) -> None:
     """Draws the schedule of the command line ``argv``; raises ValueError if its values make no schedule."""
-    name = argv[0] if argv and not argv[0].startswith("-") else None
+    if not argv:
+        raise InputError(
+            "schedule needs a name and its arguments, such as `compiled-adam schedule cosine 1e-4 1000`, or --config"
+            f" FILE; the names are {', '.join(SCHEDULES)}"
+        )
+    name = argv[0] if not argv[0].startswith("-") else None
     if name is None:
         arguments = parser().parse_args(argv)
         drawn = _from_file(arguments.config)
@@ -46,7 +52,8 @@ def main(argv: Sequence[str]) -> None:
         arguments = parser(name).parse_args(argv[1:])
         drawn = _from_arguments(name, vars(arguments))
     else:
-        raise InputError(f"there is no schedule {name!r}; there are {', '.join(SCHEDULES)}")
+        near = did_you_mean(name, SCHEDULES) or f"; there are {', '.join(SCHEDULES)}"
+        raise InputError(f"there is no schedule {name!r}{near}")
     until = drawn.until if arguments.until is None else arguments.until
     if until < 1:
         raise InputError(f"until is {until}; it must be at least 1")
@@ -69,9 +76,9 @@ def main(argv: Sequence[str]) -> None:
         print(f"wrote {out}")
 
 
-def parser(name: str | None = None) -> argparse.ArgumentParser:
+def parser(name: str | None = None) -> Parser:
     """The options of one schedule, which are the parameters of its function; without a name, those of ``--config``."""
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog=f"compiled-adam schedule{f' {name}' if name else ''}",
         description=(inspect.getdoc(SCHEDULES[name]) or "").split("\n\n")[0].replace("``", "")
         if name

@@ -14,6 +14,7 @@ from mlx_lm.tuner.datasets import create_dataset, load_dataset
 
 from ..base import InputError
 from .options import called
+from .places import near
 from .rows import Located, example
 
 NAMES = {"train": "train set", "valid": "validation set", "test": "test set"}
@@ -133,7 +134,9 @@ def _from_hub(args: types.SimpleNamespace, tokenizer: Any, needed: list[str]) ->
         if "test" in needed and not each.get("test_split"):
             raise InputError(f"hf_dataset {what} has no test_split, which --test needs")
     subject = (
-        f"hf_dataset {what}" if sets else f"data is {what!r}, which is no folder; as a data set on Hugging Face it"
+        f"hf_dataset {what}"
+        if sets
+        else f"data is {what!r}, which is no folder{near(what)}; as a data set on Hugging Face it"
     )
     try:
         exceptions = importlib.import_module("datasets.exceptions")

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
 
 from ..base import InputError
+from .places import near
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 # The sizes that most models have under these names; a list has one size for each layer. A model with more layers would
@@ -40,7 +41,8 @@ def read(name: str) -> dict[str, Any]:
 
         cached = try_to_load_from_cache(name, "config.json") if name.count("/") == 1 else None
         if not isinstance(cached, str):
-            raise InputError(f"{name} is no folder, and not in the cache of Hugging Face; name a config.json")
+            hint = near(name) or "; name a config.json"
+            raise InputError(f"{name} is no folder, and not in the cache of Hugging Face{hint}")
         file = Path(cached)
     if not file.is_file():
         raise InputError(f"{file} is no file; name a model's folder, or its config.json")

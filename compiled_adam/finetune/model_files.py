@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
-from huggingface_hub.errors import HFValidationError
 from mlx_lm import utils
 
 from ..base import InputError
-from . import model_config
+from . import model_config, places
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tiktoken.model", "vocab.txt")
 
@@ -32,8 +31,10 @@ def load(model: str, trust_remote_code: bool | None) -> tuple[nn.Module, Any]:
             loaded = utils.load(
                 model, tokenizer_config={"trust_remote_code": trust_remote_code}, trust_remote_code=trust_remote_code
             )
-    except HFValidationError as error:
-        raise InputError(f"model is {model!r}, which is no folder here and no name on Hugging Face: {error}") from None
+    except (ValueError, OSError) as error:
+        if Path(model).exists() or (told := places.unavailable(model, error)) is None:
+            raise
+        raise told from error
     return loaded[0], loaded[1]
 
 

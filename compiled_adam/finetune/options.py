@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import mlx.nn as nn
 
 from ..base import InputError
 from ..distributed import check_timeout
@@ -17,7 +19,7 @@ WHOLE = {
     **dict.fromkeys(("steps_per_eval", "save_every", "steps_per_save", "grad_accumulation_steps", "max_traces"), 1),
     "batch_tokens": 1,
     **dict.fromkeys(("keep_adapters", "early_stop_patience", "nonfinite_limit"), 1),
-    **dict.fromkeys(("seed", "clear_cache_threshold", "keep_checkpoints"), 0),
+    **dict.fromkeys(("seed", "clear_cache_threshold", "keep_checkpoints", "sample_prompts"), 0),
     "max_seq_length": 2,
 }
 # The meaning of -1, where it has one.
@@ -80,6 +82,9 @@ class TrainOptions:
         worker_timeout: a worker that waits this many seconds for the other workers ends its process, with a message
             and exit code 1. The time is longer if steps are long, see `Watchdog`. A worker whose connection is closed
             is noticed earlier. Default 60.
+        sample: is called as ``sample(model, stop)`` by the first worker, before the first step and after the last one.
+            It returns samples of the model for the report, dictionaries with the texts ``prompt``, ``expected`` and
+            ``answer``, and should end soon when ``stop()`` becomes true. Needs ``log``. Default None: no samples.
 
     Raises:
         ValueError: a value is out of its range; the message names the option.
@@ -99,11 +104,14 @@ class TrainOptions:
     reduce_dtype: str = "float32"
     shard_state: bool = False
     worker_timeout: float = 60.0
+    sample: Callable[[nn.Module, Callable[[], bool]], list[dict[str, str]]] | None = None
 
     def __post_init__(self) -> None:
         check_timeout(self.worker_timeout)
         if self.resume is not None and not (isinstance(self.resume, (str, Path)) and str(self.resume)):
             raise InputError(f"{called('resume')} is {self.resume!r}; it must be a checkpoint's folder, 'auto' or None")
+        if self.sample is not None and not self.log:
+            raise InputError("sample is given, but its results are for the report, which needs log=True; give both")
         for name in ("max_traces", "keep_checkpoints"):
             check_whole(name, getattr(self, name))
         for name in ("keep_adapters", "early_stop_patience", "nonfinite_limit"):

@@ -55,14 +55,14 @@ class Located:
     def _check(self, row: Row) -> None:
         _check(self.data, row, row.place)
         if self._turns_only:
-            _check_turns(*_conversation(self.data, row), row.place)
+            _check_turns(*conversation(self.data, row), row.place)
 
     def process(self, row: Row) -> Example:
         """The tokens of a row, and where its prompt ends, or where the assistant's turns are."""
         self._check(row)
         try:
             if self._turns_only:
-                data, messages = _conversation(self.data, row)
+                data, messages = conversation(self.data, row)
                 return turns.tokenized(data.tokenizer, messages, row.get("tools"), row.place)
             return self.data.process(row)
         except Exception as error:
@@ -121,10 +121,10 @@ def _check(data: Any, row: Mapping[str, Any], place: str) -> None:
                     raise InputError(f"{place}: 'tools' has {_kind(tool)} in it; it must be a list of objects")
 
 
-def _conversation(data: Any, row: Mapping[str, Any]) -> tuple[Any, list[dict[str, Any]]]:
+def conversation(data: Any, row: Mapping[str, Any]) -> tuple[Any, list[dict[str, Any]]]:
     """The data set that a row is of, one of several maybe, and its messages; none for a text."""
     if isinstance(data, ConcatenatedDataset):
-        return _conversation(data._data[row["_dataset"]], row)
+        return conversation(data._data[row["_dataset"]], row)
     if isinstance(data, CompletionsDataset):
         texts = (("user", row[data.prompt_key]), ("assistant", row[data.completion_key]))
         return data, [{"role": role, "content": text} for role, text in texts]

@@ -9,7 +9,7 @@ same where shapes are the same. Callbacks are called at every worker.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -36,12 +36,15 @@ from .history import History
 from .log import RunLog, is_log, read
 from .loop import TrainingLoop
 from .metrics import StepReader
-from .names import CHECKPOINTS, CONFIG, LOG
+from .names import CHECKPOINTS, CONFIG, LOG, RECORD
 from .options import WHOLE, TrainOptions, called, check_whole
 from .recompute import recomputed
+from .record import Record
 from .reporting import Reporting
 from .rows import located
+from .samples import Sampling
 from .saving import RunFolder, has_checkpoints
+from .screen import RunScreen
 from .stopping import asked_to_stop
 from .tokenizing import tokenize
 from .validation import Validation
@@ -74,6 +77,7 @@ def train(
     reduce_dtype: str = TrainOptions.reduce_dtype,
     shard_state: bool = TrainOptions.shard_state,
     worker_timeout: float = TrainOptions.worker_timeout,
+    sample: Callable[[nn.Module, Callable[[], bool]], list[dict[str, str]]] | None = TrainOptions.sample,
 ) -> History:
     """Fine-tunes ``model`` in place: the call, the defaults and the adapter files of ``mlx_lm.tuner.trainer.train``.
 
@@ -103,7 +107,7 @@ def train(
     """
     options = TrainOptions(
         *(max_traces, log, keep_checkpoints, keep_adapters, save_best, early_stop_patience, nonfinite_limit, resume),
-        *(settings, allow, adapter_config, reduce_dtype, shard_state, worker_timeout),
+        *(settings, allow, adapter_config, reduce_dtype, shard_state, worker_timeout, sample),
     )
     job = Job(model, optimizer, train_dataset, val_dataset, loss, iterate_batches, args or TrainingArgs(), options)
     return job.run(training_callback)
@@ -132,8 +136,8 @@ class Job:
             self.options.check_validation()
         self.folder = Path(self.args.adapter_file).parent
 
-    def run(self, callback: TrainingCallback | None) -> History:
-        """Trains, and saves at the end."""
+    def run(self, callback: TrainingCallback | None, facts: Iterable[tuple[str, str]] = ()) -> History:
+        """Trains, and saves at the end. ``facts`` are names and values for a box above the table."""
         if (limit := mx.device_info().get("max_recommended_working_set_size")) is not None:
             mx.set_wired_limit(int(limit))  # Metal: keeps weights from being paged out between steps
         args, options = self.args, self.options
@@ -154,9 +158,11 @@ class Job:
                 stack.enter_context(workers.all_do(partial(_lock, self.folder, workers.first)))
             asked = stack.enter_context(asked_to_stop(workers.many))
             progress = stack.enter_context(TrainingProgress(args.iters, quiet=not workers.first))
-            validation = Validation(self.val_dataset, self.loss, self.iterate_batches, args, workers, asked)
+            screen = RunScreen(progress, batches.per_epoch if isinstance(batches, Batches) else None)
+            validation = Validation(self.val_dataset, self.loss, self.iterate_batches, args, workers, asked, progress)
             reporting = Reporting(
-                StepReader(step), progress, callback or TrainingCallback(), workers, asked, args.max_seq_length
+                *(StepReader(step), screen, callback or TrainingCallback(), workers, asked, args.max_seq_length),
+                batches.forecast().traces if isinstance(batches, Batches) and batches.grouped else None,
             )
             saved = RunFolder(Path(args.adapter_file), step, options, settings, workers, progress.line)
             loop = TrainingLoop(step, batches, validation, args, options, saved, reporting, asked)
@@ -168,8 +174,7 @@ class Job:
                 progress.line(
                     f"there is no checkpoint in {self.folder / CHECKPOINTS} yet: the run starts from the beginning"
                 )
-            if isinstance(batches, Batches):
-                progress.line(in_epochs(args.iters, batches))
+            self._show(screen, batches, facts)
             if loop.iteration >= args.iters:
                 progress.line(
                     f"iter {loop.iteration:>5}  all {args.iters} iterations are done; to train on, give more"
@@ -177,14 +182,25 @@ class Job:
                 )
             if options.log and workers.first:
                 reporting.log = stack.enter_context(closing(RunLog(self.folder / LOG, loop.iteration, reporting.warn)))
+            file = self.folder / RECORD if options.log and workers.first else None
+            record = stack.enter_context(Record(file, loop.iteration, workers.size, reporting.warn))
+            loop.sampling = Sampling(options.sample, record, workers, lambda: asked.signal is not None, reporting.warn)
             if options.log and resume is not None:
                 reporting.history.follow(
                     workers.first_does(partial(self._earlier, loop.iteration)), args.steps_per_report
                 )
             workers.first_does(self._write_config)
-            loop.run()
+            record.because = loop.run()
             reporting.history.report()  # of an early end
             return reporting.history
+
+    def _show(self, screen: RunScreen, batches: Iterator[Any], facts: Iterable[tuple[str, str]]) -> None:
+        """Prints the box with the ``facts``; without any, one line about epochs."""
+        run = in_epochs(self.args.iters, batches) if isinstance(batches, Batches) else f"{self.args.iters} iterations"
+        if facts:
+            screen.box("compiled-adam lora", [*facts, ("run", run), ("folder", str(self.folder))])
+        elif screen.per_epoch:
+            screen.progress.line(run)
 
     def _earlier(self, iteration: int) -> list[dict[str, Any]]:
         """The lines of the log up to an iteration; none if there is no log, which does not end a run."""
@@ -252,7 +268,9 @@ class Job:
             "batch_size": args.batch_size,
             "max_seq_length": args.max_seq_length,
             "examples": len(self.train_dataset),
-            "validation": [args.steps_per_eval, args.val_batches, len(self.val_dataset)] if self.val_dataset else None,
+            "steps_per_eval": args.steps_per_eval if self.val_dataset else None,
+            "val_batches": args.val_batches if self.val_dataset else None,
+            "validation examples": len(self.val_dataset) if self.val_dataset else 0,
             "grad_checkpoint": args.grad_checkpoint,  # it draws the random numbers of dropout twice
         }
 
@@ -264,6 +282,7 @@ class Job:
             **{name: getattr(self.options, name) for name in names},
             **settings,
             "resume": resumed,
+            "sample": self.options.sample is not None,
             "NumPy's random state": fingerprint.of_numpy(),
             "MLX's random state": random_state.get().tolist(),
             "validation set": bool(self.val_dataset),

@@ -1,7 +1,7 @@
 """Learning-rate schedules: functions of the number of updates."""
 
 from . import picture
-from .config import check_values, from_config
+from .config import check_values, from_config, last_update
 from .described import Schedule, Step
 from .picture import plot
 from .schedules import (

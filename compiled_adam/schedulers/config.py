@@ -80,6 +80,19 @@ def from_config(config: Mapping[str, Any]) -> Schedule:
         raise InputError(f"lr_schedule: {error}") from None
 
 
+def last_update(config: Mapping[str, Any]) -> int | None:
+    """The update from which a schedule of `from_config` stays at its last value; None if it never ends.
+
+    >>> last_update({"name": "cosine_decay", "arguments": [1.0, 100], "warmup": 10})
+    110
+    """
+    stock = config["name"] in _MLX
+    function = (_MLX if stock else _OURS)[config["name"]]
+    given = inspect.signature(function).bind(*config["arguments"]).arguments
+    steps = given.get("decay_steps", given.get("steps"))
+    return steps + (config.get("warmup") or 0) if stock and steps is not None else steps
+
+
 def check_values(schedule: Schedule, updates: int) -> None:
     """Raises ValueError if one of the first ``updates`` values is negative or not finite. The message names the update.
 

@@ -6,5 +6,5 @@ from .kernels import LARGE, LOWERINGS, of_leaves, row_major
 from .leaves import FLOATS, Constants, Form, Part, Shared, check_leaf, update, update_leaf
 from .moments import POLICIES, STOCHASTIC, Stored
 from .norm import global_norm, norm_of, sum_of_squares
-from .packing import SMALL, Leaf, flat, packs, strides
+from .packing import SMALL, Leaf, apart, flat, packs, strides
 from .window import counted

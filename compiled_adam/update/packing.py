@@ -7,6 +7,7 @@ moments, and up to `MANY` leaves. Leaves whose moments are rounded stochasticall
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Hashable, Sequence
 from itertools import accumulate
@@ -61,6 +62,19 @@ def flat(arrays: Sequence[mx.array]) -> mx.array:
     if all(array.ndim and array.shape[1:] == rows for array in arrays):
         return mx.concatenate(list(arrays))  # saves a task per array that flattens it
     return mx.concatenate([array.flatten() for array in arrays])
+
+
+def apart(array: mx.array, shapes: Sequence[tuple[int, ...]]) -> list[mx.array]:
+    """Arrays of these ``shapes`` from the array that `flat` has made of them.
+
+    >>> [part.shape for part in apart(flat([mx.zeros((2, 3)), mx.zeros(4)]), [(2, 3), (4,)])]
+    [(2, 3), (4,)]
+    """
+    if len(shapes) == 1:
+        return [array]
+    ends = list(accumulate(math.prod(shape) for shape in shapes))
+    parts = mx.split(array.flatten(), ends[:-1])
+    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def strides(shape: tuple[int, ...]) -> tuple[int, ...]:

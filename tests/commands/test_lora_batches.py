@@ -97,7 +97,7 @@ def test_a_resumed_run_is_the_same_run(options: tuple[str, ...], lora: Lora) -> 
 def test_a_run_is_not_resumed_with_other_batches(lora: Lora) -> None:
     lora("out", "--iters", "3", "--no-group-by-length")
     done = lora("out", "--iters", "5", "--resume")
-    assert done.returncode == 2 and re.search(r"(?m)^  group_by_length +True +-$", done.stderr), done.stderr
+    assert done.returncode == 2 and re.search(r"(?m)^  --group-by-length +True +-$", done.stderr), done.stderr
     assert len(losses(lora("out", "--iters", "5", "--resume", "--no-group-by-length"))) == 2
     done = lora("out", "--iters", "7", "--resume", "--allow-change", "group_by_length")
     assert len(losses(done)) == 2 and "an epoch has 12 now: a new epoch begins" in done.stderr

@@ -78,7 +78,12 @@ def test_the_adapters_of_mlx_lm_lora(more: list[str], tiny_model: Path, data: Pa
     assert ours.returncode == 0, ours.stderr
     files = {path.name for path in (tmp_path / "stock").iterdir()}
     assert files >= {"adapters.safetensors", "adapter_config.json"}
-    assert {path.name for path in (tmp_path / "ours").iterdir()} == files | {"log.jsonl", "checkpoints", ".lock"}
+    assert {path.name for path in (tmp_path / "ours").iterdir()} == files | {
+        "log.jsonl",
+        "run.json",
+        "checkpoints",
+        ".lock",
+    }
     a, b = (mx.load(str(tmp_path / which / "adapters.safetensors")) for which in ("ours", "stock"))
     assert a.keys() == b.keys()
     for path in a:
@@ -257,7 +262,7 @@ def test_what_cannot_be_done_is_one_sentence(tiny_model: Path, data: Path, comma
         ((*model, "--data", str(data)), "give --train, --test or both"),
         (("-c", "typo.yaml"), "unknown key 'iterations'"),
         (("-c", "list.yaml"), "not a mapping"),
-        (("-c", "missing.yaml"), "missing.yaml"),
+        (("-c", "missing.yaml"), "there is no file missing.yaml; `compiled-adam init missing.yaml` writes one"),
         (("--model", "missing/model/folder", "--data", str(data), "--train"), "model is 'missing/model/folder', which"),
         ((*model, "--data", "./missing", "--train"), "data is './missing', which does not exist"),
         ((*model, "--data", "empty", "--train"), "empty/train.jsonl has no examples"),
@@ -275,6 +280,7 @@ def test_what_cannot_be_done_is_one_sentence(tiny_model: Path, data: Path, comma
             (*model, "--data", str(data), "--train", "--num-layers", "99"),
             "num_layers (--num-layers) is 99, but the model has 4",
         ),
+        ((*model, "--data", str(data), "--train"), "num_layers (--num-layers) is 16 by default, but the model has 4"),
         (("--model", "broken", "--data", str(data), "--train"), "broken/config.json has no model_type"),
         ((*model, "--data", "dataa", "--train"), "data is 'dataa', which is no folder"),
         (
@@ -298,8 +304,8 @@ def test_what_cannot_be_done_is_one_sentence(tiny_model: Path, data: Path, comma
         ((*train, "--test", "--batch-size", "20"), "the test set has 8 examples, fewer than batch_size=20"),
         ((*model, "--data", str(data), "--test", "--adapter-path", "nothing"), "adapter_config.json does not exist"),
         (("--clear-cache-threshold", "4XB"), "a size such as 500MB or 4GB, not '4XB'"),
-        (("--iters", "many"), "invalid int value: 'many'"),
-        (("--no-such-flag",), "unrecognized arguments: --no-such-flag"),
+        (("--iters", "many"), "--iters is 'many'; it must be a whole number"),
+        (("--no-such-flag",), "lora has no option --no-such-flag"),
     ):
         done = command("lora", *arguments)
         assert done.returncode == 2, (arguments, done.stderr)
@@ -315,7 +321,7 @@ def test_resuming_on_the_command_line(tiny_model: Path, data: Path, command, tmp
     first = lora("parts", "--iters", "5")
     assert re.search(r"bucket 1\.25: at most \d+ traces, [\d.]+ % padding \(without --bucket: \d", first.stdout)
     wrong = lora("parts", "--resume", "--learning-rate", "1e-4")
-    assert wrong.returncode == 2 and re.search(r"learning_rate +0\.0001 +0\.001", wrong.stderr)
+    assert wrong.returncode == 2 and re.search(r"--learning-rate +0\.0001 +0\.001", wrong.stderr)
     assert lora("parts", "--resume").returncode == 0
     assert {path.name for path in (tmp_path / "parts").iterdir()} >= {"best", "checkpoints", "log.jsonl"}
     again = lora("parts", "--resume", "--learning-rate", "1e-4", "--allow-change", "learning_rate", "--iters", "9")
@@ -352,4 +358,4 @@ def test_another_model_or_other_data_is_not_resumed(tiny_model: Path, data: Path
         done = lora(model, texts, "--resume")
         assert done.returncode == 2 and re.search(rf"^  {name} ", done.stderr, re.M), done.stderr
     done = lora(tiny_model, data, "--resume", "--val-batches", "1")
-    assert done.returncode == 2 and re.search(r"^  validation +\[200, 1, 8\] +\[200, 2, 8\]", done.stderr, re.M)
+    assert done.returncode == 2 and re.search(r"^  --val-batches +1 +2$", done.stderr, re.M)

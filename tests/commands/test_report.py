@@ -4,77 +4,95 @@ import html
 import json
 import os
 import re
-import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 from compiled_adam import cli
 from compiled_adam.base.errors import InputError
-from compiled_adam.commands import report
+from compiled_adam.commands import report, report_charts
+from compiled_adam.commands.report_html import page
 from compiled_adam.finetune import metrics
-from compiled_adam.finetune.log import RunLog, read
+from compiled_adam.finetune.log import read
+from compiled_adam.finetune.record import Record
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+from tests.logs import make_run, record
 
 
-def make_run(folder: Path, iterations: int = 40, **settings) -> Path:
-    """A log as `lora` writes it: every tenth update skipped, every fourth clipped at 1."""
-    folder.mkdir()
-    log = RunLog(folder / "log.jsonl", 0, warn=pytest.fail)
-    for i in range(1, iterations + 1):
-        if i % 20 == 1:
-            log.write({"iteration": i, "val_loss": 5.0 / i + 1, "seconds": 0.1})
-        bad = i % 10 == 0
-        log.write(
-            {
-                "iteration": i,
-                "loss": float("nan") if bad else 4.0 / i + 1,
-                "tokens": 100,
-                "grad_norm": float("inf") if bad else (2.0 if i % 4 == 1 else 0.5),
-                "learning_rate": 1e-3 / i,
-                "skipped": i // 10,
-                "traces": min(i, 3),
-                "seconds": 0.05,
-                "memory": 2 * 10**9,
-            }
-        )
-    log.close()
-    (folder / "adapter_config.json").write_text(json.dumps({"max_grad_norm": 1.0, "seed": 0, **settings}))
-    return folder
+def charts_of(text: str) -> list[dict]:
+    return json.loads(re.search(r'<script type="application/json" id="charts">(.*?)</script>', text).group(1))
+
+
+def lines_of(text: str) -> dict[str, tuple[list, list]]:
+    return {line["label"]: (line["x"], line["y"]) for chart in charts_of(text) for line in chart["series"]}
 
 
 def test_a_report_has_everything_and_needs_nothing(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "a<b", model="x&y")
+    folder = make_run(tmp_path / "a<b", model="x&y", iters=40, bias_correction=True, bucket=None, keys=["a"])
+    record(folder, answers=[("What?", "This & that.", "<b>That.")])
     assert cli.main(["report", str(folder)]) == 0
+    files = {"adapter_config.json", "log.jsonl", "run.json", "report.html"}
+    assert {path.name for path in folder.iterdir()} == files
     text = (folder / "report.html").read_text()
-    assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "log.jsonl", "report.html"]
-    summary = dict(re.findall(r"<tr><td>([^<]*)</td><td>([^<]*)</td></tr>", text))
-    assert summary["iterations"] == "40" and summary["tokens"] == "4,000" and summary["tokens/s"] == "2,000"
-    assert summary["updates skipped"] == "4" and summary["peak memory"] == "2.00 GB"
-    assert summary["last training loss"] == "not finite" and summary["best validation loss"] == f"{5 / 21 + 1:.4f}"
-    assert summary["seed"] == "0" and summary["model"] == html.escape("x&y")
-    for name in report.PICTURES:
-        assert f">{name}</text>" in text, name
-    # Iterations 1, 5, ..., 37 but for none that was skipped; 10, 20, 30 and 40.
-    assert ">clipped (10)</text>" in text and ">skipped (4)</text>" in text
-    assert "a<b" not in text and "<script" not in text and 'name="viewport"' in text
-    loaded = re.findall(r'(?:src|href)="([^"]*)"', text)
-    assert all(target.startswith("#") for target in loaded)  # marks within the same picture
+    cards = dict(re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd>", text))
+    assert cards["iterations"] == "40" and cards["tokens"] == "4,000" and cards["tokens/s"] == "2,000"
+    assert cards["updates skipped"] == "4" and cards["peak memory"] == "2.00 GB"
+    assert cards["last training loss"] == "not finite"
+    assert cards["best validation loss"] == f"{5 / 21 + 1:.4f}" and cards["at iteration"] == "21"
+    settings = dict(re.findall(r"<tr><td>([^<]*)</td><td>([^<]*)</td></tr>", text))
+    assert settings["seed"] == "0" and settings["model"] == html.escape("x&y") and settings["bucket"] == "-"
+    assert settings["bias_correction"] == "true" and settings["keys"] == html.escape('["a"]')
+    samples = re.findall(r"<h4>([^<]*)</h4><pre>([^<]*)</pre>", text)
+    assert samples == [
+        *[("prompt", "What?"), ("before training", "the the the of")],
+        *[("after iteration 40", html.escape("<b>That.")), ("in the data", html.escape("This & that."))],
+    ]
+    footer = re.search(r"<footer>.*</footer>", text).group()
+    assert all(word in footer for word in (" UTC", "mlx 0.", "compiled-adam 0.", "Python 3.", " cores, "))
+    assert "a<b" not in text and 'name="viewport"' in text and 'http-equiv="refresh"' not in text
+    assert not re.findall(r"(?:src|href)=|url\(|@import|fetch\(|XMLHttp", text)
+    assert len(text) < 100_000  # of which 51 k are uPlot
 
 
-def test_runs_are_compared_in_the_same_pictures(tmp_path: Path) -> None:
+def test_the_lines_are_those_of_the_log(tmp_path: Path) -> None:
+    report.write([make_run(tmp_path / "run")], tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    titles = ["loss", "gradient norm", "learning rate", "tokens per second", "peak memory, GB", "gradient traces"]
+    assert [chart["title"] for chart in charts_of(text)] == titles
+    finite = [i for i in range(1, 41) if i % 10]
+    lines = lines_of(text)
+    assert lines["training"] == (
+        finite,
+        pytest.approx([4 / i + 1 for i in finite], rel=1e-5),
+    )  # so short that all count
+    assert lines["validation"] == ([1, 21], [6.0, 1.2381]) and lines["best, 1.2381 at 21"][0] == [21]
+    assert lines["clipped (10)"][0] == list(range(1, 41, 4)) and lines["skipped (4)"][0] == [10, 20, 30, 40]
+    assert lines["traces"] == (list(range(1, 41)), [min(i, 3) for i in range(1, 41)])
+
+
+def test_long_runs_are_thinned_but_keep_what_stands_out(tmp_path: Path) -> None:
+    points = [(i, 5.0 if i == 77_777 else 1.0 + i % 7 / 10) for i in range(1, 100_001)]
+    thinned = report_charts._thinned(points)
+    assert len(thinned) <= 2 * report_charts._MOST and (77_777, 5.0) in thinned and (7, 1.0) in thinned
+    assert thinned == sorted(thinned) and report_charts._thinned(points[:50]) == points[:50]
+
+
+def test_runs_are_compared_in_the_same_charts_and_what_differs_comes_first(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / "one", seed=1), make_run(tmp_path / "two", 20, seed=2, extra=True)]
     report.write(folders, tmp_path / "both.html")
     text = (tmp_path / "both.html").read_text()
-    assert text.count("<svg") == len(report.PICTURES)
+    assert len(charts_of(text)) == 6
+    lines = lines_of(text)
     for folder in folders:
-        assert f">{folder}, training</text>" in text and f">{folder}, validation</text>" in text
-    assert "<td>seed</td><td>1</td><td>2</td>" in text and "<td>extra</td><td>-</td><td>True</td>" in text
+        assert f"{folder.name}: training" in lines and f"{folder.name}: validation" in lines
+    assert "<td>iterations</td><td>40</td><td>20</td>" in text and text.count("<h1>") == 2
+    differing, alike = re.search(r"Settings that differ(.*)<figure>.*Settings that are alike(.*)", text).groups()
+    assert "<td>seed</td><td>1</td><td>2</td>" in differing and "<td>extra</td><td>-</td><td>true</td>" in differing
+    assert "max_grad_norm" not in differing and "<td>max_grad_norm</td><td>1.0</td></tr>" in alike
 
 
 def test_the_same_log_gives_the_same_file(tmp_path: Path) -> None:
@@ -98,51 +116,58 @@ def test_the_markup_is_balanced(tmp_path: Path) -> None:
             assert self.open.pop() == tag
 
     parser = Balance()
-    parser.feed(report.render([report.load(make_run(tmp_path / "run"))]))
+    folder = make_run(tmp_path / "run")
+    record(folder, answers=[("a", "b", "c")])
+    parser.feed(page([report.load(folder)]))
     parser.close()
     assert parser.open == []
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
-@pytest.mark.parametrize("width", [500, 1300])  # Chromium has no narrower window than 500
-def test_a_browser_shows_it_without_errors(width: int, tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "run")
-    report.write([folder], folder / "report.html")
-    # The page measures itself, for --dump-dom to tell, and notes what goes wrong.
-    probe = (
-        "<script>window.errors=[];window.onerror=m=>errors.push(m);document.addEventListener('error',"
-        "e=>errors.push(e.target.tagName),true);window.onload=()=>{document.title=JSON.stringify({errors,"
-        "wide:document.documentElement.scrollWidth,inner:innerWidth,"
-        "drawn:[...document.querySelectorAll('svg')].map(s=>s.getBoundingClientRect().width)})}</script>"
-    )
-    page = tmp_path / "page.html"
-    page.write_text((folder / "report.html").read_text().replace("<head>", f"<head>{probe}"))
-    picture = tmp_path / "page.png"
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},2400"]
-    done = subprocess.run(
-        [
-            *command,
-            f"--user-data-dir={tmp_path / 'profile'}",
-            "--virtual-time-budget=3000",
-            "--dump-dom",
-            page.as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    found = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", done.stdout).group(1)))
-    assert found["errors"] == []
-    assert len(found["drawn"]) == len(report.PICTURES) and min(found["drawn"]) > 280
-    assert found["wide"] <= found["inner"]  # no scrolling sideways
-    subprocess.run(
-        [*command, f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={picture}", page.as_uri()],
-        capture_output=True,
-        timeout=120,
-        check=True,
-    )
-    assert picture.stat().st_size > 20_000  # an empty page of this size has 5 kB
+def test_a_watch_follows_a_run_to_its_end(tmp_path: Path) -> None:
+    """And waits for its first step. The page loads itself again only while there is more to come."""
+    folder, out, said, refreshes = tmp_path / "run", tmp_path / "page.html", [], []
+
+    def begin() -> None:
+        make_run(folder, 10)
+        running = Record(folder / "run.json", 0, 1, pytest.fail)
+        happens.extend([lambda: None, step, lambda: running.__exit__(None, None, None)])
+
+    def step() -> None:
+        with open(folder / "log.jsonl", "a") as stream:
+            stream.write(json.dumps(STEP | {"iteration": 11}) + "\n")
+
+    happens = [lambda: None, begin]
+
+    def wait(seconds: float) -> None:
+        refreshes.append(out.exists() and "refresh" in out.read_text() and out.stat().st_mtime_ns)
+        happens.pop(0)()
+
+    report.watch([folder], out, said.append, wait)
+    assert not happens and len(said) == 2 and said[0] == "waiting for the first step" and str(out) in said[1]
+    assert refreshes[:2] == [False, False] and all(refreshes[2:])
+    assert refreshes[2] == refreshes[3] < refreshes[4]  # written again when there is something new
+    assert 'http-equiv="refresh"' not in out.read_text() and "<dt>iterations</dt><dd>11</dd>" in out.read_text()
+    report.watch([folder], out, said.append, lambda _: pytest.fail("the run is over"))
+
+
+def test_a_watch_ends_with_a_killed_run_and_with_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, out = make_run(tmp_path / "run", 10), tmp_path / "run" / "report.html"
+    Record(folder / "run.json", 0, 1, pytest.fail)
+
+    def interrupt(_: float) -> None:
+        assert "refresh" in out.read_text()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report.watch, "__defaults__", (interrupt,))
+    assert cli.main(["report", str(folder), "--watch"]) == 130
+    assert 'http-equiv="refresh"' not in out.read_text() and "Still training: iteration 10" in out.read_text()
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    found = json.loads((folder / "run.json").read_text())
+    found["sessions"][0]["pid"] = ended.pid
+    (folder / "run.json").write_text(json.dumps(found))
+    assert cli.main(["report", str(folder), "--watch"]) == 0
+    assert "The run was killed after iteration 10" in out.read_text()
 
 
 def test_folders_that_have_no_run(tmp_path: Path, capsys) -> None:
@@ -197,30 +222,28 @@ def test_damaged_logs_and_settings_are_one_sentence(
     folder.mkdir(exist_ok=True)
     (folder / "log.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
     (folder / "adapter_config.json").write_text(config)
-    with patch.object(report, "PICTURES", {}):
-        try:
-            report.write([folder], folder / "report.html")
-        except InputError as error:
-            assert "\n" not in str(error) and str(folder) in str(error)
+    try:
+        report.write([folder], folder / "report.html")
+    except InputError as error:
+        assert "\n" not in str(error) and str(folder) in str(error)
 
 
 EXTREMES = st.sampled_from([0, 5e-324, 1e-45, 1, 2.5, 1e30, 3.4e38, 10**37])
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     steps=st.lists(
         st.fixed_dictionaries(dict.fromkeys(STEP.keys() - {"iteration", "loss"}, EXTREMES)), min_size=1, max_size=3
     ),
     losses=st.lists(st.none() | EXTREMES | EXTREMES.map(lambda value: -value), min_size=3, max_size=3),
     limit=ANYTHING,
-    picture=st.sampled_from(sorted(report.PICTURES)),
 )
-def test_whatever_a_log_can_have_is_drawn(steps: list[dict], losses: list, limit: object, picture: str) -> None:
+def test_whatever_a_log_can_have_is_drawn(steps: list[dict], losses: list, limit: object) -> None:
     lines = [{"iteration": i, "loss": loss, **step} for i, (step, loss) in enumerate(zip(steps, losses, strict=False))]
-    run = report.Run("run", lines, [{"iteration": 1, "val_loss": losses[0]}], {"max_grad_norm": limit})
-    with patch.object(report, "PICTURES", {picture: report.PICTURES[picture]}):  # one, for they take most of the time
-        assert "<svg" in report.render([run])
+    vals = [{"iteration": i, "val_loss": loss} for i, loss in enumerate(losses)]
+    run = report.Run("run", lines, vals, {"max_grad_norm": limit})
+    assert len(charts_of(page([run]))) > 3
 
 
 @pytest.mark.parametrize(
@@ -278,23 +301,35 @@ def test_what_is_no_file_is_not_read(tmp_path: Path, capsys) -> None:
 def test_a_run_whose_steps_took_no_time(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text(json.dumps(STEP | {"seconds": 0, "grad_norm": 0}) + "\n")
     report.write([tmp_path], tmp_path / "report.html")
-    assert "<td>tokens/s</td><td>-</td>" in (tmp_path / "report.html").read_text()
+    assert "<dt>tokens/s</dt><dd>-</dd>" in (tmp_path / "report.html").read_text()
 
 
-def test_a_dollar_in_a_name_is_no_formula(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / r"$\frac$")
-    report.write([folder], folder / "report.html")
-    assert r"$\frac$, training</text>" in (folder / "report.html").read_text()
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "is not JSON"), ("[]", "is not the record"), ('{"sessions": [{}], "samples": []}', "is not the record")],
+)
+def test_a_damaged_record_is_one_sentence(content: str, message: str, tmp_path: Path, capsys) -> None:
+    folder = make_run(tmp_path / "run")
+    (folder / "run.json").write_text(content)
+    assert cli.main(["report", str(folder)]) == 2
+    assert f"{folder / 'run.json'} {message}" in (said := capsys.readouterr().err) and "; remove it: " in said
 
 
 @pytest.mark.slow
 def test_lora_draws_its_run(tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With samples before and after, and the settings that held."""
     monkeypatch.chdir(tmp_path)
     options = "--train --iters 10 --batch-size 2 --num-layers 2 --steps-per-report 5 --steps-per-eval 10 --report"
-    assert (
-        cli.main(["lora", "--model", str(tiny_model), "--data", str(data), "--val-batches", "1", *options.split()]) == 0
-    )
-    assert "<svg" in (tmp_path / "adapters" / "report.html").read_text()
+    job = ["lora", "--model", str(tiny_model), "--data", str(data), "--val-batches", "1", *options.split()]
+    assert cli.main([*job, "--sample-prompts", "2"]) == 0
+    text = (tmp_path / "adapters" / "report.html").read_text()
+    assert len(charts_of(text)) == 6 and text.count("<h4>before training</h4>") == 2
+    assert text.count("<h4>after iteration 10</h4>") == 2
+    settings = dict(re.findall(r"<tr><td>([^<]*)</td><td>([^<]*)</td></tr>", text))
+    assert settings["bias_correction"] == "true" and settings["moments"] == "float32"
+    assert settings["keep_checkpoints"] == "2" and settings["skip_nonfinite"] == "true"
+    assert settings["like_mlx_lm"] == "false" and settings["max_grad_norm"] == "-"
+    assert "Ended at iteration 10 of 10: all 10 iterations are done." in text
 
 
 def test_no_step_gets_the_time_of_another(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -169,6 +169,7 @@ def test_reduce_dtype_is_checked() -> None:
 
 KINDS = ("lora", "full")
 ITERS = 10
+SAMPLES = ("--sample-prompts", "1")
 
 
 class Fine:
@@ -176,7 +177,7 @@ class Fine:
 
     def __init__(self, folder: Path, model: Path) -> None:
         self.folder, self.model = folder, model
-        from compiled_adam.commands.demo import texts
+        from compiled_adam.commands.small_model import texts
 
         chance, text = random.Random(0), texts()[1].replace("~", "-")
         pieces = [text[200 * i : 200 * i + chance.randrange(10, 190)] for i in range(48)]
@@ -237,10 +238,15 @@ def fine(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Fine:
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_fine_tuning_by_workers_is_that_of_one(count: int, fine: Fine) -> None:
-    commands = [fine.arguments(kind, f"{kind}-{count}") for kind in KINDS]
+    # One lets its model answer prompts, which changes no number. The other workers wait for the first one.
+    commands = [
+        fine.arguments(kind, f"{kind}-{count}", *samples) for kind, samples in zip(KINDS, (SAMPLES, ()), strict=True)
+    ]
     printed = launch.run(count, fine.folder, *fine.program(*commands))
     for kind in KINDS:
         fine.assert_same(f"{kind}-1", f"{kind}-{count}")
+    samples = json.loads((fine.folder / f"lora-{count}" / "run.json").read_text())["samples"]
+    assert [(each["iteration"], len(each["answers"])) for each in samples] == [(0, 1), (ITERS, 1)]
     log = (fine.folder / "lora-1" / "log.jsonl").read_text()
     assert '"loss": null' in log and '"skipped": 1' in log
     for rank, text in enumerate(printed):

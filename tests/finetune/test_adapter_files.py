@@ -77,9 +77,11 @@ def test_full_fine_tuning_of_a_quantized_model(model: nn.Module) -> None:
 
 def test_all_layers_and_too_many(model: nn.Module) -> None:
     with pytest.raises(
-        InputError, match=r"num_layers \(--num-layers\) is 5, but the model has 4 layers; -1 is for all"
+        InputError, match=r"num_layers \(--num-layers\) is 5, but the model has 4 layers; give --num-layers 4, or"
     ):
         trainable.check_layers(model, 5)
+    with pytest.raises(InputError, match="is 16 by default, but the model has 4 layers"):
+        trainable.check_layers(model, 16, given=False)
     trainable.check_layers(model, 4)
     trainable.unfreeze_last(model, -1)
     assert {path.split(".")[2] for path in trained(model)} == {"0", "1", "2", "3"}

@@ -11,7 +11,7 @@ import mlx.optimizers as optim
 import pytest
 from compiled_adam.base.errors import InputError
 from compiled_adam.commands import lora as lora_command
-from compiled_adam.commands import lora_options
+from compiled_adam.commands import lora_options, lora_together
 from compiled_adam.finetune.options import TrainOptions
 
 
@@ -21,7 +21,7 @@ def from_yaml(folder: Path, text: str, *argv: str):
 
 
 def notes(args) -> list[str]:
-    return lora_options.check_together(args)
+    return lora_together.check_together(args)
 
 
 def test_a_default_is_written_once() -> None:
@@ -86,7 +86,7 @@ def test_the_ends_of_the_ranges(tmp_path: Path) -> None:
     assert (found.num_layers, found.learning_rate, found.seed, found.keep_checkpoints) == (-1, 0.0, 2**32 - 1, 0)
     with pytest.raises(InputError, match="clear_cache_threshold is -5; it must be a size such as 500MB"):
         from_yaml(tmp_path, "clear_cache_threshold: -5")
-    with pytest.raises(SystemExit):
+    with pytest.raises(InputError, match="a size such as 500MB or 4GB, not ''"):
         lora_options.settings(["--clear-cache-threshold", ""])
 
 
@@ -172,7 +172,7 @@ def test_the_ends_of_the_ranges(tmp_path: Path) -> None:
         ("prompt_feature: 3", "prompt_feature is 3; it must be text"),
         ("learning_rate: '1e-5'", "learning_rate is '1e-5'; it must be a number, without quotes"),
         ("learning_rate: true", "learning_rate is True; it must be a number"),
-        ("learning-rate: 0.1", "unknown key 'learning-rate'; is learning_rate meant"),
+        ("learning-rate: 0.1", "unknown key 'learning-rate'; did you mean learning_rate"),
         ("config: other.yaml", "unknown key 'config'"),
         ("iters: 3\niters: 4", "the key 'iters' is there twice"),
         ("lora_parameters: {rank: 8, scale: 1.0, dropout: 0.0, rank: 4}", "the key 'rank' is there twice"),
@@ -202,7 +202,7 @@ def test_what_mlx_lm_takes_is_taken(tmp_path: Path) -> None:
     assert from_yaml(tmp_path, text).lora_parameters == {"rank": 8, "scale": 1.0, "dropout": 0.0}
 
 
-SCHEDULE = "lr_schedule: {name: cosine_decay, arguments: [1.0e-3, 100]}"
+SCHEDULE = "lr_schedule: {name: cosine_decay, arguments: [1.0e-3, 1000]}"  # as long as the run
 
 
 def test_a_learning_rate_beside_a_schedule(tmp_path: Path) -> None:

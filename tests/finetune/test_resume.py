@@ -130,10 +130,10 @@ def test_a_changed_chat_template(lora: Lora, tiny_model: Path, data: Path, tmp_p
 def test_one_word_of_the_validation_set_and_the_order_of_the_rows(lora: Lora, data: Path, tmp_path: Path) -> None:
     lora()
     word = edited(tmp_path / "word", data, lambda rows: rows[-1].update(text=rows[-1]["text"] + "!"), "valid")
-    with pytest.raises(InputError, match=r"another run:\n  what.*\n  validation data +rows .*\nuse"):
+    with pytest.raises(InputError, match=r"another run:\n  what.*\n  validation data +rows .*\nto go on all the same"):
         lora("--resume", data=word)
     order = edited(tmp_path / "order", data, list.reverse, "train")
-    with pytest.raises(InputError, match=r"another run:\n  what.*\n  data +rows .*\nuse"):
+    with pytest.raises(InputError, match=r"another run:\n  what.*\n  data +rows .*\nto go on all the same"):
         lora("--resume", data=order)
     same = edited(tmp_path / "same", data, lambda rows: [row.update(source="here") for row in rows])
     lora("--resume", data=same)  # another file with what is trained on

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from compiled_adam.base.mlx_graph import kernels as kernels_of
 from compiled_adam.step import apply_packed
-from compiled_adam.update import global_norm, kernels, residual
+from compiled_adam.update import SMALL, global_norm, kernels, residual
 from mlx.utils import tree_flatten
 
 SIZES = {"small": 100, "large": kernels.LARGE, "larger": kernels.LARGE + 1, "largest": 3 * kernels.LARGE}
@@ -91,7 +91,7 @@ def test_where_a_square_root_is_slow_auto_computes_it_by_herons_method(
 ) -> None:
     monkeypatch.setattr(kernels, "SLOW_SQRT", slow_sqrt)
     with mx.stream(mx.cpu):
-        found = kernels_of(graph("auto", dtype, 6))
+        found = kernels_of(graph("auto", dtype, 6, [(SMALL + 1,)]))  # not joined
     roots = [n for name, n in found.items() if "Sqrt" in name]
     steps = [n for name, n in found.items() if "MinimumDivideAdd" in name]
     assert (roots, steps) == (([], [6]) if slow_sqrt else ([6], []))
@@ -211,3 +211,30 @@ def test_a_transposed_gradient_is_put_in_order_once(monkeypatch: pytest.MonkeyPa
         step = ca.make_step(nn.Linear(300, 200, bias=False), lambda model, x: model(x).sum(), ca.AdamW(1e-3, **options))
         step(mx.ones((2, 300)))
     assert seen == [(200, 300)] * 2
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5, "skip_nonfinite": True}])
+def test_small_half_precision_leaves_are_joined_in_a_called_update(options: dict) -> None:
+    shapes = {"rows": (3, 16), "more rows": (5, 16), "scalar": (), "flat": (7,), "deep": (2, 3, 4), "other": (9,)}
+    dtypes = {name: mx.float32 if name == "other" else mx.bfloat16 for name in shapes}
+
+    def drawn(seed: int) -> dict[str, mx.array]:
+        keys = mx.random.split(mx.random.key(seed), len(shapes))
+        return {n: mx.random.normal(s, dtypes[n], key=k) for (n, s), k in zip(shapes.items(), keys, strict=True)}
+
+    found, used = [], []
+    for choice in ("auto", "fused"):
+        optimizer = ca.AdamW(1e-3, bias_correction=True, lowering=choice, **options)
+        parameters = drawn(0)
+        for step in range(3):
+            parameters = optimizer.apply_gradients(drawn(step + 1), parameters)
+            used.append(
+                sum(kernels_of([*parameters.values(), *(a for _, a in tree_flatten(optimizer.state))]).values())
+            )
+            mx.eval(parameters, optimizer.state)
+        found.append(tree_flatten([parameters, optimizer.state]))
+    # The kernels are the same and see more elements, so the results are the same to the last bit.
+    for (path, one), (_, other) in zip(*found, strict=True):
+        assert one.shape == other.shape and mx.array_equal(one, other), path
+    # In "fused" each of the five has two kernels; joined they have two together, and eight copies into a flat array.
+    assert used[2] < used[5]
