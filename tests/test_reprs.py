@@ -15,6 +15,8 @@ from compiled_adam import schedulers
 
 def test_an_optimizer_shows_what_differs_from_the_defaults_and_its_step() -> None:
     assert repr(ca.Adam(1e-3)) == "Adam(learning_rate=0.001; step=0)"
+    groups = {"bias": {"learning_rate": 0.1}}
+    assert repr(ca.Adam(1e-3, groups=groups)) == f"Adam(learning_rate=0.001, groups={groups}; step=0)"
     optimizer = ca.AdamW(1e-3, (0.9, 0.95), weight_decay=0.1, decay_filter=ca.decay_matrices, skip_nonfinite=True)
     expected = (
         "AdamW(learning_rate={}, betas=(0.9, 0.95), weight_decay=0.1, decay_filter=decay_matrices, skip_nonfinite=True;"

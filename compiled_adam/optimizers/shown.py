@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.optimizers as optim
 
 from ..base import shown
+from .group_options import as_given
 
 if TYPE_CHECKING:
     from .adam import Adam
@@ -26,7 +27,7 @@ def of_adam(optimizer: Adam) -> str:
         "compensated": own.compensated,
         "max_grad_norm": own.max_grad_norm,
         "skip_nonfinite": own.skip_nonfinite,
-        "learning_rate_multipliers": dict(own.multipliers) or None,
+        **{name: given or None for name, given in as_given(own.patterns).items()},
         "lowering": own.lowering,
     }
     defaults: dict[str, Any] = {}
