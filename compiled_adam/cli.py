@@ -164,7 +164,7 @@ def _add_commands(parser: Parser) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_argument("--out", type=Path, default=Path("demo"), help="the folder for model, runs and report")
-    demo.add_argument("--iters", type=int, default=160, help="iterations of each fine-tuning")
+    demo.add_argument("--iters", type=int, default=200, help="iterations of each fine-tuning")
     demo.add_argument("--pretraining", type=int, default=200, help="iterations of the training before the fine-tuning")
     demo.add_argument("--seed", type=int, default=0, help="the seed of the weights and of the order of the batches")
     demo.set_defaults(command=_demo)

@@ -46,13 +46,13 @@ MARKER = ".compiled-adam-demo"
 MODEL = CONFIG | {
     "model_type": "smollm3",
     "hidden_size": 128,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
+    "num_key_value_heads": 4,
     "head_dim": 32,
     "vocab_size": 576,
     "max_position_embeddings": 32,
     "rope_theta": 10000.0,
-    "no_rope_layers": [0, 0],
+    "no_rope_layers": [0],
     "bos_token_id": 0,
     "pad_token_id": 0,
 }
@@ -107,7 +107,7 @@ class Quality(NamedTuple):
     right: int
 
 
-def run(folder: Path, pretraining: int = 200, iterations: int = 160, seed: int = 0) -> dict[str, Quality]:
+def run(folder: Path, pretraining: int = 200, iterations: int = 200, seed: int = 0) -> dict[str, Quality]:
     """Writes a model, the runs of the `CONTENDERS` and report.html into ``folder``.
 
     Returns the quality of the model before the fine-tuning ("before") and after each, by the name of its folder.
