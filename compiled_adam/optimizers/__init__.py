@@ -4,3 +4,4 @@ from . import any_optimizer, options
 from .adam import Adam, ForSteps
 from .adamw import AdamW
 from .options import check_number, check_schedules
+from .shown import of_any

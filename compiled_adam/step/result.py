@@ -7,11 +7,13 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..base import shown
+
 
 class StepResult(tuple[Any, ...]):
     """The values that loss_fn returned, as a tuple, so that ``loss, *rest = step(...)`` works. Attributes say the rest.
 
-    Arrays are lazy: reading one waits for the step.
+    Arrays are lazy: reading or printing one waits for the step.
 
     Attributes:
         loss: the first value: 0-d, loss of this batch before the update. From `flush`: the mean over the window.
@@ -42,3 +44,9 @@ class StepResult(tuple[Any, ...]):
     @property
     def aux(self) -> tuple[Any, ...]:
         return self[1:]
+
+    def __repr__(self) -> str:
+        values = {"loss": self.loss, "aux": self.aux, **vars(self)}
+        if values.get("extra") is None:
+            values.pop("extra", None)
+        return f"StepResult({', '.join(f'{name}={shown(value)}' for name, value in values.items())})"

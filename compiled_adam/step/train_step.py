@@ -18,7 +18,7 @@ import mlx.optimizers as optim
 
 from ..base import Assignments, InputError, Row, random_state, undone_on_error
 from ..distributed import shard, workers
-from ..optimizers import Adam, any_optimizer, check_schedules
+from ..optimizers import Adam, any_optimizer, check_schedules, of_any
 from ..update import window
 from . import signature as batches
 from .bound import Bound, bind, check_parameters
@@ -161,6 +161,11 @@ class TrainStep:
         gradients, graph = self._bound.gradients, self._bound.graph
         now = {"grad": gradients.made, "accumulate": graph.added, "update": graph.updated, "evicted": gradients.evicted}
         return {name: self._earlier[name] + count for name, count in now.items()}
+
+    def __repr__(self) -> str:
+        size = sum(array.size for array in self._bound.parameters.read())
+        model, optimizer = f"{type(self._model).__name__} of {size:,} trainable parameters", of_any(self._optimizer)
+        return f"TrainStep({model}, {optimizer}, accumulate={self.accumulate}, traces={self.traces})"
 
     def __call__(self, *args: Any, **kwargs: Any) -> StepResult:
         """Computes ``loss_fn(model, *args, **kwargs)`` and the gradient. The last call of a window makes the update."""
