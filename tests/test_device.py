@@ -66,7 +66,8 @@ def inputs(arrays: list[mx.array]) -> Counter[int]:
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
 @pytest.mark.parametrize("policy", moments.POLICIES)
 def test_no_kernel_has_more_inputs_than_metal_binds(policy: str, dtype: mx.Dtype) -> None:
-    options = {"bias_correction": True, "max_grad_norm": 1.0, "skip_nonfinite": True, "weight_decay": 0.1}
+    group = {"learning_rate": 0.5, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.2}
+    options = {"bias_correction": True, "max_grad_norm": 1.0, "skip_nonfinite": True, "groups": {"p0": group}}
     optimizer = ca.AdamW(ca.schedulers.linear(1e-3, 10), moments=policy, lowering="fused", **options)
     p = {f"p{i}": mx.ones((64, 64), dtype) for i in range(3)}
     new = optimizer.apply_gradients(dict(p), p)
