@@ -24,7 +24,7 @@ except ImportError as error:
 
 from . import schedulers
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from .optimizers import Adam, AdamW
+from .optimizers import Adam, AdamW, Compensated
 from .step import StepResult, TrainStep, losses, make_step
 from .update import decay_matrices
 
@@ -35,6 +35,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Adam",
     "AdamW",
+    "Compensated",
     "InputError",
     "StepResult",
     "TrainStep",
