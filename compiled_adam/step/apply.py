@@ -177,7 +177,7 @@ class Trees:
             if now.get(path) is not value and now.get(path) != value:
                 raise InputError(
                     f"the optimizer's update changes {path!r} of its state, which is {type(value).__name__}, not"
-                    " an array: make it an mx.array when the state is created"
+                    " an array: make it an mx.array in init_single or init"
                 )
 
     def _updated(self, gradients: list[mx.array], parameters: list[mx.array]) -> list[mx.array]:

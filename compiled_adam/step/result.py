@@ -13,7 +13,7 @@ from ..base import shown
 class StepResult(tuple[Any, ...]):
     """The values that loss_fn returned, as a tuple, so that ``loss, *rest = step(...)`` works. Attributes say the rest.
 
-    Arrays are lazy: reading one waits for the step.
+    Arrays are lazy: reading or printing one waits for the step.
 
     Attributes:
         loss: the first value: 0-d, loss of this batch before the update. From `flush`: the mean over the window.
@@ -47,5 +47,6 @@ class StepResult(tuple[Any, ...]):
 
     def __repr__(self) -> str:
         values = {"loss": self.loss, "aux": self.aux, **vars(self)}
-        parts = [f"{name}={shown(value)}" for name, value in values.items() if name != "extra" or value is not None]
-        return f"StepResult({', '.join(parts)})"
+        if values.get("extra") is None:
+            values.pop("extra", None)
+        return f"StepResult({', '.join(f'{name}={shown(value)}' for name, value in values.items())})"

@@ -147,6 +147,7 @@ def test_an_optimizer_of_ones_own_class_is_traced_once_saved_and_continued() -> 
         again(x)
     assert_same(whole.model, again.model, 0.0)
     assert again.optimizer.updates.item() == 6
+    assert repr(again).startswith("TrainStep(Sequential of 49 trainable parameters, Signs(), accumulate=1")
     assert again.description() == {"accumulate": 1, "weighted": False, "optimizer": "Signs", "rate": 0.01}
 
 
