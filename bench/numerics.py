@@ -43,6 +43,7 @@ def trajectory(make: Make, rate: float, weights: mx.array, dtype: mx.Dtype, deca
     """The float32 value of ``weights`` (with its residual) after `STEPS` updates with the same random gradients.
 
     Gradients are normal with mean 0.02 and standard deviation 0.1, rounded to ``dtype``; with ``decay`` they are 0.
+    They come in the dtype of the weights: MLX rounds the learning rate to the dtype of the gradient.
     """
     optimizer = make(rate, decay)
     p = {"w": weights}
@@ -51,19 +52,31 @@ def trajectory(make: Make, rate: float, weights: mx.array, dtype: mx.Dtype, deca
     for _ in range(STEPS):
         key, subkey = mx.random.split(key)
         g = mx.random.normal(weights.shape, key=subkey) * 0.1 + 0.02 if decay == 0 else mx.zeros(weights.shape)
-        p = optimizer.apply_gradients({"w": g.astype(dtype)}, p)
+        p = optimizer.apply_gradients({"w": g.astype(dtype).astype(weights.dtype)}, p)
         mx.async_eval(p, optimizer.state)
     state = optimizer.state["w"]
     return residual.join(p["w"], state["residual"]) if "residual" in state else p["w"].astype(mx.float32)
 
 
 MASTER = "float32 weights"
+# Other optimizers of MLX, compared with themselves on float32 weights. Without decay: those that have none.
+OTHERS: dict[str, Make] = {
+    "Muon": lambda rate, decay: optim.Muon(rate, weight_decay=decay),
+    "SGD, momentum 0.9": lambda rate, decay: optim.SGD(rate, momentum=0.9, weight_decay=decay),
+    "Lion": lambda rate, decay: optim.Lion(rate, weight_decay=decay),
+    "Adafactor": lambda rate, decay: optim.Adafactor(rate, relative_step=False, weight_decay=decay),
+    "RMSprop": lambda rate, decay: optim.RMSprop(rate),
+}
+WITHOUT_DECAY = ("RMSprop",)
 
 
 def stages(rates: Sequence[float] = RATES) -> list[Stage]:
-    """A stage for each dtype and learning rate."""
+    """A stage for each dtype and learning rate, with `CONTENDERS`, and one with `OTHERS`."""
     return [
-        Stage(f"{dtype}, learning rate {rate:g}", partial(_rows, dtype, rate)) for dtype in DTYPES for rate in rates
+        Stage(f"{dtype}, {what}learning rate {rate:g}", partial(rows, dtype, rate))
+        for what, rows in (("", _rows), ("other optimizers, ", _other_rows))
+        for dtype in DTYPES
+        for rate in rates
     ]
 
 
@@ -72,8 +85,7 @@ def _rows(name: str, rate: float) -> list[Row]:
     above 1e-3), and what weight decay 0.1 alone took off, relative to ``1 - (1 - 0.1 rate)^STEPS``.
     None is what is not a number."""
     dtype = DTYPES[name]
-    start = mx.random.normal((SIZE,), key=mx.random.key(0)).astype(dtype)
-    exact = start.astype(mx.float32)
+    start, exact = _weights(dtype)
     master = trajectory(CONTENDERS["compiled_adam"], rate, exact, dtype)
     rows = []
     for contender, make in {MASTER: CONTENDERS["compiled_adam"], **CONTENDERS}.items():
@@ -96,8 +108,46 @@ def _rows(name: str, rate: float) -> list[Row]:
     return rows
 
 
+def _other_rows(name: str, rate: float) -> list[Row]:
+    """For each of `OTHERS`, alone and in `Compensated`: movement, worst error and decay relative to float32 weights."""
+    dtype = DTYPES[name]
+    start, exact = _weights(dtype)
+    rows = []
+    for optimizer, make in OTHERS.items():
+        master = trajectory(make, rate, exact, dtype)
+        decays = optimizer not in WITHOUT_DECAY
+        right = trajectory(make, rate, exact, dtype, decay=0.1) if decays else exact
+        for contender, made in (("mlx", make), ("compiled_adam", _compensated(make))):
+            found = trajectory(made, rate, start, dtype)
+            error = mx.where(mx.abs(master) > 1e-3, mx.abs(found - master) / mx.abs(master), 0.0).max()
+            row: Row = {"dtype": name, "learning_rate": rate, "optimizer": optimizer, "contender": contender}
+            row |= {"movement": _moved(found, master, exact), "worst_error": _number(error)}
+            if decays:
+                row["decay"] = _moved(trajectory(made, rate, start, dtype, decay=0.1), right, exact)
+            rows.append(row)
+    return rows
+
+
+def _compensated(make: Make) -> Make:
+    return lambda rate, decay: ca.Compensated(make(rate, decay))
+
+
+def _weights(dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    """The first weights, and the same in float32: a matrix, because Muon treats vectors like SGD."""
+    start = mx.random.normal((SIZE // 64, 64), key=mx.random.key(0)).astype(dtype)
+    return start, start.astype(mx.float32)
+
+
+def _moved(weights: mx.array, master: mx.array, start: mx.array) -> float | None:
+    return _number(mx.abs(weights - start).mean() / mx.abs(master - start).mean())
+
+
 def _number(x: mx.array) -> float | None:
     return float(x) if math.isfinite(float(x)) else None
+
+
+def _named(row: Row) -> str:
+    return f"{row['optimizer']}: {row['contender']}" if "optimizer" in row else row["contender"]
 
 
 def percent(part: float | None) -> str:
@@ -112,7 +162,7 @@ def table(rows: list[Row], environment: Row) -> Table:
         ("dtype", "learning rate", "contender", "movement", "decay", "worst"),
     )
     for row in rows:
-        cells = [percent(row["movement"]), percent(row["decay"])]
+        cells = [percent(row["movement"]), percent(row["decay"]) if "decay" in row else "-"]
         worst = "nan" if row["worst_error"] is None else f"{row['worst_error']:.1e}"
-        made.add_row(row["dtype"], f"{row['learning_rate']:g}", row["contender"], *cells, worst)
+        made.add_row(row["dtype"], f"{row['learning_rate']:g}", _named(row), *cells, worst)
     return made

@@ -26,7 +26,7 @@ except ImportError as error:
 from . import schedulers
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from .finetune.history import History
-from .optimizers import Adam, AdamW
+from .optimizers import Adam, AdamW, Compensated
 from .step import StepResult, TrainStep, losses, make_step
 from .update import decay_matrices
 
@@ -37,6 +37,7 @@ __version__ = "0.2.0"
 __all__ = [
     "Adam",
     "AdamW",
+    "Compensated",
     "History",
     "InputError",
     "StepResult",

@@ -53,6 +53,9 @@ def model(dtype: str, width: int = 8, depth: int = 0) -> nn.Module:
 def optimizer_of(options: dict[str, Any], rate: float) -> optim.Optimizer:
     if name := options.get("stock"):
         return getattr(optim, name)(optim.cosine_decay(rate, 10))
+    if name := options.get("compensated"):
+        made = getattr(optim, name)(optim.cosine_decay(rate, 10))
+        return ca.Compensated(made, max_grad_norm=0.5, skip_nonfinite=True)
     own = {"max_grad_norm": 0.5, "skip_nonfinite": True, **options.get("optimizer", {})}
     return ca.AdamW(rate, bias_correction=True, **own)
 
@@ -129,7 +132,8 @@ def job(name: str, options: dict[str, Any]) -> dict[str, Any]:
     state = any_optimizer.flat_state(optimizer)
     counts = {"bytes": list(bytes_sent), "calls": list(count_calls.counts), "gathered": gathered}
     counts |= {"state": sum(a.nbytes for a in state.values()), "updates": optimizer.step.item()}
-    skipped = optimizer.skipped.item() if isinstance(optimizer, ca.Adam) and optimizer.skipped is not None else None
+    counted = getattr(optimizer, "skipped", None)
+    skipped = None if counted is None else counted.item()
     return counts | {"votes": votes, "traces": step.traces, "skipped": skipped}
 
 

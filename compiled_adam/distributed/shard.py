@@ -19,7 +19,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_map
 
 from ..base import InputError, along, indexed
-from ..optimizers import Adam, ForSteps, any_optimizer
+from ..optimizers import Adam, Compensated, ForSteps, any_optimizer
 from ..update import Part
 from . import workers
 from .reduce import AT_ONCE, LIMIT
@@ -182,6 +182,8 @@ class Shard:
         parameters = tree_map(lambda i: weights[i], self._template)
         if isinstance(optimizer, Adam):
             updated = ForSteps(optimizer).apply_part(mine, parameters, Part(norm, self._own, len(weights)))
+        elif isinstance(optimizer, Compensated):
+            updated = optimizer.apply_part(mine, parameters, norm)
         else:
             updated = optimizer.apply_gradients(mine, parameters)
         leaves = [container[key] for _, container, key in along(self._template, updated)]
@@ -190,6 +192,8 @@ class Shard:
 
 def check(optimizer: optim.Optimizer) -> None:
     """Raises ValueError if one parameter's update by the optimizer may need the gradients of others."""
+    if isinstance(optimizer, Compensated):
+        optimizer = optimizer.wrapped
     if type(optimizer).apply_gradients not in (Adam.apply_gradients, optim.Optimizer.apply_gradients):
         raise InputError(
             f"shard_state=True needs an optimizer that updates each parameter by itself, but"

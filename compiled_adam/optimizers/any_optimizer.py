@@ -6,15 +6,16 @@ attributes are its state.
 
 from __future__ import annotations
 
+import copy
 import numbers
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
-from ..base import InputError, Row, Structure, below, differences
+from ..base import InputError, Row, Structure, along, below, differences
 from .options import as_scalar
 
 # Two schedules are functions and cannot be compared. Their values at these steps can.
@@ -64,11 +65,56 @@ def init(optimizer: optim.Optimizer, parameters: Any) -> None:
             container[key] = before[path]
 
 
+class Wrapping(optim.Optimizer):
+    """An optimizer whose state is that of another one."""
+
+    wrapped: optim.Optimizer
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options by name."""
+        raise NotImplementedError
+
+
+def every(optimizer: optim.Optimizer) -> list[optim.Optimizer]:
+    """The optimizer, and all optimizers inside it."""
+    return [optimizer, *(each for child in _children(optimizer) for each in every(child))]
+
+
 def parts(optimizer: optim.Optimizer) -> list[optim.Optimizer]:
-    """The optimizer itself, or the optimizers inside a MultiOptimizer."""
-    if isinstance(optimizer, optim.MultiOptimizer):
-        return [part for child in optimizer.optimizers for part in parts(child)]
-    return [optimizer]
+    """The optimizer itself, or the optimizers inside a MultiOptimizer or a `Wrapping`."""
+    return [each for each in every(optimizer) if not _children(each)]
+
+
+def _children(optimizer: optim.Optimizer) -> list[optim.Optimizer]:
+    if isinstance(optimizer, Wrapping):
+        return [optimizer.wrapped]
+    return optimizer.optimizers if isinstance(optimizer, optim.MultiOptimizer) else []
+
+
+def places(optimizer: optim.Optimizer, parameters: Any) -> list[tuple[optim.Optimizer, Any, Any]]:
+    """The place of each parameter's state: the optimizer that updates the parameter, the container and the key."""
+    if not isinstance(optimizer, optim.MultiOptimizer):
+        return [(optimizer, container, key) for _, container, key in along(parameters, optimizer._state)]
+    found: dict[str, tuple[optim.Optimizer, Any, Any]] = {}
+    for child, its in zip(optimizer.optimizers, optimizer._split_dictionary(parameters), strict=True):
+        found |= zip((path for path, _, _ in along(its, its)), places(child, its), strict=True)
+    return [found[path] for path, _, _ in along(parameters, parameters)]
+
+
+def twin(optimizer: optim.Optimizer, scalars: Sequence[dict[str, Any]]) -> optim.Optimizer:
+    """A copy of the optimizer with containers of its own, to trace an update without changing the optimizer.
+
+    ``scalars`` has for each of the `parts` what belongs to no parameter. Schedules have been followed there.
+    """
+    made = copy.copy(optimizer)
+    if isinstance(made, optim.MultiOptimizer):
+        left = iter(scalars)
+        made.optimizers = [twin(child, [next(left) for _ in parts(child)]) for child in made.optimizers]
+    else:
+        state = tree_map(lambda value: value, made._state)
+        made._state, made._schedulers, made._initialized = {**state, **scalars[0]}, {}, True
+    return made
 
 
 def flat_state(optimizer: optim.Optimizer) -> dict[str, mx.array]:
@@ -92,8 +138,8 @@ def learning_rate(optimizer: optim.Optimizer) -> mx.array | None:
 
 
 def skipped(optimizer: optim.Optimizer) -> list[mx.array]:
-    """How many updates each `Adam` has skipped."""
-    counts = [getattr(part, "skipped", None) for part in parts(optimizer)]
+    """How many updates each `Adam` and `Compensated` has skipped."""
+    counts = [getattr(each, "skipped", None) for each in every(optimizer)]
     return [count for count in counts if isinstance(count, mx.array)]
 
 
@@ -154,8 +200,8 @@ def description(optimizer: optim.Optimizer) -> dict[str, Any]:
     """
     take_numbers(optimizer)
     found: dict[str, Any] = {}
-    every = parts(optimizer)
-    for i, part in enumerate(every):
+    its = parts(optimizer)
+    for i, part in enumerate(its):
         own: dict[str, Any] = {"optimizer": type(part).__name__}
         own |= {name: value[0] if len(value) == 1 else value for name, value in _public(part).items()}
         own |= getattr(part, "options", {})
@@ -164,7 +210,11 @@ def description(optimizer: optim.Optimizer) -> dict[str, Any]:
         rate = tree(part).get("learning_rate")
         if isinstance(rate, mx.array) and "learning_rate" not in own:
             own["learning_rate"] = rate.item()
-        found |= {name if len(every) == 1 else f"optimizers.{i}.{name}": value for name, value in own.items()}
+        found |= {name if len(its) == 1 else f"optimizers.{i}.{name}": value for name, value in own.items()}
+    for i, each in enumerate(every(optimizer)):
+        if isinstance(each, Wrapping):
+            before = "" if each is optimizer else f"optimizers.{i}."
+            found |= {f"{before}{name}": value for name, value in each.options.items()}
     return found
 
 

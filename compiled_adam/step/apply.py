@@ -13,7 +13,7 @@ from mlx.utils import tree_map
 
 from ..base import Assignments, InputError, Places, Structure, Written, along, undone_on_error
 from ..distributed import Shard
-from ..optimizers import Adam, any_optimizer
+from ..optimizers import Adam, Compensated, any_optimizer
 from ..update import counted, global_norm, residual
 
 
@@ -182,7 +182,9 @@ class Trees:
 
     def _updated(self, gradients: list[mx.array], parameters: list[mx.array]) -> list[mx.array]:
         optimizer = self._optimizer
-        if getattr(type(optimizer), "update", None) not in (None, optim.Optimizer.update, Adam.update):
+        if getattr(type(optimizer), "update", None) not in (
+            *(None, optim.Optimizer.update, Adam.update, Compensated.update),
+        ):
             # A subclass overrides `update` and expects a model with parameters, so call it on the model.
             self._parameters.write(parameters)
             optimizer.update(self._model, self._tree(gradients))

@@ -2,9 +2,10 @@
 
 from . import residual, window
 from .groups import ALL_ALIKE, DecayFilter, Group, Patterns, check_patterns, decay_matrices, group
-from .kernels import LARGE, LOWERINGS, of_leaves, row_major
-from .leaves import FLOATS, Constants, Form, Part, Shared, check_leaf, update, update_leaf
+from .kernels import LARGE, LOWERINGS, of_leaves, row_major, unfused
+from .leaves import FLOATS, Constants, Form, Part, Shared, check_leaf, guard, update, update_leaf
 from .moments import POLICIES, STOCHASTIC, Stored
-from .norm import global_norm, norm_of, sum_of_squares
+from .norm import clip_factor, global_norm, norm_of, sum_of_squares
 from .packing import SMALL, Leaf, apart, flat, packs, strides
+from .residual import Keep
 from .window import counted

@@ -155,7 +155,7 @@ def update(
         norm = global_norm(gradients, [how.stream for how in lowerings]) if part is None else part.norm
         new["grad_norm"] = norm = norm if weight is None else counted(norm, weight)
         clip = None if constants.max_grad_norm is None else clip_factor(norm, constants.max_grad_norm)
-        finite = _guard(norm, new["learning_rate"]) if constants.skip_nonfinite else None
+        finite = guard(norm, [new["learning_rate"]]) if constants.skip_nonfinite else None
     keys, new = _rounding_keys(len(parameters), new, part)
     counts = None if weight is None else weight > 0
     step, rate = new["step"], new["learning_rate"]
@@ -184,9 +184,12 @@ def update(
     return [p for p, _ in updated], [state for _, state in updated], new
 
 
-def _guard(norm: mx.array, learning_rate: mx.array) -> mx.array:
-    """Whether the update may be made. The learning rate is checked, because a schedule may return any number."""
-    return unfused(mx.isfinite(norm) & mx.isfinite(learning_rate) & (learning_rate >= 0))
+def guard(norm: mx.array, learning_rates: Sequence[mx.array]) -> mx.array:
+    """Whether the update may be made. Learning rates are checked, because a schedule may return any number."""
+    good = mx.isfinite(norm)
+    for rate in learning_rates:
+        good = good & mx.isfinite(rate) & (rate >= 0)
+    return unfused(good)
 
 
 def _rounding_keys(count: int, scalars: Stored, part: Part | None) -> tuple[Sequence[mx.array | None], Stored]:

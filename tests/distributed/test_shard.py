@@ -41,6 +41,7 @@ JOBS: dict[str, dict[str, Any]] = {
     },
     "stock": {"depth": 3, "stock": "AdamW"},
     "muon": {"depth": 3, "stock": "Muon"},
+    "compensated": {"depth": 3, "dtype": "mixed", "compensated": "Lion", "accumulate": 2, "poisoned": 2},
 }
 UNFINISHED = JOBS["unfinished"]
 
@@ -233,5 +234,8 @@ def test_what_cannot_be_sharded() -> None:
     several = optim.MultiOptimizer([ca.Adam(0.1), ca.Adam(0.2)], [lambda path, _: "bias" in path])
     with pytest.raises(ValueError, match="MultiOptimizer has an apply_gradients of its own; use compiled_adam's Adam"):
         ca.make_step(linear_net(), squared_error, several, group=group, shard_state=True)
+    inside = ca.Compensated(optim.MultiOptimizer([optim.Muon(0.1), optim.SGD(0.1)], [lambda path, _: "bias" in path]))
+    with pytest.raises(ValueError, match="MultiOptimizer has an apply_gradients of its own"):
+        ca.make_step(linear_net(), squared_error, inside, group=group, shard_state=True)
     with pytest.raises(ValueError, match="shard_state is 1; it must be True or False"):
         ca.make_step(linear_net(), squared_error, shard_state=1)

@@ -1,0 +1,418 @@
+"""`Compensated`: any MLX optimizer moves half-precision weights as it moves float32 weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import compiled_adam as ca
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+from compiled_adam.update import residual
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from tests.nets import linear_net, squared_error
+from tests.trees import assert_identical, copied
+
+RATES = (1e-3, 1e-4, 1e-5, 1e-6)
+DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16}
+MAKE: dict[str, Callable[..., optim.Optimizer]] = {
+    "Muon": lambda rate, decay=0.0: optim.Muon(rate, weight_decay=decay),
+    "SGD": lambda rate, decay=0.0: optim.SGD(rate, momentum=0.9, weight_decay=decay),
+    "Lion": lambda rate, decay=0.0: optim.Lion(rate, weight_decay=decay),
+    "Adafactor": lambda rate, decay=0.0: optim.Adafactor(rate, relative_step=False, weight_decay=decay),
+    "RMSprop": lambda rate, decay=0.0: optim.RMSprop(rate),
+}
+
+
+def both(rate: float = 1e-2) -> optim.Optimizer:
+    return optim.MultiOptimizer([optim.Muon(rate), optim.AdamW(rate)], [lambda path, p: p.ndim > 1])
+
+
+def gradient(i: int, dtype: mx.Dtype, scale: float = 0.1) -> mx.array:
+    return (mx.random.normal((16, 8), key=mx.random.key(i)) * scale + 0.2 * scale).astype(dtype)
+
+
+def start(dtype: mx.Dtype) -> mx.array:
+    return mx.random.normal((16, 8), key=mx.random.key(99)).astype(dtype)
+
+
+def value(optimizer: optim.Optimizer, weights: mx.array) -> np.ndarray:
+    return np.array(residual.join(weights, optimizer.state["w"]["residual"]), np.float64)
+
+
+def moved(name: str, dtype: mx.Dtype, rate: float, steps: int, decay: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """How far `Compensated` and the same optimizer with float32 weights and gradients move the same weights."""
+    half, full = {"w": start(dtype)}, {"w": start(dtype).astype(mx.float32)}
+    ours, stock = ca.Compensated(MAKE[name](rate, decay)), MAKE[name](rate, decay)
+    for i in range(steps):
+        g = mx.zeros((16, 8), dtype) if decay else gradient(i, dtype)
+        half, full = (
+            o.apply_gradients({"w": x}, p) for o, x, p in ((ours, g, half), (stock, g.astype(mx.float32), full))
+        )
+        mx.eval(half, full, ours.state, stock.state)
+    first = np.array(start(dtype).astype(mx.float32), np.float64)
+    assert ours.traces == 1
+    return value(ours, half["w"]) - first, np.array(full["w"], np.float64) - first
+
+
+@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", MAKE)
+def test_weights_move_as_far_as_float32_weights(name: str, dtype: str, rate: float) -> None:
+    ours, master = moved(name, DTYPES[dtype], rate, 60)
+    assert np.abs(master).mean() > 0
+    # Weight and residual hold every bit of float32, so only rounding differs: far below the promised 0.1 %.
+    np.testing.assert_allclose(ours, master, atol=1e-4 * np.abs(master).max())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", [name for name in MAKE if name != "RMSprop"])  # which has no weight decay
+def test_weights_decay_as_far_as_float32_weights(name: str, dtype: str) -> None:
+    ours, master = moved(name, DTYPES[dtype], 1e-4, 60, decay=0.1)
+    assert np.abs(master).mean() > 0
+    # float32 itself rounds a decay of 1e-5 of a weight to within 2^-24 / 1e-5 = 0.6 % at each step.
+    assert np.abs(ours).mean() == pytest.approx(np.abs(master).mean(), rel=1e-3)
+
+
+def exact(name: str, rate: float, steps: int, dtype: mx.Dtype) -> np.ndarray:
+    """The movement in float64 NumPy, written from the papers."""
+    w = first = np.array(start(dtype).astype(mx.float32), np.float64)
+    state = np.zeros_like(w)
+    for i in range(steps):
+        g = np.array(gradient(i, dtype).astype(mx.float32), np.float64)
+        if name == "SGD":
+            state = 0.9 * state + g
+            w = w - rate * state
+        elif name == "Lion":
+            w = w - rate * np.sign(0.9 * state + 0.1 * g)
+            state = 0.99 * state + 0.01 * g
+        else:
+            state = 0.99 * state + 0.01 * g**2
+            w = w - rate * g / (np.sqrt(state) + 1e-8)
+    return w - first
+
+
+@pytest.mark.parametrize("rate", [1e-3, 1e-5])
+@pytest.mark.parametrize("name", ["SGD", "Lion", "RMSprop"])
+def test_the_movement_is_that_of_float64(name: str, rate: float) -> None:
+    expected = exact(name, rate, 200, mx.bfloat16)
+    ours, _ = moved(name, mx.bfloat16, rate, 200)
+    # A float32 weight near 2 has a spacing of 2.4e-7; 200 roundings add up to sqrt(200) / 2 of it at most.
+    np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=2e-6)
+    assert np.abs(ours).mean() == pytest.approx(np.abs(expected).mean(), rel=1e-3)
+
+
+def test_stock_does_not_move_them() -> None:
+    """What the tests above would notice."""
+    weights = {"w": start(mx.bfloat16)}
+    stock = MAKE["SGD"](1e-6)
+    for i in range(20):
+        weights = stock.apply_gradients({"w": gradient(i, mx.bfloat16)}, weights)
+    assert mx.array_equal(weights["w"], start(mx.bfloat16))
+
+
+OPTIMIZERS = {**{name: lambda make=make: make(1e-2) for name, make in MAKE.items()}, "MultiOptimizer": both}
+
+
+def net(dtype: mx.Dtype = mx.bfloat16) -> nn.Module:
+    model = linear_net()
+    model.set_dtype(dtype)
+    return model
+
+
+def inputs(i: int, dtype: mx.Dtype = mx.bfloat16) -> tuple[mx.array, mx.array]:
+    x = mx.random.normal((8, 4), key=mx.random.key(i)).astype(dtype)
+    return x, x.sum(axis=1, keepdims=True)
+
+
+class Linear(nn.Module):
+    """Parameters whose gradients are the batch, so that no rounding of a forward pass differs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.b = start(mx.bfloat16), mx.ones((8,), mx.bfloat16)
+
+
+def product(model: nn.Module, w: mx.array, b: mx.array) -> mx.array:
+    return (model.w * w).astype(mx.float32).sum() + (model.b * b).astype(mx.float32).sum()
+
+
+def loop(model: nn.Module, optimizer: optim.Optimizer, how: str, steps: int) -> None:
+    batches = [(gradient(i, mx.bfloat16), gradient(i, mx.bfloat16)[0]) for i in range(steps)]
+    if how == "step":
+        step = ca.make_step(model, product, optimizer)
+        for batch in batches:
+            step(*batch)
+        assert step.traces["update"] == 1
+        return
+    optimizer.init(model.trainable_parameters())
+
+    def one(w: mx.array, b: mx.array) -> mx.array:
+        loss, gradients = nn.value_and_grad(model, product)(model, w, b)
+        optimizer.update(model, gradients)
+        return loss
+
+    state = [model.state, optimizer.state]
+    run = mx.compile(one, inputs=state, outputs=state) if how == "compiled" else one
+    for batch in batches:
+        mx.eval(run(*batch), model.parameters(), optimizer.state)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_called_in_a_compile_and_in_a_step_are_the_same(name: str) -> None:
+    found = {}
+    for how in ("called", "compiled", "step"):
+        model, optimizer = Linear(), ca.Compensated(OPTIMIZERS[name](), max_grad_norm=0.5, skip_nonfinite=True)
+        loop(model, optimizer, how, 5)
+        assert optimizer.traces == 1, how
+        assert optimizer.grad_norm is not None and optimizer.grad_norm.item() > 0.5
+        states = optimizer.state["states"] if name == "MultiOptimizer" else [optimizer.state]
+        rest = {key: each[key]["residual"] for each in states for key in ("w", "b") if key in each}
+        found[how] = {key: np.array(residual.join(model[key], rest[key])) for key in ("w", "b")}
+    for how in ("compiled", "step"):
+        for key, array in found["called"].items():
+            # Only float32 rounding of differently fused kernels, which Muon's polynomial amplifies.
+            np.testing.assert_allclose(found[how][key], array, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_float32_weights_get_what_the_optimizer_alone_gives(name: str) -> None:
+    ours, alone = net(mx.float32), net(mx.float32)
+    for model, optimizer in ((ours, ca.Compensated(OPTIMIZERS[name]())), (alone, OPTIMIZERS[name]())):
+        for i in range(5):
+            _, gradients = nn.value_and_grad(model, squared_error)(model, *inputs(i, mx.float32))
+            optimizer.update(model, gradients)
+            mx.eval(model.parameters(), optimizer.state)
+    for (path, a), (_, b) in zip(tree_flatten(ours.parameters()), tree_flatten(alone.parameters()), strict=True):
+        # Muon's polynomial and Adafactor's roots amplify the rounding of a fused kernel.
+        np.testing.assert_allclose(np.array(a), np.array(b), rtol=1e-5, atol=1e-6, err_msg=path)
+
+
+def tree(dtype: mx.Dtype = mx.bfloat16) -> dict:
+    return {"layers": [{"w": start(dtype)}, {"b": mx.ones((8,), dtype)}], "f": mx.ones((4, 4))}
+
+
+def gradients_of(i: int, scale: float = 0.1) -> dict:
+    return tree_map(lambda p: (mx.random.normal(p.shape, key=mx.random.key(i)) * scale).astype(p.dtype), tree())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_gradient_changes_no_bit(name: str, bad: float) -> None:
+    optimizer = ca.Compensated(OPTIMIZERS[name](), skip_nonfinite=True)
+    weights = optimizer.apply_gradients(gradients_of(0), tree())
+    before = copied({"weights": weights, "state": optimizer.state})
+    gradients = gradients_of(1)
+    gradients["layers"][1]["b"] = gradients["layers"][1]["b"] * bad
+    weights = optimizer.apply_gradients(gradients, weights)
+    assert optimizer.skipped is not None and optimizer.skipped.item() == 1
+    after = {"weights": weights, "state": optimizer.state}
+    flat = [
+        {path: a for path, a in tree_flatten(each) if not path.endswith(("_grad_norm", "_skipped"))}
+        for each in (before, after)
+    ]
+    assert_identical(*flat)
+    assert not np.isfinite(optimizer.grad_norm.item())
+
+
+def test_a_bad_learning_rate_changes_no_bit() -> None:
+    rates = mx.array([1e-2, float("nan"), 1e-2])
+    optimizer = ca.Compensated(optim.SGD(lambda step: rates[step]), skip_nonfinite=True)
+    weights = optimizer.apply_gradients(gradients_of(0), tree())
+    before = copied({"w": weights, "step": optimizer.step, "rate": optimizer.learning_rate})
+    weights = optimizer.apply_gradients(gradients_of(1), weights)
+    assert_identical(before, {"w": weights, "step": optimizer.step, "rate": optimizer.learning_rate})
+    assert optimizer.skipped.item() == 1
+
+
+def test_clipping_is_that_of_scaled_gradients() -> None:
+    clipped, scaled = ca.Compensated(both(), max_grad_norm=0.25), ca.Compensated(both())
+    g = tree_map(lambda x: x.astype(mx.float32), gradients_of(0))
+    norm = np.sqrt(sum(np.square(np.array(x, np.float64)).sum() for _, x in tree_flatten(g)))
+    new = clipped.apply_gradients(g, tree())
+    expected = scaled.apply_gradients(tree_map(lambda x: x * (0.25 / norm), g), tree())
+    assert clipped.grad_norm.item() == pytest.approx(norm, rel=1e-6) and norm > 0.25
+    assert clipped.skipped.item() == 0 and scaled.grad_norm is None and scaled.skipped is None
+    one, other = (dict(tree_flatten(each.state)) for each in (clipped, scaled))
+    moments = [path for path in other if path.endswith((".m", ".v"))]
+    assert len(moments) == 4
+    for path in moments:  # not the weights: where a moment is near zero, the step is all rounding
+        np.testing.assert_allclose(np.array(one[path]), np.array(other[path]), rtol=1e-5)  # float32 rounding
+    assert new["f"].shape == expected["f"].shape
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_two_bytes_beside_a_float32_state(name: str) -> None:
+    optimizer, alone = ca.Compensated(OPTIMIZERS[name]()), OPTIMIZERS[name]()
+    optimizer.init(tree())
+    alone.init(tree_map(lambda p: p.astype(mx.float32), tree()))
+    mine, its = dict(tree_flatten(optimizer.state)), dict(tree_flatten(alone.state))
+    assert {path: a.dtype for path, a in its.items()}.items() <= {path: a.dtype for path, a in mine.items()}.items()
+    half = sum(p.size for _, p in tree_flatten(tree()) if p.dtype == mx.bfloat16)
+    assert sum(a.nbytes for a in mine.values()) - sum(a.nbytes for a in its.values()) == 2 * half
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_state_survives_a_file(name: str, tmp_path: Path) -> None:
+    optimizer = ca.Compensated(OPTIMIZERS[name](), skip_nonfinite=True)
+    weights = optimizer.apply_gradients(gradients_of(0), tree())
+    mx.save_safetensors(str(tmp_path / "state.safetensors"), dict(tree_flatten(optimizer.state)))
+    other = ca.Compensated(OPTIMIZERS[name](), skip_nonfinite=True)
+    loaded = mx.load(str(tmp_path / "state.safetensors"))
+    other.state = tree_unflatten(list(loaded.items()))
+    new = [each.apply_gradients(gradients_of(1), copied(weights)) for each in (optimizer, other)]
+    assert_identical(*new)
+    assert_identical(optimizer.state, other.state)
+
+
+def test_a_stock_state_can_be_assigned() -> None:
+    stock = MAKE["Muon"](1e-2)
+    weights = stock.apply_gradients(gradients_of(0), tree())
+    optimizer = ca.Compensated(MAKE["Muon"](1e-2))
+    optimizer.state = copied(stock.state)
+    optimizer.apply_gradients(gradients_of(1), weights)
+    state = optimizer.state["layers"][0]["w"]
+    assert state["v"].dtype == mx.float32 and state["residual"].dtype == mx.int16
+    assert optimizer.step.item() == 2
+
+
+@pytest.mark.parametrize("name", ["Muon", "Adafactor", "MultiOptimizer"])
+def test_a_resumed_step_continues_bit_for_bit(name: str, tmp_path: Path) -> None:
+    def made() -> ca.TrainStep:
+        return ca.make_step(net(), squared_error, ca.Compensated(OPTIMIZERS[name](), max_grad_norm=0.5))
+
+    whole, first, second = made(), made(), made()
+    for i in range(6):
+        whole(*inputs(i))
+        if i < 3:
+            first(*inputs(i))
+    ca.save_checkpoint(tmp_path / "3", first, {})
+    ca.load_checkpoint(tmp_path / "3", second)
+    for i in range(3, 6):
+        second(*inputs(i))
+    for part, arrays in whole.state_dict().items():
+        assert_identical(arrays, second.state_dict()[part])
+
+
+def test_a_resumed_step_must_have_the_same_options(tmp_path: Path) -> None:
+    steps = [
+        ca.make_step(net(), squared_error, optimizer)
+        for optimizer in (
+            ca.Compensated(optim.SGD(1e-2), max_grad_norm=0.5),
+            ca.Compensated(optim.SGD(1e-2), max_grad_norm=1.0),
+        )
+    ]
+    assert steps[0].description() != steps[1].description()
+    assert steps[0].description()["max_grad_norm"] == 0.5 and steps[0].description()["compensated"] is True
+
+
+def test_a_replaced_weight_gets_a_new_residual() -> None:
+    model, optimizer = net(), ca.Compensated(optim.SGD(1e-3))
+    step = ca.make_step(model, squared_error, optimizer)
+    step(*inputs(0))
+    layer = model.layers[0]
+    layer.weight = mx.zeros_like(layer.weight)
+    optimizer.learning_rate = 0.0
+    step(*inputs(1))
+    assert not layer.weight.any() and not optimizer.state["layers"][0]["weight"]["residual"].any()
+
+
+def test_rates_steps_and_schedules() -> None:
+    optimizer = ca.Compensated(both(0.5))
+    assert optimizer.learning_rate.item() == 0.5 and optimizer.step.item() == 0
+    optimizer.learning_rate = 0.25
+    assert [part.learning_rate.item() for part in optimizer.wrapped.optimizers] == [0.25, 0.25]
+    with pytest.raises(ca.InputError, match="learning_rate is -1"):
+        optimizer.learning_rate = -1
+    seen = []
+
+    def schedule(step: mx.array) -> mx.array:
+        seen.append(step.item())  # plain Python: works when the optimizer is called
+        return mx.array(0.1 if step.item() < 2 else 0.01)
+
+    optimizer = ca.Compensated(optim.SGD(schedule))
+    weights = tree()
+    for i in range(4):
+        weights = optimizer.apply_gradients(gradients_of(i), weights)
+    assert optimizer.learning_rate.item() == pytest.approx(0.01) and seen[1:] == [0, 1, 2, 3] and optimizer.traces == 1
+
+
+def test_numbers_of_the_wrapped_optimizer_may_change() -> None:
+    optimizer = ca.Compensated(optim.SGD(1.0))
+    weights = {"w": mx.zeros((2,), mx.bfloat16)}
+    for decay in (0.0, 1.0):
+        optimizer.wrapped.weight_decay = decay
+        weights = optimizer.apply_gradients({"w": mx.full((2,), -1.0, mx.bfloat16)}, weights)
+    assert weights["w"].tolist() == [1.0, 1.0] and optimizer.traces == 2
+
+
+def test_a_copy_goes_its_own_way() -> None:
+    optimizer = ca.Compensated(both())
+    weights = optimizer.apply_gradients(gradients_of(0), tree())
+    other = copy.deepcopy(optimizer)
+    other.apply_gradients(gradients_of(1), weights)
+    assert (optimizer.step.item(), other.step.item()) == (1, 2)
+
+
+def test_inside_a_multi_optimizer_and_repr() -> None:
+    parts = [ca.Compensated(optim.Muon(1e-2), skip_nonfinite=True), ca.AdamW(1e-2, skip_nonfinite=True)]
+    step = ca.make_step(net(), squared_error, optim.MultiOptimizer(parts, [lambda path, p: p.ndim > 1]))
+    result = step(*inputs(0))
+    assert result.skipped.item() == 0 and step(*[mx.array(float("nan")) * x for x in inputs(1)]).skipped.item() == 2
+    assert repr(parts[0]) == "Compensated(Muon, max_grad_norm=None, skip_nonfinite=True)"
+    assert repr(ca.Compensated(both())).startswith("Compensated(MultiOptimizer([Muon, AdamW]), ")
+
+
+class OwnUpdate(optim.SGD):
+    def update(self, model, gradients):
+        super().update(model, gradients)
+
+
+class Counts(optim.SGD):
+    def init_single(self, parameter, state):
+        state["count"] = 0
+
+    def apply_single(self, gradient, parameter, state):
+        state["count"] += 1
+        return parameter
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: optim.SGD, "must be an optimizer of MLX"),
+        (lambda: ca.AdamW(1e-3), "AdamW keeps residuals of half-precision weights itself; use it without Compensated$"),
+        (lambda: ca.Compensated(optim.SGD(1e-3)), "Compensated keeps residuals"),
+        (
+            lambda: optim.MultiOptimizer([optim.Muon(1e-3), ca.AdamW(1e-3)], [lambda path, p: True]),
+            "use it without Compensated; put mlx.optimizers.AdamW there",
+        ),
+        (lambda: OwnUpdate(1e-3), "OwnUpdate has an update method of its own"),
+    ],
+)
+def test_what_cannot_be_wrapped(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ca.InputError, match=message):
+        ca.Compensated(make())
+
+
+def test_wrong_options_and_trees() -> None:
+    with pytest.raises(ca.InputError, match="max_grad_norm is 0; it must be a number greater than 0"):
+        ca.Compensated(optim.SGD(1e-3), max_grad_norm=0)
+    with pytest.raises(ca.InputError, match="skip_nonfinite is 1; it must be True or False"):
+        ca.Compensated(optim.SGD(1e-3), skip_nonfinite=1)
+    optimizer = ca.Compensated(optim.SGD(1e-3))
+    optimizer.init({"a": mx.ones(3)})
+    with pytest.raises(ca.InputError, match="the optimizer has no state for 'b'"):
+        optimizer.apply_gradients({"b": mx.ones(3)}, {"a": mx.ones(3), "b": mx.ones(3)})
+    with pytest.raises(ca.InputError, match=r"the gradient of 'a' has shape \(1,\), but the parameter has \(3,\)"):
+        optimizer.apply_gradients({"a": mx.ones(1)}, {"a": mx.ones(3)})
+    with pytest.raises(ca.InputError, match="there is a gradient for 'c'"):
+        optimizer.apply_gradients({"c": mx.ones(3)}, {"a": mx.ones(3)})
+    assert optimizer.step.item() == 0
+    with pytest.raises(ca.InputError, match="the optimizer changed 0 in its state"):
+        ca.Compensated(Counts(1e-3)).apply_gradients({"a": mx.ones(3)}, {"a": mx.ones(3)})
