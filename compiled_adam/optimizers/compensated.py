@@ -210,8 +210,8 @@ class Compensated(any_optimizer.Wrapping):
         """The new parameters, states and scalars. ``constants`` is not read: other values of it cause a new trace."""
         self.traces += 1
         leaves = Aligned(gradients, parameters, {})
-        for path, g, p in zip(leaves.paths, leaves.gradients, leaves.parameters, strict=True):
-            _check_leaf(path, g, p)
+        for leaf in zip(leaves.paths, leaves.gradients, leaves.parameters, states, strict=True):
+            _check_leaf(*leaf)
         current = [{**its, **rate} for its, rate in zip(scalars, rates, strict=True)]
         keep, clip, counted = self._global(leaves.gradients, current, norm)
         values = map(_value, leaves.parameters, states)
@@ -227,7 +227,9 @@ class Compensated(any_optimizer.Wrapping):
         for (_, container, key), weight, old, own in zip(places, leaves.parameters, states, mine, strict=True):
             now = _kept(old, own, keep)
             if residual.applies_to(weight.dtype):
-                weight, now["residual"] = residual.split(container[key], weight, old["residual"], keep)
+                weight, now["residual"] = residual.split(
+                    container[key].astype(mx.float32), weight, old["residual"], keep
+                )
             else:
                 weight = keep(container[key], weight)
             new.append(weight)
@@ -279,11 +281,16 @@ def _check(optimizer: object) -> None:
             )
 
 
-def _check_leaf(path: str, gradient: mx.array, parameter: mx.array) -> None:
+def _check_leaf(path: str, gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> None:
     if gradient.shape != parameter.shape:
         raise InputError(
             f"the gradient of {path!r} has shape {gradient.shape}, but the parameter has {parameter.shape}; they must"
             " be the same"
+        )
+    rest = state.get("residual")
+    if residual.applies_to(parameter.dtype) and (rest is None or not residual.belongs_to(parameter.dtype, rest)):
+        raise InputError(
+            f"the state of {path!r} was made for another dtype; call optimizer.init(parameters), which converts it"
         )
 
 

@@ -66,8 +66,10 @@ def moved(name: str, dtype: mx.Dtype, rate: float, steps: int, decay: float = 0.
 def test_weights_move_as_far_as_float32_weights(name: str, dtype: str, rate: float) -> None:
     ours, master = moved(name, DTYPES[dtype], rate, 60)
     assert np.abs(master).mean() > 0
-    # Weight and residual hold every bit of float32, so only rounding differs: far below the promised 0.1 %.
-    np.testing.assert_allclose(ours, master, atol=1e-4 * np.abs(master).max())
+    # 0.1 % is what is promised. Weight and residual are as fine as float32, but a compiler may contract a product and a
+    # sum, which moves a weight between 2 and 4 by one spacing, 2.4e-7.
+    assert np.abs(ours).mean() == pytest.approx(np.abs(master).mean(), rel=1e-3)
+    np.testing.assert_allclose(ours, master, atol=1e-3 * np.abs(master).max() + 2.4e-7)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -414,5 +416,11 @@ def test_wrong_options_and_trees() -> None:
     with pytest.raises(ca.InputError, match="there is a gradient for 'c'"):
         optimizer.apply_gradients({"c": mx.ones(3)}, {"a": mx.ones(3)})
     assert optimizer.step.item() == 0
+    for dtype in (mx.bfloat16, mx.float16):
+        weights = {"a": mx.ones(3, dtype)}
+        with pytest.raises(ca.InputError, match="the state of 'a' was made for another dtype; call"):
+            optimizer.apply_gradients(weights, weights)
+        optimizer.init(weights)
+        assert optimizer.apply_gradients(weights, weights)["a"].dtype == dtype
     with pytest.raises(ca.InputError, match="the optimizer changed 0 in its state"):
         ca.Compensated(Counts(1e-3)).apply_gradients({"a": mx.ones(3)}, {"a": mx.ones(3)})
