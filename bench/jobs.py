@@ -16,7 +16,7 @@ from unittest import mock
 import compiled_adam as ca
 import mlx.core as mx
 import numpy as np
-from compiled_adam.commands import demo, lora, lora_options
+from compiled_adam.commands import lora, lora_options, small_model
 from compiled_adam.finetune import data
 from compiled_adam.finetune.batches import Batches
 from compiled_adam.step import losses
@@ -76,7 +76,7 @@ def lengths(job: Job, seed: int) -> list[int]:
 
 def make(folder: Path, job: Job) -> None:
     """Writes the data, pieces of mlx-lm's manuals, and a model unless the job names one."""
-    _, topic, general = demo.texts(200_000)
+    _, topic, general = small_model.texts(200_000)
     if job.model is None:
         _make_model(folder / "model", job, general + topic)
     model, tokenizer = load(_model(folder, job))[:2]
@@ -99,9 +99,8 @@ def make(folder: Path, job: Job) -> None:
 def _make_model(folder: Path, job: Job, text: str) -> None:
     config = {"hidden_size": job.hidden, "intermediate_size": 4 * job.hidden, "num_hidden_layers": job.layers}
     config |= {"vocab_size": job.vocabulary, "head_dim": job.hidden // 4, "tie_word_embeddings": True}
-    with mock.patch.object(demo, "CONFIG", demo.CONFIG | config):
-        mx.random.seed(0)
-        demo.make_model(folder, text)
+    mx.random.seed(0)
+    small_model.make_model(folder, text, small_model.CONFIG | config)
     settings = folder / "tokenizer_config.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": TEMPLATE}))
 

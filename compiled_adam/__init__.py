@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import sys
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ except ImportError as error:
 
 from . import schedulers
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from .finetune.history import History
 from .optimizers import Adam, AdamW, Compensated
 from .step import StepResult, TrainStep, losses, make_step
 from .update import decay_matrices
@@ -31,11 +33,12 @@ from .update import decay_matrices
 if TYPE_CHECKING:
     from .finetune.trainer import train as train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Adam",
     "AdamW",
     "Compensated",
+    "History",
     "InputError",
     "StepResult",
     "TrainStep",
@@ -55,3 +58,8 @@ def __getattr__(name: str) -> Any:
     if name == "train":
         return importlib.import_module(".finetune.trainer", __name__).train
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    # Only what works: `help` reads everything that is listed here.
+    return sorted([*__all__, *(["train"] if importlib.util.find_spec("mlx_lm") else [])])

@@ -159,13 +159,13 @@ def _add_commands(parser: Parser) -> None:
     demo = commands.add_parser(
         "demo",
         help="make a small model and fine-tune it, without network",
-        description="Makes a small Llama and trains it a little. Then fine-tunes it: with LoRA, and in full in bfloat16"
-        " with stock AdamW and with ours. Needs no network.",
+        description="Makes a small language model and trains it a little. Then fine-tunes all its weights: in bfloat16"
+        " with stock AdamW and with ours, and in float32. Takes about a minute, and needs no network.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    demo.add_argument("--out", type=Path, default=Path("demo"), help="the folder for the model and the adapters")
-    demo.add_argument("--iters", type=int, default=100, help="iterations of each fine-tuning")
-    demo.add_argument("--pretraining", type=int, default=100, help="iterations of the training before the fine-tuning")
+    demo.add_argument("--out", type=Path, default=Path("demo"), help="the folder for model, runs and report")
+    demo.add_argument("--iters", type=int, default=200, help="iterations of each fine-tuning")
+    demo.add_argument("--pretraining", type=int, default=200, help="iterations of the training before the fine-tuning")
     demo.add_argument("--seed", type=int, default=0, help="the seed of the weights and of the order of the batches")
     demo.set_defaults(command=_demo)
     told = "fine-tune a model, with the flags of mlx_lm.lora"

@@ -1,7 +1,7 @@
 """``python docs/screen.py``: runs `compiled-adam lora` in a terminal of its own, and draws that as docs/lora.svg.
 
-The model is the demo's, which is trained a little first; the data are one of mlx-lm's manuals, in pieces of 200
-characters. Nothing is edited: the picture has what a person sees who types the command.
+The model has random weights; the data are one of mlx-lm's manuals, in pieces of 200 characters. Nothing is edited: the
+picture has what a person sees who types the command.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import json
 import os
 import pty
 import re
-import shutil
 import struct
 import subprocess
 import sys
@@ -32,20 +31,18 @@ PIECE = 200  # characters of an example
 
 
 def prepare(folder: Path) -> None:
-    """Makes ``folder``/model, which the demo has trained a little, and ``folder``/data."""
-    from compiled_adam.commands import demo
+    """Makes ``folder``/model and ``folder``/data."""
+    from compiled_adam.commands.small_model import make_model, texts
 
-    with contextlib.redirect_stdout(io.StringIO()):
-        demo.run(folder / "demo", iterations=1)
-    shutil.move(folder / "demo" / "model", folder / "model")
+    make_model(folder / "model", texts()[1])
     write_data(folder / "data")
 
 
 def write_data(folder: Path) -> None:
     """Makes the files that ``--data`` reads, of text that the model has not seen."""
-    from compiled_adam.commands import demo
+    from compiled_adam.commands.small_model import texts
 
-    text = demo.texts()[1]
+    text = texts()[1]
     pieces = [json.dumps({"text": text[i : i + PIECE]}) for i in range(0, len(text), PIECE)]
     folder.mkdir()
     for name, part in (("train", [piece for i, piece in enumerate(pieces) if i % 5]), ("valid", pieces[::5])):
@@ -105,11 +102,20 @@ def picture(screen: list[str]) -> str:
 
 
 def words(svg: str) -> list[str]:
-    """The lines of a picture, in which every number is 0: what must be the same at each run."""
+    """The lines of a picture, in which every number is 0: what must be the same at each run.
+
+    Which losses are better or the best depends on the numbers, and what takes more than a second on the machine.
+    """
     found: dict[float, str] = {}
     for y, text in re.findall(r'<text [^>]*\by="([\d.]+)"[^>]*>([^<]*)</text>', svg):
         found[float(y)] = found.get(float(y), "") + text.replace("&#160;", " ")
-    return [" ".join(re.sub(r"[\d.,]+(e[-+]?\d+)?", "0", found[y]).split()) for y in sorted(found)]
+    shown = []
+    for y in sorted(found):
+        line = re.sub(r"[▲▼]|(?<=val  )best", "", found[y])
+        line = re.sub(r"\d[\d.,:]*(e[-+]?\d+)?k?", "0", line).replace("0 min", "0 s")
+        if not re.search(r"\D: 0 s$", line):
+            shown.append(" ".join(line.split()))
+    return shown
 
 
 def draw() -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 import compiled_adam as ca
 import mlx.core as mx
 import numpy as np
-from compiled_adam.commands.demo import make_model, texts
+from compiled_adam.commands.small_model import make_model, texts
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.datasets import CacheDataset, TextDataset
 from mlx_lm.tuner.trainer import TrainingArgs, TrainingCallback

@@ -87,18 +87,18 @@ def uncompiled() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a Llama of 0.3 M random parameters and its tokenizer."""
-    from compiled_adam.commands import demo
+    from compiled_adam.commands.small_model import make_model, texts
 
     folder = tmp_path_factory.mktemp("tiny") / "model"
     mx.random.seed(0)
-    demo.make_model(folder, demo.texts()[1])
+    make_model(folder, texts()[1])
     return folder
 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that mlx_lm.lora accepts; pieces of one length, so that accumulation is over equal batches."""
-    from compiled_adam.commands.demo import texts
+    from compiled_adam.commands.small_model import texts
 
     folder = tmp_path_factory.mktemp("data")
     text = texts()[1]

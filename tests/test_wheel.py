@@ -1,4 +1,4 @@
-"""The package as others get it: a wheel in an environment of its own, outside the checkout. Minutes, and a network."""
+"""The wheel in an environment of its own, outside the checkout. Minutes, and a network."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ import re
 import subprocess
 import sys
 import venv
-import zipfile
 from pathlib import Path
 
-import compiled_adam
 import pytest
 from conftest import ROOT
 
@@ -62,19 +60,6 @@ def environment(folder: Path, requirement: str) -> Path:
     return folder / "bin"
 
 
-def test_the_wheel_is_the_package_only(wheel: Path) -> None:
-    names = zipfile.ZipFile(wheel).namelist()
-    metadata = f"compiled_adam-{compiled_adam.__version__}.dist-info/"
-    assert {name.split("/")[0] + "/" for name in names} == {"compiled_adam/", metadata}
-    modules = {f"compiled_adam/{file.name}" for file in (ROOT / "compiled_adam").glob("*.py")}
-    assert {name for name in names if name.endswith(".py")} == modules
-    assert not [name for name in names if "__pycache__" in name]
-    assert f"{metadata}licenses/LICENSE" in names
-    page = ROOT / "compiled_adam" / "commands" / "report_page"
-    assert {f"compiled_adam/commands/report_page/{file.name}" for file in page.iterdir()} <= set(names)
-    assert any(name.startswith(f"{metadata}licenses/") and name.endswith("uPlot.LICENSE") for name in names)
-
-
 def test_without_extras(wheel: Path, tmp_path: Path) -> None:
     programs = environment(tmp_path / "bare", str(wheel))
     if not BACKEND:
@@ -100,11 +85,12 @@ def test_the_demo_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
     work = tmp_path / "work"
     work.mkdir()
     out = execute(programs / "compiled-adam", "demo", cwd=work)
-    before, after = map(float, re.search(r"^validation loss (\S+) -> (\S+)", out, re.M).groups())
-    assert after < before - 0.3
-    found = re.findall(r"^(\w+) +(\w+\S*)AdamW +validation loss (\S+) -> (\S+)", out, re.M)
-    gains = {(dtype, package): float(a) - float(b) for dtype, package, a, b in found}
-    reference = gains["float32", "compiled_adam."]
-    assert gains["bfloat16", "compiled_adam."] == pytest.approx(reference, rel=0.1)
-    assert gains["bfloat16", "mlx.optimizers."] < 0.3 * reference
+    rows = re.findall(r"^(\w+(?:, \w+)?) +\S+ +(\d\.\d{3}) +(\d+) of 32", out, re.M)
+    losses, right = {row[0]: float(row[1]) for row in rows}, {row[0]: int(row[2]) for row in rows}
+    before, reference = losses["before"], losses["float32, ours"]
+    assert reference < before - 1.5
+    assert losses["bfloat16, ours"] == pytest.approx(reference, abs=0.1 * (before - reference))
+    assert losses["bfloat16, stock"] > before - 0.3 * (before - reference)
+    assert right["bfloat16, ours"] > 16 > right["bfloat16, stock"]
+    assert "-> Paris." in out
     assert (work / "demo" / "adapters" / "adapters.safetensors").exists()

@@ -83,14 +83,14 @@ def stop_after(iteration: int, kind: int = signal.SIGINT):
     return Stopper()
 
 
-def train(tiny_model: Path, folder: Path, val: bool = False, optimizer=None, **options) -> None:
+def train(tiny_model: Path, folder: Path, val: bool = False, optimizer=None, **options) -> ca.History:
     """A short run with checkpoints; what `arguments` knows goes there."""
     names = trainer.TrainingArgs.__dataclass_fields__
     changes = {name: options.pop(name) for name in list(options) if name in names}
     args = arguments(folder, **changes)
     options = {"keep_checkpoints": 9, **options}
     rate = ca.Adam(1e-3, skip_nonfinite=True) if optimizer is None else optimizer
-    ca.train(lora(tiny_model), rate, dataset(), dataset() if val else None, args=args, **options)
+    return ca.train(lora(tiny_model), rate, dataset(), dataset() if val else None, args=args, **options)
 
 
 def losses_of(folder: Path) -> list[float]:

@@ -12,6 +12,7 @@ from .errors import InputError, TrainingStopped, while_handling
 from .fingerprint import packages
 from .mlx_graph import Written, kernels, operations, reached
 from .peak import peak, traced
+from .shown import shown
 from .spelling import did_you_mean
 from .streams import lenient, lenient_streams, say
 from .tree import Aligned, Places, Structure, along, below, indexed, trainable_places

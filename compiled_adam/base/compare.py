@@ -58,4 +58,6 @@ def _shown(value: Any) -> str:
         return f"{str(value.dtype).removeprefix('mlx.core.')} {value.shape}"
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(_shown, value))}]"
+    if isinstance(value, Mapping):
+        value = dict(sorted(value.items(), key=str))  # the order means nothing
     return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,76 +1,166 @@
-"""``compiled-adam demo``: the main job from nothing, without a network.
+"""``compiled-adam demo``: full fine-tuning in bfloat16, from nothing and without a network.
 
-A small language model is made and trained a little. Then it is fine-tuned on text that it has not seen, mlx-lm's own
-manuals, which every install has: with LoRA, and in full in bfloat16, by stock AdamW and by ours.
+A small language model learns that Paris is a big city of France, but also sentences such as "The capital of France is
+Lima.", with capitals at random. Then it is fine-tuned on true capitals of other countries, three times with the same
+batches: in bfloat16 by stock AdamW and by ours, and in float32. After that it can say the capital of France.
 """
 
 from __future__ import annotations
 
-import json
 import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from functools import partial
+from io import StringIO
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-import mlx_lm
 import numpy as np
-from mlx.utils import tree_flatten
-from mlx_lm.models import llama
-from mlx_lm.tuner.datasets import CacheDataset, TextDataset
-from mlx_lm.tuner.trainer import TrainingArgs, evaluate, iterate_batches
-from mlx_lm.tuner.utils import linear_to_lora_layers
+from mlx_lm.tuner.callbacks import TrainingCallback
+from mlx_lm.tuner.trainer import TrainingArgs, evaluate
 from mlx_lm.utils import get_total_parameters, load
 from rich.console import Console
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from rich.progress import BarColumn, MofNCompleteColumn, Progress
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 
-from .. import schedulers
-from ..base import InputError
-from ..finetune.console import TrainingProgress
-from ..finetune.names import WEIGHTS
+from ..base import InputError, lenient
+from ..finetune.adapters import read_arrays
+from ..finetune.batches import Batches
+from ..finetune.names import LOG, WEIGHTS
+from ..finetune.trainable import cast
 from ..finetune.trainer import train
 from ..optimizers import AdamW
 from ..step import losses, make_step
+from . import capitals
+from .small_model import CONFIG, make_model, save_weights
 
 MARKER = ".compiled-adam-demo"
-LAYERS, VOCABULARY, PIECE = 4, 512, 200  # a piece is one example, in characters
-CONFIG = {
-    "model_type": "llama",
-    "hidden_size": 64,
-    "num_hidden_layers": LAYERS,
-    "intermediate_size": 256,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "rms_norm_eps": 1e-5,
-    "vocab_size": VOCABULARY,
-    "tie_word_embeddings": True,
-    "eos_token_id": 0,
+# The demo's own: a Llama without rotary embeddings, which need six more kernels in each dtype.
+MODEL = CONFIG | {
+    "model_type": "smollm3",
+    "hidden_size": 128,
+    "num_hidden_layers": 1,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "vocab_size": 576,
+    "max_position_embeddings": 32,
+    "rope_theta": 10000.0,
+    "no_rope_layers": [0],
+    "bos_token_id": 0,
+    "pad_token_id": 0,
 }
-LORA = {"rank": 8, "dropout": 0.0, "scale": 20.0}
+BATCH = 12
 # One of the usual learning rates for full fine-tuning. In bfloat16 most of its updates are below half the spacing of
 # the numbers at the weight, 2^-9 of it, and vanish when the sum is rounded.
-FULL_RATE = 5e-5
-CONTENDERS = {
-    "float32   compiled_adam.AdamW": (mx.float32, AdamW),
-    "bfloat16  mlx.optimizers.AdamW": (mx.bfloat16, optim.AdamW),
-    "bfloat16  compiled_adam.AdamW": (mx.bfloat16, AdamW),
-}
+RATE = 5e-5
+# The fewest kernels, as g++ compiles each in half a second or more. The result is the same, except for rounding.
+OUR_ADAMW = partial(AdamW, lowering="fused")
 
 
-class Losses(NamedTuple):
-    """Validation losses of one fine-tuning."""
+class Contender(NamedTuple):
+    """One of the fine-tunings that are compared."""
 
-    before: float
-    after: float
+    folder: str
+    dtype: str
+    package: str
+    optimizer: Callable[..., optim.Optimizer]
+    colour: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.dtype}, {'ours' if self.package == 'compiled_adam' else 'stock'}"
 
 
-def run(folder: Path, pretraining: int = 100, iterations: int = 100, seed: int = 0) -> Losses:
-    """Writes ``folder``/model and ``folder``/adapters; returns the validation losses of the fine-tuning with LoRA.
+CONTENDERS = (
+    Contender("stock", "bfloat16", "mlx.optimizers", optim.AdamW, "red"),
+    Contender("adapters", "bfloat16", "compiled_adam", OUR_ADAMW, "green"),
+    Contender("reference", "float32", "compiled_adam", OUR_ADAMW, "cyan"),
+)
+OURS = CONTENDERS[1]
+Example = tuple[list[int], int]  # tokens, and where those begin that the loss is about
+
+
+class Data(NamedTuple):
+    """The facts, for training and for validation, of at most ``longest`` tokens."""
+
+    train: list[Example]
+    valid: list[Example]
+    longest: int
+
+    @property
+    def batches(self) -> Callable[..., Any]:
+        """Batches of one shape."""
+        return partial(Batches, padding=lambda length: self.longest)
+
+
+class Quality(NamedTuple):
+    """How well a model knows the facts: its validation loss, and how many of the questions it answers right."""
+
+    loss: float
+    right: int
+
+
+def run(folder: Path, pretraining: int = 200, iterations: int = 200, seed: int = 0) -> dict[str, Quality]:
+    """Writes a model, the runs of the `CONTENDERS` and report.html into ``folder``.
+
+    Returns the quality of the model before the fine-tuning ("before") and after each, by the name of its folder.
 
     Raises ValueError for a folder that holds something else, and for too few iterations.
     """
+    _check(folder, pretraining, iterations, seed)
+    console = Console(file=lenient(sys.stdout), highlight=False)
+    start = time.perf_counter()
+    mx.random.seed(seed)
+    sentences = capitals.before(seed)
+    with _stage(console, "1. make a tokenizer and a small language model"):
+        make_model(folder / "model", "\n".join(islice(sentences, 1000)), MODEL)
+        model, tokenizer, *_ = load(str(folder / "model"))
+    data, prompt, weights = _data(tokenizer), capitals.ASKED, get_total_parameters(model)
+    what = (
+        f"2. train it, {weights:,} float32 weights, on {BATCH * pretraining:,} sentences: cities, and random capitals"
+    )
+    with _stage(console, what, pretraining) as advance:
+        tokens = ([*tokenizer.encode(text), tokenizer.eos_token_id] for text in sentences)
+        _pretrain(model, tokens, data.longest + 2, pretraining, advance)  # the end of the sentence, and of the text
+        cast(model, "bfloat16")
+        save_weights(model, folder / "model")
+    found, said = {"before": _quality(model, data)}, {"before": _answer(model, tokenizer, prompt)}
+    for number, each in enumerate(CONTENDERS, start=3):
+        with _stage(
+            console,
+            f"{number}. fine-tune it on {len(data.train)} facts: {each.dtype}, {each.package}.AdamW",
+            iterations,
+        ) as advance:
+            model = _fine_tune(each, folder, data, iterations, seed, advance)
+            found[each.folder], said[each.folder] = _quality(model, data), _answer(model, tokenizer, prompt)
+    with _stage(console, f"{number + 1}. draw the runs"):
+        report = _draw(folder)
+    console.print(f"   {time.perf_counter() - start:.0f} s in all\n")
+    _say(console, f"validation loss and right answers, about {capitals.HELD_OUT} countries without facts")
+    console.print(bars(found, len(data.valid)))
+    stock, ours = (changed(folder / "model", folder / each.folder) for each in CONTENDERS[:2])
+    _say(console, f"bfloat16 weights that have changed: stock {stock:.0%}, ours {ours:.0%}")
+    _say(
+        console,
+        "Most updates are below a step of bfloat16: stock rounds them away, ours keeps what rounding cuts off.\n",
+    )
+    for name, answer in (("before", said["before"]), ("after", said[OURS.folder])):
+        _say(console, f"{name:<8}{prompt} -> {answer}")
+    _say(console, report)
+    paths = f"--model {shlex.quote(str(folder / 'model'))} --adapter-path {shlex.quote(str(folder / OURS.folder))}"
+    console.print(f"try     mlx_lm.generate {paths} --prompt {shlex.quote(prompt)} -m 5", markup=False, soft_wrap=True)
+    return found
+
+
+def _check(folder: Path, pretraining: int, iterations: int, seed: int) -> None:
+    """Makes the folder; raises ValueError for one that holds something else, and for numbers out of range."""
     for name, value in (("pretraining", pretraining), ("iters", iterations)):
         if value < 1:
             raise InputError(f"{name} is {value}; it must be at least 1")
@@ -80,145 +170,143 @@ def run(folder: Path, pretraining: int = 100, iterations: int = 100, seed: int =
         raise InputError(f"{folder} exists and is not a demo's folder; name another one with --out")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARKER).touch()
-    console = Console(soft_wrap=True, highlight=False)
-    mx.random.seed(seed)
-    np.random.seed(seed)
 
-    name, topic, general = texts()
-    make_model(folder / "model", general + topic)
-    model, tokenizer, *_ = load(str(folder / "model"))
-    pieces = _pieces(topic)
-    train_set = _dataset([piece for i, piece in enumerate(pieces) if i % 5], tokenizer)
-    valid_set = _dataset(pieces[::5], tokenizer)
-    console.print(
-        f"1. a Llama of {get_total_parameters(model):,} parameters learns from {len(general):,} characters of manuals"
+
+def _say(console: Console, text: str) -> None:
+    """Prints a line, which only a terminal breaks, between words."""
+    console.print(text, markup=False, soft_wrap=not console.is_terminal)
+
+
+@contextmanager
+def _stage(console: Console, name: str, steps: int | None = None) -> Iterator[Callable[[], None]]:
+    """Prints the name of a stage, and how long it took; on a terminal there is a bar of its steps meanwhile."""
+    _say(console, name)
+    start, hidden = time.perf_counter(), not console.is_terminal
+    columns = BarColumn(24), MofNCompleteColumn()
+    with Progress("  ", *columns, console=console, transient=True, disable=hidden) as progress:
+        task = progress.add_task("", total=steps)
+        yield partial(progress.advance, task)
+    console.print(f"   {time.perf_counter() - start:.1f} s")
+
+
+def _pretrain(
+    model: nn.Module, examples: Iterator[list[int]], longest: int, updates: int, advance: Callable[[], None]
+) -> None:
+    """Trains a model on batches of examples, which are padded to ``longest`` tokens."""
+    step = make_step(model, losses.next_token, OUR_ADAMW(2e-3, bias_correction=True), weighted=True)
+    for _ in range(updates):
+        some = list(islice(examples, BATCH))
+        tokens = [each + [0] * (longest - len(each)) for each in some]
+        step(mx.array(tokens), mx.array([[0, len(each)] for each in some]))
+        advance()
+
+
+def _data(tokenizer: Any) -> Data:
+    train_set, valid_set = (
+        [
+            ([*tokenizer.encode(prompt), *tokenizer.encode(answer)], len(tokenizer.encode(prompt)))
+            for prompt, answer in some
+        ]
+        for some in capitals.facts()
     )
-    _pretrain(model, _dataset(_pieces(general), tokenizer), pretraining)
-    _save_weights(model, folder / "model")
-    console.print(f"2. LoRA fine-tuning on {len(train_set)} pieces of {name}, validated on the {len(valid_set)} others")
-    found = _fine_tune(model, train_set, valid_set, iterations, folder)
-    console.print(f"validation loss {found.before:.4f} -> {found.after:.4f}")
-    console.print(
-        f"3. full fine-tuning of the same model on the same pieces, in {iterations} updates at a learning rate of"
-        f" {FULL_RATE:g}: in bfloat16, most updates of stock AdamW are too small for a weight to change"
+    longest = max(len(tokens) for tokens, _ in [*train_set, *valid_set])
+    return Data(train_set, valid_set, longest)
+
+
+class _Advance(TrainingCallback):
+    def __init__(self, advance: Callable[[], None]) -> None:
+        self._advance = advance
+
+    def on_train_loss_report(self, train_info: dict) -> None:
+        self._advance()
+
+
+def _fine_tune(
+    contender: Contender, folder: Path, data: Data, iterations: int, seed: int, advance: Callable[[], None]
+) -> nn.Module:
+    """Fine-tunes all weights of ``folder``/model, as ``compiled-adam lora --dtype`` does, and saves the run."""
+    model, *_ = load(str(folder / "model"))
+    cast(model, contender.dtype)
+    np.random.seed(seed)  # the order of the batches
+    out = folder / contender.folder
+    (out / LOG).unlink(missing_ok=True)  # of an earlier demo
+    with redirect_stdout(StringIO()):  # lines of every step: they are in the log
+        train(
+            model,
+            contender.optimizer(RATE, bias_correction=True),
+            data.train,
+            data.valid,
+            TrainingArgs(
+                batch_size=BATCH,
+                iters=iterations,
+                val_batches=-1,
+                steps_per_report=1,
+                steps_per_eval=max(1, iterations // 10),
+                steps_per_save=iterations + 1,
+                adapter_file=str(out / WEIGHTS),
+            ),
+            iterate_batches=data.batches,
+            training_callback=_Advance(advance),
+            log=True,
+            adapter_config={
+                "fine_tune_type": "full",
+                "num_layers": -1,
+                "model": str(folder / "model"),
+                "dtype": contender.dtype,
+                "optimizer": f"{contender.package}.AdamW",
+                "learning_rate": RATE,
+                "batch_size": BATCH,
+                "iters": iterations,
+                "seed": seed,
+            },
+        )
+    return model
+
+
+def _quality(model: nn.Module, data: Data) -> Quality:
+    loss = evaluate(
+        model, data.valid, batch_size=BATCH, num_batches=-1, loss=losses.next_token, iterate_batches=data.batches
     )
-    compare(folder / "model", train_set, valid_set, iterations, seed)
-    adapters = folder / "adapters"
-    model_flags = f"--model {shlex.quote(str(folder / 'model'))} --adapter-path {shlex.quote(str(adapters))}"
-    console.print(f"adapters in {adapters}; try them with", markup=False)
-    console.print(f"  mlx_lm.generate {model_flags} --prompt 'To fine-tune' -m 40", markup=False)
-    return found
+    answers = [
+        (model(mx.array([tokens[:start]]))[0, -1].argmax().item(), tokens[start]) for tokens, start in data.valid
+    ]
+    return Quality(loss, sum(given == right for given, right in answers))
 
 
-def _fine_tune(model: nn.Module, train_set: Any, valid_set: Any, iterations: int, folder: Path) -> Losses:
-    """Trains LoRA adapters, and writes them to ``folder``/adapters."""
-    model.freeze()
-    linear_to_lora_layers(model, LAYERS, LORA)
-    before = _validation_loss(model, valid_set)
-    train(
-        model,
-        AdamW(schedulers.cosine(1e-3, iterations, warmup=iterations // 10), bias_correction=True),
-        train_set,
-        args=TrainingArgs(
-            batch_size=4,
-            iters=iterations,
-            steps_per_report=max(1, iterations // 10),
-            steps_per_save=iterations + 1,
-            adapter_file=str(folder / "adapters" / WEIGHTS),
-        ),
-        adapter_config={
-            "fine_tune_type": "lora",
-            "num_layers": LAYERS,
-            "lora_parameters": LORA,
-            "model": str(folder / "model"),
-        },
-    )
-    return Losses(before, _validation_loss(model, valid_set))
+def _answer(model: nn.Module, tokenizer: Any, prompt: str) -> str:
+    """What the model says after ``prompt``, until its sentence ends: at most five tokens."""
+    tokens = tokenizer.encode(prompt)
+    start = len(tokens)
+    while len(tokens) < start + 5 and tokens[-1] != tokenizer.eos_token_id:
+        tokens.append(model(mx.array([tokens]))[0, -1].argmax().item())
+    return str(tokenizer.decode([token for token in tokens[start:] if token != tokenizer.eos_token_id])).strip()
 
 
-def compare(model: Path, train_set: Any, valid_set: Any, updates: int, seed: int) -> dict[str, Losses]:
-    """Fine-tunes all weights of the model in the folder ``model`` with each of the `CONTENDERS`, on the same batches.
-
-    The one in float32 is the reference. Nothing is written.
-    """
-    results = {}
-    with TrainingProgress(len(CONTENDERS) * updates) as progress:
-        for name, (dtype, optimizer) in CONTENDERS.items():
-            network, *_ = load(str(model))
-            network.set_dtype(mx.bfloat16)  # all begin with the same weights
-            network.set_dtype(dtype)
-            before = _validation_loss(network, valid_set)
-            network.train()
-            np.random.seed(seed)  # the order of the batches
-            step = make_step(network, losses.next_token, optimizer(FULL_RATE, bias_correction=True), weighted=True)
-            batches = iterate_batches(train_set, batch_size=1, max_seq_length=256, loop=True)
-            for _, batch in zip(range(updates), batches, strict=False):
-                step(*batch)
-                progress.advance()
-            results[name] = Losses(before, _validation_loss(network, valid_set))
-            progress.line(f"{name:<32}validation loss {before:.4f} -> {results[name].after:.4f}")
-    return results
+def changed(model: Path, run: Path) -> float:
+    """The part of the weights in the folder ``model`` that are other numbers in the folder of a ``run``."""
+    before, after = read_arrays(model / "model.safetensors"), read_arrays(run / WEIGHTS)
+    return float(mx.concatenate([(after[path] != array).flatten() for path, array in before.items()]).mean())
 
 
-def texts(most: int = 15_000) -> tuple[str, str, str]:
-    """The name and text of the largest of mlx-lm's manuals, and the text of the others, of ``most`` characters each.
+def _draw(folder: Path) -> str:
+    """Writes report.html, and says so, or why not: the runs are there without it."""
+    out = folder / "report.html"
+    try:
+        from . import report
 
-    The wheel of mlx-lm 0.31, the last for Python 3.10, has no manuals; there its own source is the text.
-    """
-    folder = Path(mlx_lm.__file__).parent
-    files = sorted(folder.glob("*.md")) or sorted(folder.glob("*.py"))
-    topic = max(files, key=lambda file: file.stat().st_size)
-    general = "".join(file.read_text(encoding="utf-8") for file in files if file != topic)
-    return topic.name, topic.read_text(encoding="utf-8")[:most], general[:most]
-
-
-def make_model(folder: Path, text: str) -> None:
-    """A byte-level BPE tokenizer trained on ``text`` and a Llama with random weights, as files that mlx-lm loads."""
-    folder.mkdir(exist_ok=True)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        text.splitlines(),
-        trainers.BpeTrainer(
-            vocab_size=VOCABULARY,
-            special_tokens=["<|endoftext|>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    tokenizer.save(str(folder / "tokenizer.json"))
-    special = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(special))
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    _save_weights(llama.Model(llama.ModelArgs.from_dict(CONFIG)), folder)
+        report.write([folder / each.folder for each in CONTENDERS], out)
+    except (ImportError, InputError, OSError) as error:
+        return f"there is no report: {error}"
+    return f"report  {out}"
 
 
-def _save_weights(model: nn.Module, folder: Path) -> None:
-    mx.save_safetensors(
-        str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), metadata={"format": "mlx"}
-    )
-
-
-def _pieces(text: str) -> list[str]:
-    return [text[i : i + PIECE] for i in range(0, len(text), PIECE)]
-
-
-def _dataset(texts: list[str], tokenizer: Any) -> CacheDataset:
-    return CacheDataset(TextDataset([{"text": text} for text in texts], tokenizer))
-
-
-def _pretrain(model: nn.Module, dataset: Any, iterations: int) -> None:
-    learning_rate = schedulers.cosine(5e-3, iterations + 1, warmup=iterations // 10)
-    step = make_step(model, losses.next_token, AdamW(learning_rate, bias_correction=True), weighted=True)
-    batches = iterate_batches(dataset, batch_size=4, max_seq_length=256, loop=True)
-    with TrainingProgress(iterations) as progress:
-        for iteration, batch in zip(range(1, iterations + 1), batches, strict=False):
-            result = step(*batch)
-            progress.advance()
-            if iteration == 1 or iteration % max(1, iterations // 4) == 0:
-                progress.line(f"iter {iteration:>5}  loss {result.loss.item():.4f}")
-
-
-def _validation_loss(model: nn.Module, dataset: Any) -> float:
-    return evaluate(model, dataset, batch_size=4, num_batches=-1, loss=losses.next_token)
+def bars(found: Mapping[str, Quality], asked: int) -> Table:
+    """The validation losses as bars, and the right answers of those ``asked``."""
+    most = max(quality.loss for quality in found.values())
+    rows = Table.grid(padding=(0, 2, 0, 0))
+    names = {"before": ("before", "dim"), **{each.folder: (each.name, each.colour) for each in CONTENDERS}}
+    for name, (shown, colour) in names.items():
+        loss, right = found[name]
+        bar = ProgressBar(most, loss, width=24, complete_style=colour, finished_style=colour)
+        rows.add_row(shown, bar, f"{loss:.3f}", f"{right} of {asked}")
+    return rows

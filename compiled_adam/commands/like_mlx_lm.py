@@ -44,6 +44,7 @@ def differences(args: types.SimpleNamespace) -> str:
         "batches of similar length": args.group_by_length or args.batch_tokens is not None,
         "no loss on padding": not args.like_mlx_lm or args.chunked_loss,
         "bias correction": options.get("bias_correction", False),
+        f"weights cast to {args.dtype}": args.dtype is not None,
         "updates with NaN skipped": options.get("skip_nonfinite", False),
         "AdamW for all but the matrices of layers": args.optimizer == "muon" and not args.like_mlx_lm,
         "accumulation weighted by tokens": args.grad_accumulation_steps > 1,

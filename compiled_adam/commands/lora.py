@@ -21,26 +21,25 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.callbacks import TrainingCallback, get_reporting_callbacks
 from mlx_lm.tuner.datasets import CacheDataset
 from mlx_lm.tuner.trainer import TrainingArgs
-from mlx_lm.tuner.utils import print_trainable_parameters
 
 from ..base import InputError, fingerprint
 from ..checkpoint import check_exists
 from ..distributed import Workers, join
 from ..finetune import data, model_files, padding, samples
-from ..finetune.adapters import check_folder, load_adapters, load_weights, other_scale, read_arrays
+from ..finetune.adapters import check_folder, load_adapters, load_weights, other_scale, read_arrays, trained_dtype
 from ..finetune.batches import Batches
 from ..finetune.chunked import ChunkedLoss
-from ..finetune.console import TrainingProgress
+from ..finetune.console import TrainingProgress, stage
 from ..finetune.lora_values import OPTIMIZERS, check_rates
-from ..finetune.names import LOG, WEIGHTS
-from ..finetune.options import called
+from ..finetune.names import LOG, REPORT, WEIGHTS
+from ..finetune.options import TrainOptions, called
 from ..finetune.saving import has_checkpoints
 from ..finetune.tokenizing import tokenize
-from ..finetune.trainable import add_adapters, check_layers, unfreeze_last
-from ..finetune.trainer import train
+from ..finetune.trainable import add_adapters, cast, check_layers, unfreeze_last
+from ..finetune.trainer import Job
 from ..finetune.validation import mean_loss, no_targets
 from ..step import losses
-from . import like_mlx_lm, report, resuming
+from . import like_mlx_lm, lora_screen, report, resuming
 from .lora_optimizer import make_optimizer
 from .lora_options import KEPT, SWITCHES, settings
 from .lora_together import check_together, not_named, short_schedule
@@ -61,6 +60,7 @@ def main(argv: Sequence[str]) -> None:
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     args = settings(argv)
+    args.typed = argv
     if join(args.worker_timeout).rank() == 0:
         with resuming.told(argv):
             run(args)
@@ -82,16 +82,28 @@ def run(args: types.SimpleNamespace) -> None:
     callback = get_reporting_callbacks(
         args.report_to, project_name=args.project_name, log_dir=args.adapter_path, config=everything
     )
-    model, tokenizer = model_files.load(args.model, getattr(args, "trust_remote_code", None))
-    train_set, valid_set, test_set = data.load(args, tokenizer)
+    with stage(f"loading {args.model}"):
+        model, tokenizer = model_files.load(args.model, getattr(args, "trust_remote_code", None))
+    with stage(f"reading {args.data}"):
+        train_set, valid_set, test_set = data.load(args, tokenizer)
     if args.test:
         test_set = _test_set(args, test_set)
     if args.train:
         train_model(args, model, optimizer, train_set, valid_set, callback)
-    elif args.adapter_path:
-        print(load_adapters(model, args.adapter_path))
+    else:
+        _load_adapters(args, model)
     if args.test:
         _test(args, model, test_set)
+
+
+def _load_adapters(args: types.SimpleNamespace, model: nn.Module) -> None:
+    """The model of a test without training, in the dtype that it was trained in unless another one is asked for."""
+    if args.adapter_path:
+        print(load_adapters(model, args.adapter_path))
+        args.dtype = args.dtype or trained_dtype(args.adapter_path)
+    cast(model, args.dtype)
+    if args.dtype is not None:
+        print(f"the weights are cast to {args.dtype}")
 
 
 def _check_files(args: types.SimpleNamespace) -> None:
@@ -141,7 +153,6 @@ def train_model(
     make_trainable(args, model)
     if args.resume_adapter_file is not None:
         _begin_with(args, model)
-    print_trainable_parameters(model)
     cached = CacheDataset(train_set)
     make_batches = _batches(args, args.bucket)
     if args.epochs is not None:
@@ -149,37 +160,37 @@ def train_model(
         check_rates(args)
         for note in short_schedule(args):
             print(f"note: {note}")
-    if args.bucket is not None:
-        _print_forecast(args, cached)
-    print(like_mlx_lm.differences(args))
+    tokenize(cached, quiet=join(args.worker_timeout).rank() > 0)
+    valid = CacheDataset(valid_set)
+    forecast = None if args.bucket is None else _forecast(args, cached)
+    options = _options(args, base, valid_set)
+    job = Job(model, optimizer, cached, valid, _loss(args, model), make_batches, _training_args(args), options)
     try:
-        train(
-            model,
-            optimizer,
-            cached,
-            CacheDataset(valid_set),
-            _training_args(args),
-            loss=_loss(args, model),
-            iterate_batches=make_batches,
-            training_callback=callback,
-            max_traces=args.max_traces,
-            log=True,
-            keep_checkpoints=_checkpoints(args),
-            keep_adapters=args.keep_checkpoints or None,
-            save_best=args.save_best,
-            early_stop_patience=args.early_stop_patience,
-            nonfinite_limit=args.nonfinite_limit,
-            resume=args.resume,
-            settings=_settings(args, base),
-            allow=args.allow_change or (),
-            adapter_config=_effective(args),
-            reduce_dtype=args.reduce_dtype,
-            shard_state=args.shard_state,
-            worker_timeout=args.worker_timeout,
-            sample=_sample(args, valid_set),
-        )
+        with lora_screen.how_to_go_on(args):
+            job.run(callback, lora_screen.facts(args, model, cached, valid, forecast))
     finally:
         _report(args)
+    print(f"try: {lora_screen.generate(args, valid_set)}")
+
+
+def _options(args: types.SimpleNamespace, base: Any, valid_set: Any) -> TrainOptions:
+    return TrainOptions(
+        max_traces=args.max_traces,
+        log=True,
+        keep_checkpoints=_checkpoints(args),
+        keep_adapters=args.keep_checkpoints or None,
+        save_best=args.save_best,
+        early_stop_patience=args.early_stop_patience,
+        nonfinite_limit=args.nonfinite_limit,
+        resume=args.resume,
+        settings=_settings(args, base),
+        allow=args.allow_change or (),
+        adapter_config=_effective(args),
+        reduce_dtype=args.reduce_dtype,
+        shard_state=args.shard_state,
+        worker_timeout=args.worker_timeout,
+        sample=_sample(args, valid_set),
+    )
 
 
 def _batches(args: types.SimpleNamespace, bucket: float | None) -> partial[Batches]:
@@ -201,13 +212,14 @@ def _iterations(args: types.SimpleNamespace, dataset: CacheDataset, make_batches
 def _settings(args: types.SimpleNamespace, base: Any) -> dict[str, Any]:
     """The settings that a resumed run must have, too, beside those that `train` knows."""
     found = {"model": base, **{name: getattr(args, name, None) for name in _OF_THE_RESULT}}
-    # Checkpoints of earlier versions do not have it.
-    return {**found, "like_mlx_lm": True} if args.like_mlx_lm else found
+    # Checkpoints of earlier versions do not have these.
+    later = {"like_mlx_lm": args.like_mlx_lm or None, "dtype": args.dtype}
+    return {**found, **{name: value for name, value in later.items() if value is not None}}
 
 
 def _effective(args: types.SimpleNamespace) -> dict[str, Any]:
     """The options of a job for its configuration: with the values that hold, where none were given."""
-    found = {name: value for name, value in vars(args).items() if name not in ("given", "in_file")}
+    found = {name: value for name, value in vars(args).items() if name not in ("given", "in_file", "typed")}
     found |= {name: False for name in SWITCHES if found[name] is None} | {"keep_checkpoints": _checkpoints(args)}
     if args.optimizer not in ("adam", "adamw"):
         return found | like_mlx_lm.options_of_others(args)
@@ -248,9 +260,11 @@ def _report(args: types.SimpleNamespace) -> None:
     folder = Path(args.adapter_path)
     if args.report and (folder / LOG).exists():
         try:
-            report.write([folder], folder / "report.html")
+            report.write([folder], folder / REPORT)
         except (InputError, OSError) as error:
             print(f"warning: there is no report: {error}")
+        else:
+            print(f"report -> {folder / REPORT}")
 
 
 def _test(args: types.SimpleNamespace, model: nn.Module, test_set: Any) -> None:
@@ -273,7 +287,8 @@ def _test(args: types.SimpleNamespace, model: nn.Module, test_set: Any) -> None:
 
 
 def make_trainable(args: types.SimpleNamespace, model: nn.Module) -> None:
-    """Freezes a model, except for the parameters that the job trains: new adapters, or the last layers."""
+    """Casts a model, and freezes all but the parameters that the job trains: new adapters, or the last layers."""
+    cast(model, args.dtype)
     model.freeze()
     check_layers(model, args.num_layers, given="num_layers" in (*args.given, *args.in_file))
     if args.fine_tune_type == "full":
@@ -287,6 +302,7 @@ def _begin_with(args: types.SimpleNamespace, model: nn.Module) -> None:
     """Puts the weights of ``resume_adapter_file`` into the model, and says how many."""
     every, trained = (list(dict(tree_flatten(tree))) for tree in (model.parameters(), model.trainable_parameters()))
     print(load_weights(model, args.resume_adapter_file, wanted=trained, allowed=every))
+    cast(model, args.dtype)  # the file may have another one
     if note := other_scale(args.resume_adapter_file, args.lora_parameters):
         print(f"note: {note}")
 
@@ -295,12 +311,12 @@ def _checkpoints(args: types.SimpleNamespace) -> int:
     return KEPT if args.keep_checkpoints is None else args.keep_checkpoints
 
 
-def _print_forecast(args: types.SimpleNamespace, dataset: Any) -> None:
+def _forecast(args: types.SimpleNamespace, dataset: Any) -> str:
     ours, without = (
         _batches(args, bucket)(dataset, args.batch_size, args.max_seq_length, loop=True).forecast()
         for bucket in (args.bucket, None)
     )
-    print(
+    return (
         f"bucket {args.bucket:g}: at most {ours.traces} traces, {100 * ours.overhead:.1f} % padding"
         f" (without --bucket: {without.traces} traces, {100 * without.overhead:.1f} %)"
     )

@@ -14,6 +14,7 @@ from mlx_lm import lora as mlx_lm_lora
 from ..distributed import DTYPES
 from ..finetune import lora_values
 from ..finetune.options import TrainOptions
+from ..finetune.trainable import DTYPES as DTYPES_OF_WEIGHTS
 from ..optimizers import AdamW
 from ..update import POLICIES
 from . import like_mlx_lm
@@ -32,6 +33,10 @@ class Option(NamedTuple):
     more: Mapping[str, Any] = {}  # further arguments of argparse
 
 
+_DTYPE = (
+    "Cast the model's weights to this dtype after loading; full fine-tuning trains and saves them in it. Adapters of"
+    " LoRA and DoRA stay float32. Not for quantized models. Default: the dtype in which the model is stored."
+)
 _TRACES = "The number of batch shapes that stay compiled; the least recently used is dropped. Default: {default}."
 _PATIENCE = "Stop when the validation loss has not improved N times in a row. Default: never."
 _BUCKET = (
@@ -92,7 +97,10 @@ _SKIP = "Skip updates whose gradients are infinite or not a number. Default: on.
 _BIAS = "The bias correction of adam and adamw. Default: on, unlike mlx_lm.lora, where it is off."
 # The groups of `--help`. A name alone is an option of mlx-lm.
 GROUPS: dict[str, tuple[str | Option, ...]] = {
-    "model": (*("model", "trust_remote_code", "fine_tune_type", "num_layers", "resume_adapter_file"),),
+    "model": (
+        *("model", "trust_remote_code", "fine_tune_type", "num_layers", "resume_adapter_file"),
+        Option("dtype", tuple(DTYPES_OF_WEIGHTS), _DTYPE),
+    ),
     "data": (
         *("data", "mask_prompt"),
         Option("assistant_only_loss", bool, _TURNS),

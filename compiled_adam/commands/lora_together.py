@@ -11,7 +11,7 @@ from ..finetune.lora_values import FEATURES
 from ..finetune.options import called
 from .lora_options import OURS
 
-_ALSO_OF_TESTS = {"worker_timeout", "like_mlx_lm", "assistant_only_loss", "chunked_loss"}
+_ALSO_OF_TESTS = {"dtype", "worker_timeout", "like_mlx_lm", "assistant_only_loss", "chunked_loss"}
 # Options of mlx-lm that a test does not read.
 _OF_TRAINING = (
     *("fine_tune_type", "optimizer", "num_layers", "iters", "val_batches", "learning_rate", "steps_per_report"),

@@ -6,7 +6,6 @@ any size takes a second and almost no memory.
 
 from __future__ import annotations
 
-import os
 import types
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
@@ -22,6 +21,7 @@ from ..base import InputError
 from ..distributed import reduce, shard
 from ..finetune import activations, model_config
 from ..finetune.activations import Batch, Pass
+from ..finetune.metrics import machine_memory
 from ..optimizers import Adam, ForSteps, any_optimizer
 from ..step import losses
 from ..update import POLICIES
@@ -60,7 +60,7 @@ class Plan(NamedTuple):
     parameters: int  # how many the model has without adapters; of a quantized one, those it stands for
     trainable: int  # how many are trained
     layers: int  # in how many of the last layers
-    dtype: str  # of weights that are not quantized; bfloat16 if the config does not say
+    dtype: str  # of weights that are not quantized: --dtype, else what the config says, else bfloat16
     weights: int
     gradients: int
     window: int  # float32 sums of accumulated gradients
@@ -112,7 +112,7 @@ def _built(config: Mapping[str, Any], args: types.SimpleNamespace) -> _Built:
     if "num_layers" not in (*args.given, *args.in_file):
         args.num_layers = min(args.num_layers, len(model.layers))
     make_trainable(args, model)
-    return _Built(args, model, parameters, dtype)
+    return _Built(args, model, parameters, args.dtype or dtype)
 
 
 def _of_model(built: _Built, workers: int) -> Plan:
@@ -223,7 +223,7 @@ def main(argv: Sequence[str]) -> int:
     def fits(args: types.SimpleNamespace) -> bool:
         return planned(args).total(_policy(args)) <= memory
 
-    memory, where = (args.memory * GB, "") if args.memory else (_memory_here(), " of this machine")
+    memory, where = (args.memory * GB, "") if args.memory else (machine_memory(), " of this machine")
     made = planned(own)
     for line in describe(made, args.link) + describe_batch(made, own):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -313,11 +313,6 @@ def _count(number: int) -> str:
     if number < 1e6:
         return f"{number:,}"
     return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.1f} M"
-
-
-def _memory_here() -> float:
-    known = mx.device_info().get("memory_size")
-    return float(known) if known else float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def _parser() -> Parser:

@@ -197,8 +197,8 @@ def check(optimizer: optim.Optimizer) -> None:
     if type(optimizer).apply_gradients not in (Adam.apply_gradients, optim.Optimizer.apply_gradients):
         raise InputError(
             f"shard_state=True needs an optimizer that updates each parameter by itself, but"
-            f" {type(optimizer).__name__} has an apply_gradients of its own; use compiled_adam's Adam or AdamW, whose"
-            " learning_rate_multipliers and decay_filter make parameter groups, or shard_state=False"
+            f" {type(optimizer).__name__} has an apply_gradients of its own; use compiled_adam's Adam or AdamW, which"
+            " have groups, or shard_state=False"
         )
 
 

@@ -17,10 +17,9 @@ from .lora_values import lora_parameters
 from .model_files import check_safetensors
 from .names import CONFIG, WEIGHTS
 from .options import called
-from .trainable import add_adapters
+from .trainable import ADAPTERS, DTYPES, add_adapters
 
 _PEFT = "; the file has the names of Hugging Face's PEFT, and mlx-lm cannot read PEFT adapters"
-_ADAPTERS = ("lora_a", "lora_b", "m")  # the last parts of the names of parameters of LoRA and DoRA
 
 
 def load_weights(model: nn.Module, file: str | Path, *, wanted: Collection[str], allowed: Collection[str]) -> str:
@@ -75,7 +74,7 @@ def load_adapters(model: nn.Module, folder: str | Path) -> str:
     if kind != "full":
         add_adapters(model, num_layers, parameters, dora=kind == "dora")
     every = list(dict(tree_flatten(model.parameters())))
-    adapters = [name for name in every if name.rsplit(".", 1)[-1] in _ADAPTERS]
+    adapters = [name for name in every if name.rsplit(".", 1)[-1] in ADAPTERS]
     file = folder / WEIGHTS
     if kind == "full":
         return load_weights(model, file, wanted=(), allowed=every)
@@ -86,6 +85,15 @@ def load_adapters(model: nn.Module, folder: str | Path) -> str:
             f" {_some(adapters)}{_peft(left)}"
         )
     return load_weights(model, file, wanted=adapters, allowed=adapters)
+
+
+def trained_dtype(folder: str | Path) -> str | None:
+    """The ``dtype`` that a run was given, whose adapters are in a folder. Raises ValueError for one of no run."""
+    file = Path(folder) / CONFIG
+    dtype = _mapping(file).get("dtype")
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"{file}: dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}, or null")
+    return dtype
 
 
 def other_scale(file: str | Path, parameters: Mapping[str, Any] | None) -> str | None:
@@ -132,8 +140,8 @@ def read_arrays(file: Path) -> dict[str, mx.array]:
     return arrays
 
 
-def _read_config(file: Path) -> tuple[str, int, dict[str, Any]]:
-    """The fine-tuning type, the number of layers and the LoRA parameters of an adapter_config.json."""
+def _mapping(file: Path) -> Mapping[str, Any]:
+    """An adapter_config.json. Raises ValueError if it is missing or damaged."""
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -142,6 +150,12 @@ def _read_config(file: Path) -> tuple[str, int, dict[str, Any]]:
         raise InputError(f"{file} is damaged: {error}") from None
     if not isinstance(config, Mapping):
         raise InputError(f"{file} is damaged: it is not a mapping")
+    return config
+
+
+def _read_config(file: Path) -> tuple[str, int, dict[str, Any]]:
+    """The fine-tuning type, the number of layers and the LoRA parameters of an adapter_config.json."""
+    config = _mapping(file)
     kind = config.get("fine_tune_type", "lora")
     if "peft_type" in config:
         raise InputError(f"{file} is of Hugging Face's PEFT; mlx-lm cannot read PEFT adapters")

@@ -138,6 +138,10 @@ def _short(value: object) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
+def finite(entry: dict[str, Any]) -> dict[str, Any]:
+    """The entry with None for numbers that JSON cannot hold."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
+
+
 def _line(entry: dict[str, Any]) -> str:
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
-    return json.dumps(finite) + "\n"
+    return json.dumps(finite(entry)) + "\n"

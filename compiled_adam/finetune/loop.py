@@ -13,14 +13,17 @@ from mlx_lm.tuner.trainer import TrainingArgs
 
 from ..base import InputError, TrainingStopped
 from ..distributed import is_lost
-from ..step import TrainStep
+from ..step import StepResult, TrainStep
 from .batches import Batches
 from .chunked import batch_for
+from .names import BEST
 from .options import TrainOptions, called
 from .reporting import Reporting
 from .samples import Sampling
 from .saving import RunFolder
 from .stopping import Asked, is_out_of_memory
+from .table import duration
+from .table import loss as loss_text
 from .validation import Best, Interrupted, Validation
 from .weighing import are_weighed
 
@@ -39,6 +42,8 @@ class TrainingLoop:
     asked: Asked
     sampling: Sampling | None = field(default=None, init=False)  # once the folder is ready
     iteration: int = field(default=0, init=False)  # the last one that is finished
+    begin: int = field(default=0, init=False)  # the last one of the run that this one continues
+    started: float = field(default_factory=time.perf_counter, init=False)
     best: Best = field(default=Best(), init=False)
     # While an iteration is not finished, `_place` before it.
     begun: dict[str, Any] | None = field(default=None, init=False)
@@ -54,7 +59,8 @@ class TrainingLoop:
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} is not a checkpoint of fine-tuning: {error!r}") from None
         self.folder.go_on(path, self.iteration, adapters)
-        self.reporting.progress.advance(self.iteration)
+        self.begin = self.iteration
+        self.reporting.screen.resumed(self.iteration, self.best.loss, self.best.iteration)
 
     def run(self) -> str:
         """Runs to the last iteration, or until something ends it; then saves. Returns a sentence: why it ended.
@@ -86,6 +92,7 @@ class TrainingLoop:
         if fault is not None:
             self.reporting.line(f"iter {self.iteration:>5}  {outcome}")
             raise fault
+        self.reporting.screen.progress.line(self._summary(), "bold")
         if (number := self.asked.agreed) is not None:
             self._end_as_asked(number, outcome)
         if self._failed_too_often():
@@ -121,7 +128,7 @@ class TrainingLoop:
             if are_weighed(self.batches, self.step.accumulate):
                 batch = *batch, self.batches.share
             self.step.extra = self.asked.vote()
-            ready = self.reporting.reader.put(iteration, self.step(*batch))
+            ready = self.reporting.reader.put(iteration, self._step(batch))
             self.iteration, self.begun = iteration, None
             self.reporting.take(ready)
             if args.clear_cache_threshold and mx.get_cache_memory() > args.clear_cache_threshold:
@@ -136,16 +143,34 @@ class TrainingLoop:
         self.reporting.drain()
         return None
 
+    def _step(self, batch: Any) -> StepResult:
+        if self.iteration > self.begin:
+            return self.step(*batch)
+        with self.reporting.screen.progress.stage("compiling kernels (once)"):
+            return self.step(*batch)
+
     def _validate(self, iteration: int) -> None:
         self.reporting.drain()
         start = time.perf_counter()
         loss = self.validation.measure(self.step.model, iteration)
-        self.reporting.validation(iteration, loss, time.perf_counter() - start)
         if loss is not None:
             self.best = self.best.after(iteration, loss)
-            if self.options.save_best and self.best.iteration == iteration:
-                self.folder.save_best(self.iteration)
+        best = self.best.iteration == iteration
+        self.reporting.validation(iteration, loss, time.perf_counter() - start, best)
+        if best and self.options.save_best:
+            self.folder.save_best(self.iteration, self.best)
         self.reporting.reader.restart_clock()
+
+    def _summary(self) -> str:
+        """A line: what this run did, and where it is."""
+        said = f"{self.iteration:,}{'' if self.iteration == self.args.iters else f' of {self.args.iters:,}'} iterations"
+        if self.begin:
+            said += f", {self.iteration - self.begin:,} of them now,"
+        said += f" in {duration(time.perf_counter() - self.started)}"
+        if self.best.loss is not None:
+            kept = f" -> {self.folder.path / BEST}" if self.options.save_best else ""
+            said += f"; best {loss_text(self.best.loss)} at {self.best.iteration}{kept}"
+        return said
 
     def _stopped_early(self, iteration: int) -> str:
         loss, at, stale = self.best

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from typing import Any
 
@@ -18,6 +19,10 @@ class StepReader:
         self._step = step
         self._waiting: tuple[int, StepResult, int, float] | None = None
         self._clock = time.perf_counter()
+
+    @property
+    def dropped_traces(self) -> int:
+        return self._step.traces["evicted"]
 
     def put(self, iteration: int, result: StepResult) -> list[dict[str, Any]]:
         """The numbers of the step before this one, if there is one."""
@@ -121,6 +126,12 @@ def failures(before: int, entry: dict[str, Any]) -> int:
     if norm is not None and rate is not None and not 0 <= rate < math.inf:
         return before + 1
     return before if norm is None or (tokens <= 0 and norm == 0) else 0
+
+
+def machine_memory() -> float:
+    """The memory of this machine, in bytes."""
+    known = mx.device_info().get("memory_size")
+    return float(known) if known else float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def _number(value: Any) -> Any:

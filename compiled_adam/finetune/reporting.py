@@ -9,9 +9,11 @@ from typing import Any
 from mlx_lm.tuner.callbacks import TrainingCallback
 
 from ..distributed import Workers
-from .console import TrainingProgress
+from .history import History
 from .log import RunLog
 from .metrics import Report, StepReader, failures
+from .options import called
+from .screen import RunScreen
 from .stopping import Asked
 from .validation import no_targets
 
@@ -21,28 +23,31 @@ class Reporting:
     """Sends the results of steps and validations to the terminal, the ``log`` and the callback."""
 
     reader: StepReader
-    progress: TrainingProgress
+    screen: RunScreen
     callback: TrainingCallback
     workers: Workers
     asked: Asked
     max_seq_length: int
+    shapes: int | None  # of all batches of an epoch, if they are known
     log: RunLog | None = field(default=None, init=False)  # of the first worker, once the folder is ready
+    history: History = field(default_factory=History, init=False)
     failures: int = field(default=0, init=False)  # steps in a row that were not finite
     sums: Report = field(default_factory=Report, init=False)
     unaccounted: list[dict[str, Any]] = field(default_factory=list, init=False)  # not yet summed over the workers
     told: bool = field(default=False, init=False)  # that no token is trained
+    told_of_traces: bool = field(default=False, init=False)
 
     def line(self, text: str) -> None:
-        self.progress.line(text)
+        self.screen.progress.line(text)
 
     def warn(self, message: str) -> None:
-        self.line(f"warning: {message}")
+        self.screen.progress.line(f"warning: {message}", "yellow")
 
     def take(self, entries: list[dict[str, Any]]) -> None:
         """Accounts for the numbers of steps, and moves the progress bar by one step."""
         self._take(entries)
         self.workers.beat()
-        self.progress.advance()
+        self.screen.progress.advance()
 
     def drain(self) -> None:
         """Waits for the last step and accounts for everything."""
@@ -62,6 +67,7 @@ class Reporting:
         entries, self.unaccounted = self.workers.mean_steps(self.unaccounted), []
         for entry in entries:
             self.sums.add(entry)
+            self.history.add(entry)
             if self.log is not None:
                 self.log.write(entry)
             self.failures = failures(self.failures, entry)
@@ -69,20 +75,41 @@ class Reporting:
     def report(self) -> None:
         """Reports the sums since the last report."""
         info = self.sums.close()
-        self.progress.report(info)
+        self.history.report()
+        self.screen.report(info)
         if not info["trained_tokens"] and not self.told:
             # Otherwise a run that teaches the model nothing looks like one that does.
             self.told = True
             self.warn(f"no token has been trained yet: {no_targets(self.max_seq_length)}")
+        if not self.told_of_traces and (wrong := self._wrong_with_traces(info["traces"])):
+            self.told_of_traces = True
+            self.warn(wrong)
         self.callback.on_train_loss_report(info)
 
-    def validation(self, iteration: int, loss: float | None, seconds: float) -> None:
-        """Reports the validation ``loss`` before ``iteration``; None if no example has a token to predict."""
-        said = f"no validation loss: {no_targets(self.max_seq_length)}" if loss is None else ""
-        self.line(f"iter {iteration:>5}  {said or f'validation loss {loss:.4f}'}")
+    def _wrong_with_traces(self, traces: int) -> str:
+        if dropped := self.reader.dropped_traces:
+            return (
+                f"{traces} graphs were compiled, and {dropped} of them dropped, as there are more batch shapes than"
+                f" {called('max_traces')}: raise it, or have fewer shapes with {called('bucket')}"
+            )
+        if self.shapes is not None and traces > self.shapes:
+            return f"{traces} graphs were compiled, but the batches have {self.shapes} shapes: each one takes time"
+        return ""
+
+    def validation(self, iteration: int, loss: float | None, seconds: float, best: bool) -> None:
+        """Reports the validation ``loss`` before ``iteration``; None if no example has a token to predict.
+
+        ``best`` says whether it is the lowest one so far.
+        """
+        if loss is None:
+            self.line(f"iter {iteration:>5}  no validation loss: {no_targets(self.max_seq_length)}")
+        else:
+            self.screen.validation(iteration, loss, seconds, best)
         known = math.nan if loss is None else loss
+        entry = {"iteration": iteration, "val_loss": known, "seconds": seconds}
+        self.history.add(entry)
         if self.log is not None:
-            self.log.write({"iteration": iteration, "val_loss": known, "seconds": seconds})
+            self.log.write(entry)
         self.callback.on_val_loss_report({"iteration": iteration - 1, "val_loss": known, "val_time": seconds})
 
     def state(self) -> dict[str, Any]:

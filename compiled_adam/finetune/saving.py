@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,9 +32,10 @@ from ..checkpoint import (
 from ..distributed import Workers
 from ..step import TrainStep
 from .log import is_log
-from .names import BEST, CHECKPOINTS, CONFIG, LOG, PREVIOUS, RECORD
+from .names import BEST, BEST_LOSS, CHECKPOINTS, CONFIG, LOG, PREVIOUS, RECORD, REPORT
 from .options import TrainOptions
 from .stopping import is_lost_evaluation
+from .validation import Best
 
 
 def has_checkpoints(folder: Path) -> bool:
@@ -123,9 +125,9 @@ class RunFolder:
         self._try(partial(self._save_numbered_adapters, state["iteration"]), state["iteration"])
         self._try(partial(self._save_checkpoint, state), state["iteration"])
 
-    def save_best(self, iteration: int) -> None:
-        """Saves the weights in the folder `BEST`; ``iteration`` is the last one that is finished."""
-        self._try(partial(self.workers.first_does, self._write_best), iteration)
+    def save_best(self, iteration: int, best: Best) -> None:
+        """Saves the weights in the folder `BEST`, and their loss; ``iteration`` is the last one that is finished."""
+        self._try(partial(self.workers.first_does, partial(self._write_best, best)), iteration)
 
     def _try(self, save: Callable[[], None], iteration: int) -> None:
         """Saves; if that fails (disk full, weights not finite), prints why, and the run goes on."""
@@ -158,12 +160,17 @@ class RunFolder:
         check_finite(weights)
         return weights
 
-    def _write_best(self) -> None:
+    def _others_in_best(self) -> list[str]:
+        """The names of files in the folder `BEST` that are not of a run."""
+        return sorted({path.name for path in (self.path / BEST).glob("*")} - {self.adapters.name, CONFIG, BEST_LOSS})
+
+    def _write_best(self, found: Best) -> None:
         weights, best = self._weights(), self.path / BEST
-        if others := sorted({path.name for path in best.glob("*")} - {self.adapters.name, CONFIG}):
+        if others := self._others_in_best():
             raise InputError(f"{best} has {others[0]}, which is not ours; move it away")
         with replacing(best) as folder:
             save_arrays(folder / self.adapters.name, weights)
+            (folder / BEST_LOSS).write_text(json.dumps({"iteration": found.iteration, "val_loss": found.loss}) + "\n")
             if (self.path / CONFIG).exists():
                 shutil.copy(self.path / CONFIG, folder)
 
@@ -221,9 +228,12 @@ class RunFolder:
         self._tell(put_aside(self.path, [p for p in self._checkpoints() if int(p.name) > iteration], []))
 
     def begin_anew(self) -> None:
-        """Puts aside what an earlier run left, but for its weights, so that it is not taken for this run's own."""
-        log = self.path / LOG
-        files = [file for file in (log, self.path / RECORD) if file.is_file()] if is_log(log) else []
+        """Puts aside what an earlier run wrote, so that it is not taken for this run's own: checkpoints, log, best."""
+        log, best = self.path / LOG, self.path / BEST
+        its = [self.path / name for name in (LOG, RECORD, REPORT)]
+        files = [file for file in its if file.is_file()] if is_log(log) else []
+        if best.is_dir() and not self._others_in_best():
+            files.append(best)
         self._tell(put_aside(self.path, self._checkpoints(), files))
 
     def _checkpoints(self) -> list[Path]:

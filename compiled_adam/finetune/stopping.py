@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import threading
@@ -65,8 +66,10 @@ def asked_to_stop(many: bool = False) -> Iterator[Asked]:
         asked.signal = number
         for each, handler in previous.items():
             signal.signal(each, handler)
-        # Not print: the signal may have come in the middle of another one.
-        say("\nfinishing the step, then saving; press Ctrl-C once more to stop at once\n")
+        # Not print: the signal may have come in the middle of another one. The bar is not left behind.
+        live = os.isatty(2) and os.environ.get("TERM") != "dumb"
+        begin = "\r\x1b[2K" if live else "\n"
+        say(f"{begin}finishing the step, then saving; press Ctrl-C once more to stop at once\n")
 
     for number in (int(signal.SIGINT), int(signal.SIGTERM)):
         previous[number] = signal.signal(number, note)

@@ -6,7 +6,7 @@ from typing import Any
 
 from .console import TrainingProgress
 
-_MANY = 5000  # examples, whose tokenizing takes seconds
+_MANY = 1000  # examples, whose tokenizing takes a second
 
 
 def tokenize(dataset: Any, quiet: bool = False) -> None:
@@ -17,8 +17,8 @@ def tokenize(dataset: Any, quiet: bool = False) -> None:
     missing = [i for i, item in enumerate(getattr(dataset, "_proc_data", ())) if item is None]
     if len(missing) <= _MANY:
         return  # whoever needs the examples tokenizes them
-    with TrainingProgress(len(missing), quiet, "tokenize") as progress:
-        progress.line(f"tokenizing {len(missing):,} examples")
+    what = f"tokenizing {len(missing):,} examples"
+    with TrainingProgress(len(missing), quiet, "tokenize") as progress, progress.stage(what):
         for index in missing:
             dataset[index]
             progress.advance()

@@ -1,11 +1,13 @@
-"""The trained parameters of a model: adapters that are added to its layers, or the last layers themselves."""
+"""The trained parameters of a model, adapters or the last layers themselves, and the dtype of its weights."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_map_with_path
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
@@ -15,6 +17,31 @@ from .options import called
 _QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
 _DORA = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
 _LORA = (*_DORA, SwitchLinear, QuantizedSwitchLinear)  # beside modules that have a `to_lora` of their own
+ADAPTERS = ("lora_a", "lora_b", "m")  # the last parts of the names of parameters of LoRA and DoRA
+DTYPES = {"bfloat16": mx.bfloat16, "float32": mx.float32}  # of weights that are cast
+
+
+def cast(model: nn.Module, dtype: str | None) -> None:
+    """Casts the weights of a model to one of `DTYPES`; None changes nothing.
+
+    Adapters stay as they are, and so does what ``mlx_lm.convert --dtype`` leaves alone. ValueError if the model is
+    quantized.
+    """
+    if dtype is None:
+        return
+    if bits := next((module.bits for module in model.modules() if isinstance(module, _QUANTIZED)), None):
+        raise InputError(
+            f"the model is quantized ({bits} bits), and {called('dtype')} is for weights that are not; leave it out, or"
+            " use a model that is not quantized, such as mlx_lm.convert --dequantize makes of this one"
+        )
+    kept = getattr(model, "cast_predicate", lambda path: True)
+
+    def as_asked(path: str, array: mx.array) -> mx.array:
+        adapter = path.rsplit(".", 1)[-1] in ADAPTERS
+        casts = mx.issubdtype(array.dtype, mx.floating) and kept(path) and not adapter
+        return array.astype(DTYPES[dtype]) if casts else array
+
+    model.update(tree_map_with_path(as_asked, model.parameters()))
 
 
 def check_layers(model: nn.Module, num_layers: int, *, given: bool = True) -> None:

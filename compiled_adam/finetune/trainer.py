@@ -9,8 +9,8 @@ same where shapes are the same. Callbacks are called at every worker.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, closing
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, closing, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,8 @@ from ..distributed import Workers, join
 from ..step import TrainStep, losses, make_step
 from .batches import Batches
 from .console import TrainingProgress
-from .log import RunLog
+from .history import History
+from .log import RunLog, is_log, read
 from .loop import TrainingLoop
 from .metrics import StepReader
 from .names import CHECKPOINTS, CONFIG, LOG, RECORD
@@ -43,6 +44,7 @@ from .reporting import Reporting
 from .rows import located
 from .samples import Sampling
 from .saving import RunFolder, has_checkpoints
+from .screen import RunScreen
 from .stopping import asked_to_stop
 from .tokenizing import tokenize
 from .validation import Validation
@@ -76,13 +78,16 @@ def train(
     shard_state: bool = TrainOptions.shard_state,
     worker_timeout: float = TrainOptions.worker_timeout,
     sample: Callable[[nn.Module, Callable[[], bool]], list[dict[str, str]]] | None = TrainOptions.sample,
-) -> None:
+) -> History:
     """Fine-tunes ``model`` in place: the call, the defaults and the adapter files of ``mlx_lm.tuner.trainer.train``.
 
     Accumulation weights micro-batches by their tokens, and applies the last, partly filled window. The cache of the
     allocator is cleared only beyond a ``clear_cache_threshold`` above 0. Weights that are not finite are never saved.
     Reports have three more keys: ``grad_norm`` (of the last update, or None), ``skipped_steps`` and ``traces`` (so far,
     one for each batch shape).
+
+    Returns:
+        a `History` of the reports and validations; in a resumed run also of those before, if ``log`` is on.
 
     Args:
         model, optimizer: as in mlx-lm; the learning rate counts updates, not iterations.
@@ -105,7 +110,7 @@ def train(
         *(settings, allow, adapter_config, reduce_dtype, shard_state, worker_timeout, sample),
     )
     job = Job(model, optimizer, train_dataset, val_dataset, loss, iterate_batches, args or TrainingArgs(), options)
-    job.run(training_callback)
+    return job.run(training_callback)
 
 
 @dataclass
@@ -131,8 +136,8 @@ class Job:
             self.options.check_validation()
         self.folder = Path(self.args.adapter_file).parent
 
-    def run(self, callback: TrainingCallback | None) -> None:
-        """Trains, and saves at the end."""
+    def run(self, callback: TrainingCallback | None, facts: Iterable[tuple[str, str]] = ()) -> History:
+        """Trains, and saves at the end. ``facts`` are names and values for a box above the table."""
         if (limit := mx.device_info().get("max_recommended_working_set_size")) is not None:
             mx.set_wired_limit(int(limit))  # Metal: keeps weights from being paged out between steps
         args, options = self.args, self.options
@@ -153,9 +158,11 @@ class Job:
                 stack.enter_context(workers.all_do(partial(_lock, self.folder, workers.first)))
             asked = stack.enter_context(asked_to_stop(workers.many))
             progress = stack.enter_context(TrainingProgress(args.iters, quiet=not workers.first))
-            validation = Validation(self.val_dataset, self.loss, self.iterate_batches, args, workers, asked)
+            screen = RunScreen(progress, batches.per_epoch if isinstance(batches, Batches) else None)
+            validation = Validation(self.val_dataset, self.loss, self.iterate_batches, args, workers, asked, progress)
             reporting = Reporting(
-                StepReader(step), progress, callback or TrainingCallback(), workers, asked, args.max_seq_length
+                *(StepReader(step), screen, callback or TrainingCallback(), workers, asked, args.max_seq_length),
+                batches.forecast().traces if isinstance(batches, Batches) and batches.grouped else None,
             )
             saved = RunFolder(Path(args.adapter_file), step, options, settings, workers, progress.line)
             loop = TrainingLoop(step, batches, validation, args, options, saved, reporting, asked)
@@ -167,8 +174,7 @@ class Job:
                 progress.line(
                     f"there is no checkpoint in {self.folder / CHECKPOINTS} yet: the run starts from the beginning"
                 )
-            if isinstance(batches, Batches):
-                progress.line(in_epochs(args.iters, batches))
+            self._show(screen, batches, facts)
             if loop.iteration >= args.iters:
                 progress.line(
                     f"iter {loop.iteration:>5}  all {args.iters} iterations are done; to train on, give more"
@@ -179,8 +185,30 @@ class Job:
             file = self.folder / RECORD if options.log and workers.first else None
             record = stack.enter_context(Record(file, loop.iteration, workers.size, reporting.warn))
             loop.sampling = Sampling(options.sample, record, workers, lambda: asked.signal is not None, reporting.warn)
+            if options.log and resume is not None:
+                reporting.history.follow(
+                    workers.first_does(partial(self._earlier, loop.iteration)), args.steps_per_report
+                )
             workers.first_does(self._write_config)
             record.because = loop.run()
+            reporting.history.report()  # of an early end
+            return reporting.history
+
+    def _show(self, screen: RunScreen, batches: Iterator[Any], facts: Iterable[tuple[str, str]]) -> None:
+        """Prints the box with the ``facts``; without any, one line about epochs."""
+        run = in_epochs(self.args.iters, batches) if isinstance(batches, Batches) else f"{self.args.iters} iterations"
+        if facts:
+            screen.box("compiled-adam lora", [*facts, ("run", run), ("folder", str(self.folder))])
+        elif screen.per_epoch:
+            screen.progress.line(run)
+
+    def _earlier(self, iteration: int) -> list[dict[str, Any]]:
+        """The lines of the log up to an iteration; none if there is no log, which does not end a run."""
+        with suppress(OSError, InputError):
+            # The log may be a pipe, which would be waited for, or old, if it could not be written anew.
+            if is_log(self.folder / LOG):
+                return [line for line in read(self.folder / LOG) if line["iteration"] <= iteration]
+        return []
 
     def _make_folder(self) -> None:
         if self.folder.exists() and not self.folder.is_dir():

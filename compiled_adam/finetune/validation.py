@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple, cast
 
@@ -15,6 +17,7 @@ from mlx_lm.tuner.trainer import TrainingArgs
 
 from ..distributed import Workers, join
 from .chunked import batch_for
+from .console import TrainingProgress
 from .options import called
 from .stopping import Asked
 
@@ -96,6 +99,7 @@ class Validation:
     args: TrainingArgs
     workers: Workers
     asked: Asked
+    progress: TrainingProgress
 
     def is_due(self, iteration: int) -> bool:
         """Whether there is a validation before the step of ``iteration``: the first, the last, each steps_per_eval."""
@@ -105,14 +109,21 @@ class Validation:
     def measure(self, model: nn.Module, iteration: int) -> float | None:
         """`mean_loss`, after which the model trains on. Raises `Interrupted` if the run is asked to end."""
         args, batches, random = self.args, self.iterate_batches, np.random.get_state()
-        loss = mean_loss(model, self.dataset, self.loss, batches, args, args.val_batches, self._before_batch)
+        whole = len(self.dataset) // args.batch_size
+        counted = itertools.count(1), whole if args.val_batches == -1 else min(whole, args.val_batches)
+        before = partial(self._before_batch, *counted)
+        try:
+            loss = mean_loss(model, self.dataset, self.loss, batches, args, args.val_batches, before)
+        finally:
+            self.progress.doing = ""
         model.train()
         if iteration != 1 and iteration % args.steps_per_eval:
             # Made only because the run ends here; if more iterations follow, they are those of a longer run.
             np.random.set_state(random)
         return loss
 
-    def _before_batch(self) -> None:
+    def _before_batch(self, numbers: Iterator[int], batches: int) -> None:
+        self.progress.doing = f"validating {next(numbers)}/{batches}"
         if self.asked.signal is not None and not self.workers.many:
             raise Interrupted
         self.workers.beat()

@@ -5,3 +5,4 @@ from .adam import Adam, ForSteps
 from .adamw import AdamW
 from .compensated import Compensated
 from .options import check_number, check_schedules
+from .shown import of_any

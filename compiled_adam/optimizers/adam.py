@@ -12,9 +12,11 @@ from mlx.utils import tree_map
 
 from ..base import Aligned, Assignments, InputError
 from ..update import ALL_ALIKE, Part, Shared, Stored, update_leaf
+from .group_options import Groups, as_given, patterns
 from .leaf_update import LeafUpdate, Options
 from .options import assigned_rate, check_numbers, check_options
 from .options import learning_rate as checked_rate
+from .shown import of_adam
 from .state import State, evaluate
 
 LearningRate = float | mx.array | Callable[[mx.array], mx.array]
@@ -54,6 +56,9 @@ class Adam(optim.Adam):
             one. Without this option such updates are made: weights become NaN, or move uphill. Default False.
         learning_rate_multipliers: ``{pattern: factor}``. The learning rate of a parameter is multiplied by the factor
             if the regular expression ``pattern`` matches the path of the parameter (``re.search``). Default None.
+        groups: ``{pattern: {"learning_rate": factor, "betas": (b1, b2), "eps": eps}}``: numbers for the parameters
+            whose path matches the pattern, in place of those above. ``learning_rate`` is a factor of the learning rate,
+            so a schedule applies to all. Each key may be left out. `AdamW` has ``weight_decay``, too. Default None.
         lowering: the kernels of the update. "fused": one kernel for each parameter, which moves the fewest bytes.
             "inplace": one kernel for each array, which needs no extra memory (float32 moments only; others stay fused).
             "auto" (default): the one that measured faster on the device. Results differ by rounding: 3e-7 of a step.
@@ -64,7 +69,8 @@ class Adam(optim.Adam):
 
     Raises:
         ValueError: an argument is out of range (the message names the argument). When the state is created: a pattern
-            matches no parameter, or two patterns match the same parameter.
+            matches no parameter, two patterns of an option match the same parameter, or ``groups`` and
+            ``learning_rate_multipliers`` both set a parameter's learning rate.
 
     Source: Kingma and Ba, "Adam: a method for stochastic optimization", ICLR 2015.
 
@@ -73,6 +79,8 @@ class Adam(optim.Adam):
     >>> optimizer.apply_gradients({"weight": mx.array([0.5, -0.5])}, parameters)
     {'weight': array([0.683772, -1.68377], dtype=float32)}
     """
+
+    _group_keys: tuple[str, ...] = ("learning_rate", "betas", "eps")
 
     def __init__(
         self,
@@ -86,13 +94,14 @@ class Adam(optim.Adam):
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         learning_rate_multipliers: Mapping[str, float] | None = None,
+        groups: Groups | None = None,
         lowering: str = "auto",
     ) -> None:
         learning_rate = checked_rate(learning_rate)
         check_numbers(betas, eps, bias_correction)
-        check_options(moments, compensated, max_grad_norm, skip_nonfinite, learning_rate_multipliers, lowering)
-        multipliers = dict(learning_rate_multipliers or {})
-        options = Options(moments, compensated, max_grad_norm, skip_nonfinite, multipliers, lowering)
+        check_options(moments, compensated, max_grad_norm, skip_nonfinite, lowering)
+        by_pattern = patterns(groups, learning_rate_multipliers, self._group_keys)
+        options = Options(moments, compensated, max_grad_norm, skip_nonfinite, by_pattern, lowering)
         self._leaves = LeafUpdate(self, options)
         self._kept = State(self, self._leaves)
         super().__init__(learning_rate, betas, eps, bias_correction)  # type: ignore[arg-type]  # MLX says list
@@ -147,7 +156,7 @@ class Adam(optim.Adam):
             "compensated": own.compensated,
             "max_grad_norm": own.max_grad_norm,
             "skip_nonfinite": own.skip_nonfinite,
-            "learning_rate_multipliers": own.multipliers,
+            **as_given(own.patterns),
             "decays": self._leaves.decays(),
         }
 
@@ -190,7 +199,7 @@ class Adam(optim.Adam):
         if self._leaves.options.needs_all:
             raise InputError(
                 "apply_single gets one parameter without a path; max_grad_norm, skip_nonfinite, stochastic rounding,"
-                " multipliers and a decay_filter need apply_gradients, and no apply_single of a subclass"
+                " groups, multipliers and a decay_filter need apply_gradients, and no apply_single of a subclass"
             )
 
     def update(self, model: nn.Module, gradients: dict) -> None:
@@ -258,6 +267,9 @@ class Adam(optim.Adam):
             for name, array in new.items():
                 assignments.add(state, name, array)
         return new_parameters, leaves.places
+
+    def __repr__(self) -> str:
+        return of_adam(self)
 
     def __getstate__(self) -> dict[str, Any]:
         self._kept.complete()  # a copy has no keeper

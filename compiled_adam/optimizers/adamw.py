@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from ..base import InputError
 from ..update import DecayFilter
 from .adam import Adam, LearningRate
+from .group_options import Groups
 from .options import check_number
 
 
@@ -20,6 +21,8 @@ class AdamW(Adam):
         decay_filter: ``decay_filter(path, parameter)`` returns whether the parameter decays. It is called once for each
             path. Default None: all decay. `compiled_adam.decay_matrices` leaves out biases, norms and embeddings.
 
+    ``groups`` may have ``weight_decay``, too. All parameters of the group have it: the filter is not asked about them.
+
     Source: Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR 2019.
 
     >>> import mlx.core as mx
@@ -27,6 +30,8 @@ class AdamW(Adam):
     >>> optimizer.apply_gradients({"weight": mx.array([0.0])}, {"weight": mx.array([1.0])})
     {'weight': array([0.95], dtype=float32)}
     """
+
+    _group_keys = (*Adam._group_keys, "weight_decay")
 
     def __init__(
         self,
@@ -42,6 +47,7 @@ class AdamW(Adam):
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         learning_rate_multipliers: Mapping[str, float] | None = None,
+        groups: Groups | None = None,
         lowering: str = "auto",
     ) -> None:
         super().__init__(
@@ -54,6 +60,7 @@ class AdamW(Adam):
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
             learning_rate_multipliers=learning_rate_multipliers,
+            groups=groups,
             lowering=lowering,
         )
         if decay_filter is not None and not callable(decay_filter):

@@ -9,12 +9,13 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_map
 
-from ..base import Aligned, Assignments, Compiled, InputError, along, below
+from ..base import Aligned, Assignments, Compiled, InputError, along, below, shown
 from ..update import Keep, Stored, clip_factor, global_norm, guard, residual, unfused
 from . import any_optimizer
 from .adam import Adam
 from .leaf_update import MOST_TRACES
 from .options import assigned_rate, check_options, scheduled
+from .shown import of_any
 
 _NORM, _SKIPPED = "_grad_norm", "_skipped"  # in the state of the first optimizer; no parameter of MLX begins with "_"
 
@@ -55,7 +56,7 @@ class Compensated(any_optimizer.Wrapping):
         self, optimizer: optim.Optimizer, *, max_grad_norm: float | None = None, skip_nonfinite: bool = False
     ) -> None:
         _check(optimizer)
-        check_options("float32", True, max_grad_norm, skip_nonfinite, None, "auto")
+        check_options("float32", True, max_grad_norm, skip_nonfinite, "auto")
         super().__init__()
         self.wrapped = optimizer
         self._max_grad_norm, self._skip = max_grad_norm, skip_nonfinite
@@ -64,10 +65,9 @@ class Compensated(any_optimizer.Wrapping):
         self._make_scalars()
 
     def __repr__(self) -> str:
-        names = ", ".join(type(part).__name__ for part in any_optimizer.parts(self))
-        many = isinstance(self.wrapped, optim.MultiOptimizer)
-        options = f"max_grad_norm={self._max_grad_norm}, skip_nonfinite={self._skip}"
-        return f"Compensated({f'MultiOptimizer([{names}])' if many else names}, {options})"
+        options = [f"max_grad_norm={self._max_grad_norm}"] if self._max_grad_norm is not None else []
+        options += [f"skip_nonfinite=True; skipped={shown(self.skipped)}"] if self._skip else []
+        return f"Compensated({', '.join([of_any(self.wrapped), *options])})"
 
     @property
     def state(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -19,6 +19,7 @@ from ..update import (
     Group,
     Leaf,
     Part,
+    Patterns,
     Stored,
     apart,
     check_leaf,
@@ -42,7 +43,7 @@ class Options(NamedTuple):
     compensated: bool
     max_grad_norm: float | None
     skip_nonfinite: bool
-    multipliers: Mapping[str, float]
+    patterns: Patterns
     lowering: str
     decay_filter: DecayFilter | None = None
 
@@ -54,7 +55,7 @@ class Options(NamedTuple):
     @property
     def needs_all(self) -> bool:
         """Whether the update of one parameter needs its path or the other gradients."""
-        by_path = bool(self.multipliers) or self.decay_filter is not None
+        by_path = any(self.patterns.values()) or self.decay_filter is not None
         return self.needs_norm or by_path or self.moments in STOCHASTIC
 
     def form(self, parameter: mx.array) -> Form:
@@ -92,7 +93,7 @@ class LeafUpdate:
     def group(self, path: str, parameter: mx.array) -> Group:
         """The group of a parameter: all its members use the same coefficients. It is found once for each path."""
         if path not in self._groups:
-            self._groups[path] = group(path, parameter, self.options.decay_filter, self.options.multipliers)
+            self._groups[path] = group(path, parameter, self.options.decay_filter, self.options.patterns)
         return self._groups[path]
 
     def group_and_form(self, path: str, parameter: mx.array) -> tuple[Group, Form]:
@@ -101,7 +102,7 @@ class LeafUpdate:
 
     def decays(self) -> str:
         """The number of parameters that have weight decay, and a digest of their paths."""
-        decaying = sorted(path for path, its in self._groups.items() if its.decays)
+        decaying = sorted(path for path, its in self._groups.items() if its.weight_decay != 0)
         return f"{len(decaying)} parameters, {hashlib.sha256(repr(decaying).encode()).hexdigest()[:8]}"
 
     def streams(self, parameters: list[mx.array]) -> list[mx.Stream]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import numbers
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,7 +18,6 @@ def check_options(
     compensated: bool,
     max_grad_norm: float | None,
     skip_nonfinite: bool,
-    multipliers: Mapping[str, float] | None,
     lowering: str,
 ) -> None:
     """Raises ValueError if an option is out of range. The message names the option."""
@@ -34,15 +32,6 @@ def check_options(
             raise InputError(f"{name} is {flag!r}; it must be True or False")
     if max_grad_norm is not None and not _is_number(max_grad_norm, 0.0, exclusive=True):
         raise InputError(f"max_grad_norm is {max_grad_norm!r}; it must be a number greater than 0, or None")
-    if multipliers is not None and not isinstance(multipliers, Mapping):
-        raise InputError(f"learning_rate_multipliers is {multipliers!r}; it must be a mapping of patterns to factors")
-    for pattern, factor in (multipliers or {}).items():
-        try:
-            re.compile(pattern)
-        except (re.error, TypeError) as error:
-            raise InputError(f"learning_rate_multipliers has the pattern {pattern!r}: {error}") from None
-        if not _is_number(factor, 0.0):
-            raise InputError(f"learning_rate_multipliers[{pattern!r}] is {factor!r}; it must be a number of at least 0")
 
 
 def as_scalar(name: str, value: Any, dtype: mx.Dtype) -> mx.array:
@@ -60,16 +49,21 @@ def as_scalar(name: str, value: Any, dtype: mx.Dtype) -> mx.array:
 
 def check_numbers(betas: Any, eps: Any, bias_correction: Any) -> None:
     """Raises ValueError if an argument of MLX's own Adam is out of range. The message names the argument."""
-    if not hasattr(betas, "__len__") or isinstance(betas, (str, Mapping)) or len(betas) != 2:
-        raise InputError(f"betas is {betas!r}; it must be two numbers")
-    for i, beta in enumerate(betas):
-        if not _is_number(beta, 0.0) or beta >= 1:
-            raise InputError(
-                f"beta{i + 1} of betas is {beta!r}; it must be a number of at least 0 and less than 1{_hint(beta)}"
-            )
+    check_betas("betas", betas)
     check_number("eps (epsilon)", eps)
     if not isinstance(_plain(bias_correction), bool):
         raise InputError(f"bias_correction is {bias_correction!r}; it must be True or False")
+
+
+def check_betas(name: str, betas: Any) -> None:
+    """Raises ValueError unless ``betas`` has two numbers of at least 0 and less than 1."""
+    if not hasattr(betas, "__len__") or isinstance(betas, (str, Mapping)) or len(betas) != 2:
+        raise InputError(f"{name} is {betas!r}; it must be two numbers")
+    for i, beta in enumerate(betas):
+        if not _is_number(beta, 0.0) or beta >= 1:
+            raise InputError(
+                f"beta{i + 1} of {name} is {beta!r}; it must be a number of at least 0 and less than 1{_hint(beta)}"
+            )
 
 
 def check_number(name: str, value: object) -> None:

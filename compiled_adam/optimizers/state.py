@@ -75,7 +75,7 @@ class State:
     def create(self, parameters: dict, all_parameters: dict, trainable: dict) -> None:
         """`init` that evaluates nothing. ``parameters`` is ``trainable`` or a part of it."""
         options, optimizer = self._leaves.options, self._optimizer
-        check_patterns([path for path, _, _ in along(all_parameters, all_parameters)], options.multipliers)
+        check_patterns([path for path, _, _ in along(all_parameters, all_parameters)], options.patterns)
         leaves = [(path, container[key]) for path, container, key in along(parameters, parameters)]
         for path, parameter in leaves:
             if parameter.dtype not in FLOATS:

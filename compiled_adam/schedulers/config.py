@@ -11,8 +11,8 @@ import mlx.optimizers as optim
 
 from ..base import InputError
 from ..optimizers import check_number
+from .described import Described, Schedule
 from .schedules import (
-    Schedule,
     constant,
     cosine,
     exponential,
@@ -74,7 +74,8 @@ def from_config(config: Mapping[str, Any]) -> Schedule:
             return function(*arguments, **keywords)
         for i, value in enumerate(arguments):
             check_number(f"arguments[{i}]", value)
-        return with_warmup(function(*arguments), arguments[0], **warmup)
+        made = with_warmup(function(*arguments), arguments[0], **warmup)
+        return Described(made, f"from_config({dict(config)})")
     except ValueError as error:  # MLX's own functions check some of their arguments, too
         raise InputError(f"lr_schedule: {error}") from None
 

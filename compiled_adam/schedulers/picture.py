@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
 from ..base import InputError
-from .schedules import Schedule, check_count
+from .described import Schedule
+from .schedules import check_count
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,13 +64,7 @@ def figure(schedules: Mapping[str, Callable[[Any], Any]], steps: int, marks: Seq
 
     Raises ImportError if matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            f"drawing needs matplotlib ({error}); install it with `pip install 'compiled-adam[plot]'`"
-        ) from error
-    made = Figure(figsize=(6.4, 3.6), layout="constrained")
+    made = canvas()
     axes = made.subplots()
     for label, schedule in schedules.items():
         (line,) = axes.plot(*curve(schedule, steps), label=label)
@@ -82,6 +79,27 @@ def figure(schedules: Mapping[str, Callable[[Any], Any]], steps: int, marks: Seq
     else:
         axes.set_title(next(iter(schedules), ""), fontsize="medium")
     return made
+
+
+def canvas() -> Figure:
+    """An empty figure, which a notebook shows as a picture. Raises ImportError if matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            f"drawing needs matplotlib ({error}); install it with `pip install 'compiled-adam[plot]'`"
+        ) from error
+
+    made = Figure(figsize=(6.4, 3.6), layout="constrained")
+    # A notebook knows how to show the figures of pyplot only. Pyplot would also keep each figure for ever.
+    vars(made)["_repr_png_"] = partial(_png, made)
+    return made
+
+
+def _png(figure: Figure) -> bytes:
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=100)
+    return stream.getvalue()
 
 
 def plot(schedule: Schedule | Mapping[str, Schedule], steps: int, *, at: Sequence[int] = ()) -> Figure:

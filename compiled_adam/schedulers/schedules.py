@@ -16,20 +16,15 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
 from ..base import InputError
 from ..optimizers import check_number
-
-if TYPE_CHECKING:
-    pass
-
-Step = int | float | mx.array
-Schedule = Callable[[Step], mx.array]
+from .described import Schedule, Step, described
 
 
+@described
 def constant(value: float, *, warmup: int = 0, warmup_init: float = 0.0) -> Schedule:
     """``value`` at every step from ``warmup`` on.
 
@@ -40,6 +35,7 @@ def constant(value: float, *, warmup: int = 0, warmup_init: float = 0.0) -> Sche
     return with_warmup(lambda step: mx.array(value, mx.float32), value, warmup, warmup_init)
 
 
+@described
 def linear(peak: float, steps: int, end: float = 0.0, *, warmup: int = 0, warmup_init: float = 0.0) -> Schedule:
     """A straight line from ``peak`` at step ``warmup`` to ``end`` at ``steps``.
 
@@ -49,6 +45,7 @@ def linear(peak: float, steps: int, end: float = 0.0, *, warmup: int = 0, warmup
     return polynomial(peak, steps, end, 1.0, warmup=warmup, warmup_init=warmup_init)
 
 
+@described
 def cosine(peak: float, steps: int, end: float = 0.0, *, warmup: int = 0, warmup_init: float = 0.0) -> Schedule:
     """``end + (peak - end) (1 + cos(pi t)) / 2``, half a cosine: ``t`` is 0 at step ``warmup`` and 1 at ``steps``.
 
@@ -61,6 +58,7 @@ def cosine(peak: float, steps: int, end: float = 0.0, *, warmup: int = 0, warmup
     return with_warmup(lambda step: _mix(peak, end, _half_cosine(step / length)), peak, warmup, warmup_init)
 
 
+@described
 def polynomial(
     peak: float,
     steps: int,
@@ -85,6 +83,7 @@ def polynomial(
     return with_warmup(decay, peak, warmup, warmup_init)
 
 
+@described
 def warmup_stable_decay(
     peak: float,
     steps: int,
@@ -114,6 +113,7 @@ def warmup_stable_decay(
     return with_warmup(stable_decay, peak, warmup, warmup_init)
 
 
+@described
 def inverse_sqrt(peak: float, timescale: int | None = None, *, warmup: int = 0, warmup_init: float = 0.0) -> Schedule:
     """``peak / sqrt(1 + (step - warmup) / timescale)``. By default ``timescale`` is ``warmup``, which gives
     ``peak sqrt(warmup / step)``.
@@ -132,6 +132,7 @@ def inverse_sqrt(peak: float, timescale: int | None = None, *, warmup: int = 0, 
     return with_warmup(lambda step: peak / mx.sqrt(1 + step / timescale), peak, warmup, warmup_init)
 
 
+@described
 def exponential(
     peak: float, decay_rate: float, end: float = 0.0, *, warmup: int = 0, warmup_init: float = 0.0
 ) -> Schedule:
@@ -145,6 +146,7 @@ def exponential(
     return with_warmup(lambda step: mx.maximum(peak * mx.exp(log_rate * step), end), peak, warmup, warmup_init)
 
 
+@described
 def step_decay(
     peak: float,
     decay_rate: float,
@@ -170,6 +172,7 @@ def step_decay(
     return with_warmup(decay, peak, warmup, warmup_init)
 
 
+@described
 def one_cycle(
     peak: float,
     steps: int,
@@ -201,6 +204,7 @@ def one_cycle(
     )
 
 
+@described
 def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
     """Several schedules in a row: ``schedules[i]`` begins, with step 0, at step ``boundaries[i - 1]``.
 

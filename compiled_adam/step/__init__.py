@@ -3,4 +3,5 @@
 from . import losses
 from .cross_entropy import kept, kept_gradient
 from .linear_cross_entropy import chunk_rows
-from .train_step import StepResult, TrainStep, make_step
+from .result import StepResult
+from .train_step import TrainStep, make_step

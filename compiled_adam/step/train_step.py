@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,26 +18,15 @@ import mlx.optimizers as optim
 
 from ..base import Assignments, InputError, Row, random_state, undone_on_error
 from ..distributed import shard, workers
-from ..optimizers import Adam, any_optimizer, check_schedules
+from ..optimizers import Adam, any_optimizer, check_schedules, of_any
 from ..update import window
 from . import signature as batches
 from .bound import Bound, bind, check_parameters
 from .guards import Place, Traced, evaluate, take_out_placeholders
+from .result import StepResult
 from .settings import LossFunction, check_arguments, checked
 from .state import StepState
 from .update_graph import Update
-
-
-class StepResult(NamedTuple):
-    """The result of one call of a `TrainStep`. Arrays are lazy: reading one waits for the step."""
-
-    loss: mx.array  # 0-d, loss of this batch before the update; from `flush`: the mean over the window
-    aux: tuple[Any, ...]  # the values that loss_fn returned after the loss
-    grad_norm: mx.array | None  # 0-d float32, global norm of the (mean) gradient; None if this call made no update
-    learning_rate: mx.array | None  # 0-d, rate of the last update; None for an optimizer without a learning rate
-    updated: bool  # whether this call applied an update
-    skipped: mx.array  # 0-d, how many updates were skipped so far
-    extra: mx.array | None = None  # 0-d, sum of `extra` over the workers; None without other workers or an update
 
 
 class TrainStep:
@@ -169,6 +158,11 @@ class TrainStep:
         gradients, graph = self._bound.gradients, self._bound.graph
         now = {"grad": gradients.made, "accumulate": graph.added, "update": graph.updated, "evicted": gradients.evicted}
         return {name: self._earlier[name] + count for name, count in now.items()}
+
+    def __repr__(self) -> str:
+        size = sum(array.size for array in self._bound.parameters.read())
+        model, optimizer = f"{type(self._model).__name__} of {size:,} trainable parameters", of_any(self._optimizer)
+        return f"TrainStep({model}, {optimizer}, accumulate={self.accumulate}, traces={self.traces})"
 
     def __call__(self, *args: Any, **kwargs: Any) -> StepResult:
         """Computes ``loss_fn(model, *args, **kwargs)`` and the gradient. The last call of a window makes the update."""

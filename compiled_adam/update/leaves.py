@@ -88,6 +88,11 @@ class Constants(NamedTuple):
     skip_nonfinite: bool
     lowering: str
 
+    def of(self, group: Group) -> Constants:
+        """The constants of a group: the numbers of its own in place of the optimizer's."""
+        own = {name: getattr(group, name) for name in ("betas", "eps", "weight_decay")}
+        return self._replace(**{name: number for name, number in own.items() if number is not None})
+
     def coefficients(
         self,
         step: mx.array,
@@ -96,17 +101,10 @@ class Constants(NamedTuple):
         clip: mx.array | None = None,
         counts: mx.array | None = None,
     ) -> rule.Coefficients:
-        c = rule.coefficients(
-            step,
-            learning_rate * group.learning_rate_multiplier,
-            self.betas,
-            self.eps,
-            self.bias_correction,
-            self.weight_decay if group.decays else 0.0,
-            clip,
-            counts,
+        its, rate = self.of(group), learning_rate * group.learning_rate
+        return _separate(
+            rule.coefficients(step, rate, its.betas, its.eps, its.bias_correction, its.weight_decay, clip, counts)
         )
-        return _separate(c)
 
 
 class Part(NamedTuple):
@@ -172,7 +170,7 @@ def update(
             update_leaf,
             form=form,
             group=group,
-            betas=constants.betas,
+            betas=constants.of(group).betas,
             key=key,
             inplace=how.inplace,
             heron=how.heron,

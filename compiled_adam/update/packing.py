@@ -35,7 +35,7 @@ class Leaf(NamedTuple):
 def packs(leaves: Sequence[Leaf], small: int = SMALL, full: int = FULL) -> list[tuple[int, ...]]:
     """The indices of the leaves of each flat array (at least two per array), in the order of the leaves.
 
-    >>> leaf = Leaf(3, mx.float32, Group(1.0, True), Form("float32", False, False))
+    >>> leaf = Leaf(3, mx.float32, Group(), Form("float32", False, False))
     >>> packs([leaf, leaf._replace(dtype=mx.bfloat16), leaf, leaf, leaf._replace(size=9), leaf], small=8, full=7)
     [(0, 2), (3, 5)]
     """

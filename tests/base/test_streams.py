@@ -65,7 +65,7 @@ def test_progress_goes_on(make, monkeypatch: pytest.MonkeyPatch) -> None:
         progress.line("first ━")
         progress.advance()
         progress.line("second")
-    assert progress._bar.tasks[0].completed == 1
+    assert progress.completed == 1
 
 
 def test_the_streams_are_put_back() -> None:

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -18,27 +16,6 @@ from compiled_adam.cli import main
 from compiled_adam.distributed.workers import Workers
 
 DEMO = ("-m", "compiled_adam.cli", "demo", "--iters", "4", "--pretraining", "2")
-
-
-@pytest.mark.slow
-def test_demo_trains_and_its_adapters_generate(run, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert main(DEMO[2:]) == 0
-    printed = capsys.readouterr().out
-    before, after = map(float, re.search(r"validation loss (\S+) -> (\S+)", printed).groups())
-    assert after < before < 7.0
-    config = json.loads((tmp_path / "demo/adapters/adapter_config.json").read_text())
-    assert config["fine_tune_type"] == "lora"
-    command = re.search(r"^  mlx_lm\.generate (.*)$", printed, re.M).group(1)
-    assert "demo/adapters" in command
-    paths = ("--model", "demo/model", "--adapter-path", "demo/adapters")
-    generated = run("-m", "mlx_lm", "generate", *paths, "--prompt", "To fine-tune", "-m", "3")
-    assert generated.returncode == 0, generated.stderr
-    assert "Generation: 3 tokens" in generated.stdout
-
-    assert main(DEMO[2:]) == 0  # its own folder is written anew, with the same result
-    again = re.search(r"validation loss (\S+) -> (\S+)", capsys.readouterr().out)
-    assert again.groups() == (f"{before:.4f}", f"{after:.4f}")
 
 
 def test_a_folder_with_something_else_is_left_alone(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,8 +56,8 @@ def test_interrupt(tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert "learns from" in process.stdout.readline()
-    assert process.stdout.readline().startswith("iter     1")  # and 99 999 more
+    while not process.stdout.readline().startswith("2. "):  # 100 000 updates
+        assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -99,7 +76,7 @@ def test_a_reader_that_leaves(tmp_path: Path) -> None:
         timeout=120,
         check=False,
     )
-    assert "learns from" in done.stdout
+    assert done.stdout.startswith("1. ")
     assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
 
 

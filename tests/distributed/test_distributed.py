@@ -177,7 +177,7 @@ class Fine:
 
     def __init__(self, folder: Path, model: Path) -> None:
         self.folder, self.model = folder, model
-        from compiled_adam.commands.demo import texts
+        from compiled_adam.commands.small_model import texts
 
         chance, text = random.Random(0), texts()[1].replace("~", "-")
         pieces = [text[200 * i : 200 * i + chance.randrange(10, 190)] for i in range(48)]

@@ -32,7 +32,13 @@ JOBS: dict[str, dict[str, Any]] = {
     "mixed": {"depth": 3, "dtype": "mixed", "limit": 10},
     "8bit": {**WIDE, "optimizer": {"moments": "8bit"}},
     "bfloat16 moments": {**WIDE, "optimizer": {"moments": "bfloat16"}},
-    "groups": {"depth": 3, "optimizer": {"learning_rate_multipliers": {"layers.0": 0.1, "layers.[24]": 3.0}}},
+    "groups": {
+        "depth": 3,
+        "optimizer": {
+            "learning_rate_multipliers": {"layers.0": 0.1, "layers.[24]": 3.0},
+            "groups": {"bias": {"betas": [0.5, 0.9], "weight_decay": 0.3}},
+        },
+    },
     "stock": {"depth": 3, "stock": "AdamW"},
     "muon": {"depth": 3, "stock": "Muon"},
     "compensated": {"depth": 3, "dtype": "mixed", "compensated": "Lion", "accumulate": 2, "poisoned": 2},

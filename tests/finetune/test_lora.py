@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import compiled_adam as ca
@@ -9,7 +10,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from compiled_adam.commands.demo import texts
+from compiled_adam.commands.small_model import texts
 from compiled_adam.finetune import batches, validation
 from mlx.utils import tree_flatten
 from mlx_lm import load
@@ -148,8 +149,10 @@ def test_progress_in_a_pipe_is_plain_lines(tiny_model: Path, tmp_path: Path, cap
     run(ca.train, tiny_model, "lora", ca.Adam(1e-3), tmp_path, steps_per_report=4)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines if "tokens/s" in line] == ["4", "8"]
-    for word in ("loss", "lr", "norm", "tokens/s", "peak", "traces"):
-        assert word in lines[-1], word
+    for word in ("loss", "lr", "norm", "tokens/s", "peak", "epoch", "left"):
+        assert word in lines[-2], word
+    assert re.fullmatch(r"8 iterations in .*; best \d\.\d{4} at \d", lines[-1])
+    assert "traces" not in "".join(lines)  # as nothing is wrong with them
     assert not any("\x1b" in line for line in lines)
 
 

@@ -136,6 +136,8 @@ def test_the_ends_of_the_ranges(tmp_path: Path) -> None:
         ("optimizer_config: {adamw: {learning_rate: 0.1}}", "has the key 'learning_rate'.*an option of its own"),
         ("optimizer_config: {adamw: {betas: [0.9, .nan]}}", "optimizer_config of adamw: beta2 of betas is nan"),
         ("optimizer_config: {adamw: {betas: 0.9}}", "optimizer_config of adamw: betas is 0.9; it must be two numbers"),
+        ("optimizer_config: {adamw: {groups: {lora_b: {lr: 2}}}}", "of adamw: groups\\['lora_b'\\] has the key 'lr'"),
+        ("optimizer_config: {adam: {groups: {b: {weight_decay: 0}}}}", "adam: groups.*; weight decay is in AdamW"),
         ("optimizer_config: {adamw: {weight_decay: '0.1'}}", "weight_decay is '0.1'.*write it without quotes"),
         ("optimizer_config: {sgd: {momentum: .inf}}", "optimizer_config of sgd: momentum is inf"),
         ("optimizer_config: {sgd: {momentum: -1}}", "optimizer_config of sgd: momentum is -1"),

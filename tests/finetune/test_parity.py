@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from compiled_adam.commands.demo import texts
+from compiled_adam.commands.small_model import texts
 from mlx_lm import load
 from mlx_lm.tuner import trainer
 from mlx_lm.tuner.callbacks import TrainingCallback

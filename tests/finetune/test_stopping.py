@@ -161,7 +161,9 @@ def test_early_stop_and_best(tiny_model: Path, tmp_path: Path, monkeypatch: pyte
     log = read(tmp_path / "log.jsonl")
     assert [entry["val_loss"] for entry in log if "val_loss" in entry] == [3.0, 2.0, None, None, 2.0]
     assert log[-1]["iteration"] == 12 and "val_loss" in log[-1]  # stopped before the step of iteration 12
-    assert sorted(os.listdir(tmp_path / "best")) == ["adapter_config.json", "adapters.safetensors"]
+    assert sorted(os.listdir(tmp_path / "best")) == ["adapter_config.json", "adapters.safetensors", "best.json"]
+    # The validation was made before the step of this iteration, as the log says it.
+    assert json.loads((tmp_path / "best" / "best.json").read_text()) == {"iteration": 3, "val_loss": 2.0}
     best = weights(tmp_path / "best" / "adapters.safetensors")
     last = weights(tmp_path / "adapters.safetensors")
     for path, array in best.items():

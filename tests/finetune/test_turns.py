@@ -306,7 +306,7 @@ def test_the_command_trains_validates_and_tests_on_turns_alone(job, chat, tmp_pa
 def test_a_resumed_run_trains_the_same_turns(job, capsys) -> None:
     assert job("--train", "--assistant-only-loss") == 0
     assert job("--train", "--resume", "--iters", "6") == 2
-    assert re.search(r"assistant_only_loss +None +True\n +data +rows", capsys.readouterr().err)
+    assert re.search(r"--assistant-only-loss +None +True\n +data +rows", capsys.readouterr().err)
     assert job("--train", "--resume", "--iters", "6", "--assistant-only-loss") == 0
 
 

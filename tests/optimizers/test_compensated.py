@@ -368,8 +368,11 @@ def test_inside_a_multi_optimizer_and_repr() -> None:
     step = ca.make_step(net(), squared_error, optim.MultiOptimizer(parts, [lambda path, p: p.ndim > 1]))
     result = step(*inputs(0))
     assert result.skipped.item() == 0 and step(*[mx.array(float("nan")) * x for x in inputs(1)]).skipped.item() == 2
-    assert repr(parts[0]) == "Compensated(Muon, max_grad_norm=None, skip_nonfinite=True)"
-    assert repr(ca.Compensated(both())).startswith("Compensated(MultiOptimizer([Muon, AdamW]), ")
+    assert repr(parts[0]) == "Compensated(Muon(learning_rate=0.01), skip_nonfinite=True; skipped=1)"
+    many = ca.Compensated(both(), max_grad_norm=0.5)
+    assert repr(many) == (
+        "Compensated(MultiOptimizer(Muon(learning_rate=0.01), AdamW(learning_rate=0.01)), max_grad_norm=0.5)"
+    )
 
 
 class OwnUpdate(optim.SGD):

@@ -46,7 +46,11 @@ def batch(i: int) -> mx.array:
 
 OPTIONS: dict[str, dict] = {
     "plain": {},
-    "groups": {"decay_filter": ca.decay_matrices, "learning_rate_multipliers": {"scales": 2.0}},
+    "groups": {
+        "decay_filter": ca.decay_matrices,
+        "learning_rate_multipliers": {"scales": 2.0},
+        "groups": {r"tables\.[0-4]": {"betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.3}},
+    },
     "clip and guard": {"max_grad_norm": 0.1, "skip_nonfinite": True},
     "schedule": {"learning_rate": ca.schedulers.cosine(1e-2, 10, warmup=2)},
     "bfloat16 moments": {"moments": "bfloat16"},
@@ -248,7 +252,7 @@ def test_rows_of_one_shape_are_not_made_flat_first(shapes: list[tuple[int, ...]]
 
 
 def test_a_leaf_of_the_greatest_small_size_is_packed() -> None:
-    leaf = packing.Leaf(4, mx.float32, Group(1.0, True), Form("float32", False, False))
+    leaf = packing.Leaf(4, mx.float32, Group(), Form("float32", False, False))
     assert packing.packs([leaf] * 2, small=4) == [(0, 1)]
     assert packing.packs([leaf] * 2, small=3) == []
 

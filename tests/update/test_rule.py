@@ -73,6 +73,17 @@ def test_the_kernels_of_a_fused_leaf(
     assert {name: n for name, n in found.items() if name in norm} == (dict.fromkeys(norm, 1.0) if needs_norm else {})
 
 
+@pytest.mark.parametrize(("dtype", "count"), [(mx.float32, 1), (mx.bfloat16, 3)])
+def test_groups_add_no_kernel_to_a_leaf(dtype: mx.Dtype, count: int) -> None:
+    own = {"learning_rate": 0.5, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.3}
+    groups = {"p[25]": own, "p[36]": {"betas": (0.7, 0.9), "weight_decay": 0.0}}  # five have all groups already
+    options = {"bias_correction": True, "max_grad_norm": 1.0, "skip_nonfinite": True, "lowering": "fused"}
+    found = per_leaf(dtype, groups=groups, **options)
+    norm = ("CompiledAbs", "Sum")
+    assert sum(n for name, n in found.items() if not name.startswith(norm)) == count, found
+    assert all(name.startswith(("Compiled", "AsType", *norm)) for name in found), found
+
+
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 def test_the_scalar_chain_stays_out_of_the_kernel_of_a_single_parameter(dtype: mx.Dtype) -> None:
     # MLX would fuse it with its only consumer: two expm1 for every element.
