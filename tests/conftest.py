@@ -70,6 +70,13 @@ def seed() -> None:
 
 
 @pytest.fixture
+def on_cpu() -> Iterator[None]:
+    """For a test of what the CPU does, whatever the default device is."""
+    with mx.stream(mx.cpu):
+        yield
+
+
+@pytest.fixture
 def only_new_objects() -> Iterator[None]:
     """The garbage collector neither visits nor lists what exists already. Else counting takes most of a test's time."""
     gc.freeze()

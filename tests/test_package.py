@@ -116,6 +116,7 @@ def test_import_does_not_need_mlx_lm(run, tmp_path: Path) -> None:
 def test_without_a_compiler_on_the_path_the_numbers_are_the_same(run) -> None:
     code = """
 import mlx.core as mx, mlx.nn as nn, compiled_adam as ca
+mx.set_default_device(mx.cpu)  # a GPU needs no compiler
 mx.random.seed(0)
 model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.2), nn.Tanh(), nn.Linear(8, 1))
 step = ca.make_step(model, lambda model, x: mx.square(model(x) - 1).mean(), ca.AdamW(1e-2))

@@ -51,11 +51,12 @@ class Structure:
     """The containers of a tree. It detects whether they have changed, and can restore their content.
 
     A container that occurs twice (tied modules) counts once, under the first path. Containers inside tuples count.
-    Arrays directly in a tuple cannot be assigned and are ignored, as in MLX.
+    Arrays directly in a tuple cannot be assigned and are ignored, as in MLX. With ``freezing=False`` it is no change if
+    parameters are frozen or unfrozen.
     """
 
-    def __init__(self, root: Any) -> None:
-        self._root = root
+    def __init__(self, root: Any, *, freezing: bool = True) -> None:
+        self._root, self._freezing = root, freezing
         self._nodes: list[tuple[Any, Any, list[tuple[Any, Any]], set[str] | None]] = []
         self._constants: dict[tuple[int, Any], tuple[Any, Any, mx.array]] = {}  # arrays that `follow` has accepted
         self.modules: list[nn.Module] = []
@@ -79,7 +80,7 @@ class Structure:
             if isinstance(node, nn.Module):
                 self.modules.append(node)
             if not isinstance(node, tuple):
-                frozen = set(node._no_grad) if isinstance(node, nn.Module) else None
+                frozen = set(node._no_grad) if freezing and isinstance(node, nn.Module) else None
                 self._nodes.append((node, _keys(node), children, frozen))
 
     def intact(self) -> bool:
@@ -96,7 +97,7 @@ class Structure:
             for node, keys, children, frozen in self._nodes
         ):
             return True
-        return self.follow(Structure(self._root), [])
+        return self.follow(Structure(self._root, freezing=self._freezing), [])
 
     def children(self) -> tuple[list[Any], list[Any], list[Any]]:
         """Three lists about all containers below the root: the parent, the key in the parent, and the container."""

@@ -1,4 +1,8 @@
-"""Functions by which a train step reads and converts the state of any MLX optimizer, ours or not."""
+"""Functions by which a train step reads and converts the state of any optimizer: ours, MLX's, or of one's own class.
+
+One's own class has ``init(parameters)`` and ``apply_gradients(gradients, parameters)``. All arrays in its
+attributes are its state.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +30,39 @@ _MADE = {
 }
 
 
+def is_mlxs(optimizer: object) -> bool:
+    """Whether the optimizer is of a class of MLX or derived from one, as ours are."""
+    return isinstance(optimizer, optim.Optimizer)
+
+
+def tree(optimizer: optim.Optimizer) -> Any:
+    """The tree that has the optimizer's arrays: the state, or the attributes of an optimizer of one's own class."""
+    return optimizer.state if is_mlxs(optimizer) else vars(optimizer)
+
+
 def states(optimizer: optim.Optimizer) -> list[Any]:
-    """The state dictionary of the optimizer, or of each optimizer inside a MultiOptimizer."""
-    return [part.state for part in parts(optimizer)]
+    """The tree of the optimizer, or of each optimizer inside a MultiOptimizer."""
+    return [tree(part) for part in parts(optimizer)]
+
+
+def schedules(optimizer: optim.Optimizer) -> dict[str, Callable[[mx.array], Any]]:
+    """The schedules of one part by the name of the value that each determines."""
+    return optimizer._schedulers if is_mlxs(optimizer) else {}
+
+
+def init(optimizer: optim.Optimizer, parameters: Any) -> None:
+    """Creates missing state. Arrays that exist are kept, unless they belong to a parameter of another shape."""
+    if is_mlxs(optimizer):
+        optimizer.init(parameters)
+        return
+    before = flat_state(optimizer)
+    optimizer.init(parameters)
+    structure = Structure(vars(optimizer))
+    if structure.modules:
+        raise InputError(f"{type(optimizer).__name__} keeps a module in its attributes; keep arrays and numbers only")
+    for path, container, key in structure.leaves:
+        if path in before and before[path].shape == container[key].shape:
+            container[key] = before[path]
 
 
 class Wrapping(optim.Optimizer):
@@ -86,7 +120,7 @@ def twin(optimizer: optim.Optimizer, scalars: Sequence[dict[str, Any]]) -> optim
 def flat_state(optimizer: optim.Optimizer) -> dict[str, mx.array]:
     """The arrays of the state by their paths."""
     take_numbers(optimizer)
-    return {path: container[key] for path, container, key in Structure(optimizer.state).leaves}
+    return {path: container[key] for path, container, key in Structure(tree(optimizer)).leaves}
 
 
 def other_values(optimizer: optim.Optimizer) -> dict[str, Any]:
@@ -97,7 +131,9 @@ def other_values(optimizer: optim.Optimizer) -> dict[str, Any]:
 
 def learning_rate(optimizer: optim.Optimizer) -> mx.array | None:
     """The 0-d learning rate of the (first) optimizer. None for an optimizer without a learning rate."""
-    rate = parts(optimizer)[0]._state.get("learning_rate")  # `Adam.state` would put all moments into the tree
+    first = parts(optimizer)[0]
+    state = first._state if is_mlxs(first) else vars(first)  # `Adam.state` would put all moments into the tree
+    rate = state.get("learning_rate")
     return rate if isinstance(rate, mx.array) else None
 
 
@@ -112,7 +148,7 @@ def take_numbers(optimizer: optim.Optimizer) -> None:
 
     Raises TypeError if the assigned value is no number.
     """
-    for part in parts(optimizer):
+    for part in filter(is_mlxs, parts(optimizer)):
         state = part._state  # `Adam.state` would put all moments into the tree
         for name, dtype in (("step", mx.uint64), ("learning_rate", mx.float32)):
             if name in state and not isinstance(state[name], (mx.array, dict)):
@@ -122,7 +158,7 @@ def take_numbers(optimizer: optim.Optimizer) -> None:
 def begin_anew(optimizer: optim.Optimizer, parameters: Any) -> list[str]:
     """Replaces the state of each parameter whose shape has changed by new state; returns the paths."""
     found = []
-    for part in parts(optimizer):
+    for part in filter(_has_init_single, parts(optimizer)):
         for path, parameter, container, key in list(_with_state(parameters, part.state, "")):
             fresh: dict[str, Any] = {}
             part.init_single(parameter, fresh)
@@ -131,6 +167,10 @@ def begin_anew(optimizer: optim.Optimizer, parameters: Any) -> list[str]:
                 container[key] = fresh
                 found.append(path)
     return found
+
+
+def _has_init_single(optimizer: optim.Optimizer) -> bool:
+    return is_mlxs(optimizer) and type(optimizer).init_single is not optim.Optimizer.init_single
 
 
 def _with_state(parameters: Any, state: Any, prefix: str) -> Iterator[tuple[str, mx.array, Any, Any]]:
@@ -165,11 +205,11 @@ def description(optimizer: optim.Optimizer) -> dict[str, Any]:
         own: dict[str, Any] = {"optimizer": type(part).__name__}
         own |= {name: value[0] if len(value) == 1 else value for name, value in _public(part).items()}
         own |= getattr(part, "options", {})
-        schedules: dict[str, Callable[[mx.array], Any]] = part._schedulers
-        for name, schedule in schedules.items():
+        for name, schedule in schedules(part).items():
             own[name] = [float(schedule(mx.array(step))) for step in _SAMPLED]
-        if "learning_rate" in part.state and "learning_rate" not in schedules:
-            own["learning_rate"] = part.state["learning_rate"].item()
+        rate = tree(part).get("learning_rate")
+        if isinstance(rate, mx.array) and "learning_rate" not in own:
+            own["learning_rate"] = rate.item()
         found |= {name if len(its) == 1 else f"optimizers.{i}.{name}": value for name, value in own.items()}
     for i, each in enumerate(every(optimizer)):
         if isinstance(each, Wrapping):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.optimizers as optim
 
 from ..base import shown
+from . import any_optimizer
 from .group_options import as_given
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def of_any(optimizer: optim.Optimizer) -> str:
 
 
 def _rate(optimizer: optim.Optimizer) -> str:
-    state = optimizer._state  # `Adam.state` would put all moments into the tree
-    rate = optimizer._schedulers.get("learning_rate", state.get("learning_rate"))
+    # `Adam.state` would put all moments into the tree.
+    state = optimizer._state if any_optimizer.is_mlxs(optimizer) else vars(optimizer)
+    rate = any_optimizer.schedules(optimizer).get("learning_rate", state.get("learning_rate"))
     return "" if rate is None else f"learning_rate={shown(rate)}"

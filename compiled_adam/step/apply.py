@@ -121,9 +121,13 @@ class Trees:
         numbers = any_optimizer.other_values(self._optimizer)
         put_back = self._structure.snapshot()
         weights = self._parameters.read()
+        mlxs = [vars(part) for part in any_optimizer.parts(self._optimizer) if any_optimizer.is_mlxs(part)]
+        roots = [attributes["_state"] for attributes in mlxs]  # an update may assign another dictionary
 
         def all_back() -> None:
             put_back()
+            for attributes, root in zip(mlxs, roots, strict=True):
+                attributes["_state"] = root
             self._parameters.write(weights)
 
         def traced() -> tuple[list[mx.array], list[mx.array], mx.array]:
@@ -139,14 +143,24 @@ class Trees:
                     raise
                 known = getattr(self._optimizer, "grad_norm", None)  # our `Adam` has computed it if it clips or skips
                 norm = known if isinstance(known, mx.array) else global_norm(gradients)
-            if not self._structure.intact():
-                raise InputError("the optimizer changed the structure of its state; create all of it in init_single")
+            new_state = self._new_state()
             self._refuse_other_numbers(numbers)
-            new_state = self._state.read()
             all_back()
             return new, new_state, norm
 
         return undone_on_error(traced, all_back)
+
+    def _new_state(self) -> list[mx.array]:
+        """The arrays of the state after the update, also if it has replaced containers, as with ``tree_map``."""
+        if self.intact():
+            return self._state.read()
+        now = {p: container[key] for p, container, key in Structure(any_optimizer.states(self._optimizer)).leaves}
+        if now.keys() != set(self._state.paths):
+            names = ", ".join(sorted(now.keys() ^ set(self._state.paths)))
+            raise InputError(
+                f"the optimizer's update adds or removes arrays of its state ({names}); create all in init"
+            )
+        return [now[path] for path in self._state.paths]
 
     def _refuse_other_shapes(self, parameters: list[mx.array], error: ValueError) -> None:
         for path, array, shape in zip(self._parameters.paths, parameters, self._shapes, strict=True):
@@ -163,12 +177,14 @@ class Trees:
             if now.get(path) is not value and now.get(path) != value:
                 raise InputError(
                     f"the optimizer's update changes {path!r} of its state, which is {type(value).__name__}, not"
-                    " an array: make it an mx.array in init_single"
+                    " an array: make it an mx.array in init_single or init"
                 )
 
     def _updated(self, gradients: list[mx.array], parameters: list[mx.array]) -> list[mx.array]:
         optimizer = self._optimizer
-        if type(optimizer).update not in (optim.Optimizer.update, Adam.update, Compensated.update):
+        if getattr(type(optimizer), "update", None) not in (
+            *(None, optim.Optimizer.update, Adam.update, Compensated.update),
+        ):
             # A subclass overrides `update` and expects a model with parameters, so call it on the model.
             self._parameters.write(parameters)
             optimizer.update(self._model, self._tree(gradients))

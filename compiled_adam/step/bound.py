@@ -16,6 +16,7 @@ from ..optimizers import Adam, ForSteps, any_optimizer
 from .apply import Trees
 from .apply_packed import PackedTrees
 from .gradient import GradientGraphs
+from .other_models import other_models
 from .settings import LossFunction, Settings
 from .update_graph import UpdateGraph
 
@@ -24,6 +25,8 @@ class Bound(NamedTuple):
     structure: Structure
     parameters: Places
     arrays: Places  # all arrays of the model; the parameters come first
+    inputs: Places  # the same, and after them the arrays of other models that loss_fn uses
+    others: Structure  # these other models
     paths: set[str]  # the paths of the trainable parameters; a tied parameter has several
     template: Any  # the tree of parameters with an index in place of each array
     shard: Shard | None
@@ -33,7 +36,7 @@ class Bound(NamedTuple):
 
     def intact(self) -> bool:
         """Whether the arrays of the model and of the optimizer are still in the same containers."""
-        return self.structure.intact() and self.trees.intact()
+        return self.structure.intact() and self.trees.intact() and self.others.intact()
 
     def tree(self, arrays: list[mx.array]) -> Any:
         """A flat list of one array per parameter, as a tree."""
@@ -78,16 +81,19 @@ def bind(model: nn.Module, loss_fn: LossFunction, optimizer: optim.Optimizer, se
         trees = PackedTrees(optimizer, parameters, template)
     else:
         trees = Trees(model, optimizer, parameters, template, shard)
-    gradients = GradientGraphs(model, loss_fn, structure, arrays, len(found), settings)
+    its = other_models(loss_fn, model)
+    known = {(id(container), key) for container, key in arrays.places}  # layers that both models have
+    inputs = Places([*found, *others, *(leaf for leaf in its.leaves if (id(leaf[1]), leaf[2]) not in known)])
+    gradients = GradientGraphs(model, loss_fn, structure, its, inputs, len(found), settings)
     graph = UpdateGraph(optimizer, trees, dtypes, settings)
     paths = {path for path, _, _ in along(trainable, trainable)}
-    return Bound(structure, parameters, arrays, paths, template, shard, trees, gradients, graph)
+    return Bound(structure, parameters, arrays, inputs, its, paths, template, shard, trees, gradients, graph)
 
 
 def init(optimizer: optim.Optimizer, parameters: Any, shard: Shard | None) -> None:
     """Creates missing state of the optimizer."""
     if shard is None:
-        optimizer.init(parameters)
+        any_optimizer.init(optimizer, parameters)
     else:
         shard.init(optimizer, parameters)
 

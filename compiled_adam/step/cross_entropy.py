@@ -24,7 +24,8 @@ def kept_cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
     memory. ``logits`` are (rows, vocabulary). A row whose loss does not count has the gradient 0, whatever its logits.
     """
     if mx.default_device() == mx.gpu:
-        return cross_entropy(logits, targets)
+        losses: mx.array = _counted(logits, targets)
+        return losses
     kept: Any = _kept(logits, targets)
     return kept[0]
 
@@ -49,5 +50,14 @@ def kept_gradient(
     return mx.where(factor == 0, 0.0, gradient).astype(logits.dtype), mx.zeros_like(targets)
 
 
+def _counted_gradient(inputs: Sequence[mx.array], cotangent: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
+    """MLX's gradient of `cross_entropy`, but 0 and never NaN for a row that does not count."""
+    logits, targets = inputs
+    _, (gradient,) = mx.vjp(lambda logits: cross_entropy(logits, targets), [logits], [cotangent])
+    return mx.where(cotangent[:, None] == 0, 0.0, gradient).astype(logits.dtype), mx.zeros_like(targets)
+
+
+_counted: Any = mx.custom_function(cross_entropy)
+_counted.vjp(_counted_gradient)
 _kept = mx.custom_function(kept)
 _kept.vjp(kept_gradient)

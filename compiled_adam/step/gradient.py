@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 
 from ..base import Compiled, InputError, Places, Structure, is_evaluated, operations, undone_on_error
 from . import signature as batches
+from .draws import without_draws
 from .settings import LossFunction, Settings
 
 
@@ -26,9 +27,10 @@ class Gradients(NamedTuple):
 
 
 class GradientGraphs:
-    """The gradient of ``loss_fn`` for a model whose arrays are at the places ``arrays``.
+    """The gradient of ``loss_fn`` for a model and the ``others`` that it uses.
 
-    The first ``trainable`` of these arrays are parameters. ``made`` and ``evicted`` count traces.
+    Their arrays are at the places ``arrays``. The first ``trainable`` of these are parameters. ``made`` and ``evicted``
+    count traces.
     """
 
     def __init__(
@@ -36,18 +38,20 @@ class GradientGraphs:
         model: nn.Module,
         loss_fn: LossFunction,
         structure: Structure,
+        others: Structure,
         arrays: Places,
         trainable: int,
         settings: Settings,
     ) -> None:
         self._model, self._loss_fn, self._settings = model, loss_fn, settings
-        self._structure, self._arrays, self._trainable = structure, arrays, trainable
+        self._structure, self._others, self._arrays, self._trainable = structure, others, arrays, trainable
+        self._modules = [*structure.modules, *others.modules]
         self.made = self.evicted = 0
         self._compiled: OrderedDict[Hashable, Compiled] = OrderedDict()
 
     def __call__(self, signature: Hashable, batch: list[mx.array]) -> Gradients:
         # Layers read `training` while they are traced, so a trace is valid for one value of each flag only.
-        key = signature, tuple([module.training for module in self._structure.modules])
+        key = signature, tuple([module.training for module in self._modules])
         graph = self._compiled.get(key)
         if graph is None:
             while len(self._compiled) >= self._settings.max_traces:
@@ -71,7 +75,8 @@ class GradientGraphs:
                 before = [*parameters, *arrays[self._trainable :]]
                 before_it = operations(before)
                 self._arrays.write(before)
-                loss, aux, weight = _taken_apart(self._loss_fn(self._model, *args, **kwargs), self._settings.weighted)
+                output = without_draws(lambda: self._loss_fn(self._model, *args, **kwargs))
+                loss, aux, weight = _taken_apart(output, self._settings.weighted)
                 self._follow_structure()
                 after = self._arrays.read()
                 changed = [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a is not b]
@@ -84,6 +89,11 @@ class GradientGraphs:
                 return loss
 
             originals, put_back = self._arrays.read(), self._structure.snapshot()
+            put_others_back = self._others.snapshot()
+
+            def undo() -> None:
+                put_back()
+                put_others_back()
 
             def traced() -> Any:
                 found = mx.value_and_grad(forward)(arrays[: self._trainable])
@@ -91,7 +101,7 @@ class GradientGraphs:
                 self._arrays.write(originals)
                 return found
 
-            loss, gradients = undone_on_error(traced, put_back)
+            loss, gradients = undone_on_error(traced, undo)
             aux, assigned, weight = rest
             return loss, aux, assigned, gradients, weight
 
@@ -115,11 +125,13 @@ class GradientGraphs:
 
 def _taken_apart(output: Any, weighted: bool) -> tuple[mx.array, list[Any], mx.array]:
     """The output of loss_fn as (loss, aux, weight). Raises an error that says what to return instead."""
+    if isinstance(output, dict) and "loss" in output:
+        output = output["loss"], {name: value for name, value in output.items() if name != "loss"}
     loss, *aux = output if isinstance(output, (tuple, list)) and output else (output,)
     if not isinstance(loss, mx.array):
         raise TypeError(
             f"loss_fn returned {type(loss).__name__} as the loss; return an mx.array of shape (),"
-            " or a tuple that begins with one"
+            " a tuple that begins with one, or a dict that has one as 'loss'"
         )
     if loss.shape != ():
         raise InputError(f"loss_fn returned a loss of shape {loss.shape}; reduce it to a scalar, as with .mean()")

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optim
 
 from ..base import InputError
 from ..distributed import reduce
@@ -30,8 +29,12 @@ def check_arguments(model: Any, loss_fn: Any, optimizer: Any) -> None:
         raise TypeError(f"model is {type(model).__name__}; pass an mlx.nn.Module")
     if not callable(loss_fn):
         raise TypeError(f"loss_fn is {type(loss_fn).__name__}; pass a function loss_fn(model, *batch)")
-    if optimizer is not None and not isinstance(optimizer, optim.Optimizer):
-        raise TypeError(f"optimizer is {type(optimizer).__name__}; pass an optimizer such as AdamW(learning_rate=1e-3)")
+    methods = (getattr(optimizer, name, None) for name in ("init", "apply_gradients"))
+    if isinstance(optimizer, type) or (optimizer is not None and not all(map(callable, methods))):
+        raise TypeError(
+            f"optimizer is {type(optimizer).__name__}; pass an optimizer such as AdamW(learning_rate=1e-3), or an"
+            " object with the methods init(parameters) and apply_gradients(gradients, parameters)"
+        )
 
 
 def checked(

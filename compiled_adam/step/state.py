@@ -98,12 +98,12 @@ class StepState:
 
     def _load_optimizer(self, state: dict[str, mx.array], convert: bool, assignments: Assignments) -> None:
         bound = self._current()
-        if convert:
+        if convert and any_optimizer.is_mlxs(self._optimizer):
             parameters = bound.tree(bound.parameters.read())
             create = partial(init, self._optimizer, parameters, bound.shard)
             any_optimizer.convert_state(self._optimizer, _its_own(bound, state), create)
         else:
-            for path, container, key in Structure(self._optimizer.state).leaves:
+            for path, container, key in Structure(any_optimizer.tree(self._optimizer)).leaves:
                 assignments.add(container, key, state[path][...])
 
     def _load_model(self, bound: Bound, state: dict[str, mx.array], assignments: Assignments) -> None:
@@ -130,6 +130,7 @@ class StepState:
             own = window.to_dict(window.empty(bound.parameters.read()), bound.parameters.paths, 1)
             rows += differences(own, state["window"])
         own, its = any_optimizer.flat_state(self._optimizer), _its_own(bound, state["optimizer"])
+        convert = convert and any_optimizer.is_mlxs(self._optimizer)
         return rows + (any_optimizer.inconvertible(own, its) if convert else differences(own, its))
 
 

@@ -37,16 +37,19 @@ class TrainStep:
     second value that loss_fn returns if ``weighted=True``.
 
     MLX traces loss_fn: the Python code runs once for each new batch signature and records a graph, the trace. A trace
-    keeps the Python values of that moment: arrays of other objects (a second model in a closure), attributes such as
-    a dropout rate, activation functions. Pass changing values in the batch. A change of a module's ``training`` flag
-    makes the step use (or trace) another graph. A schedule must be a pure function of the step.
+    keeps the Python values of that moment: arrays of other objects, attributes such as a dropout rate, activation
+    functions. Pass changing values in the batch. Other models that loss_fn refers to when `make_step` is called (a
+    discriminator, a teacher) are followed: the step uses their present arrays, and trains none of them. A change of a
+    module's ``training`` flag makes the step use (or trace) another graph. A schedule must be a pure function of the
+    step.
 
     Args:
         model: the module to train. The step updates the trainable parameters and keeps arrays that the forward pass
             assigns (such as running statistics). The random state (dropout) advances as it does without a step.
         loss_fn: ``loss_fn(model, *args, **kwargs)`` returns the loss (a 0-d float array), or a tuple that begins
-            with the loss.
-        optimizer: any ``mlx.optimizers`` optimizer. Default ``Adam(1e-3)``.
+            with the loss, or a dict that has the loss as ``"loss"``. Random numbers must come from ``mx.random``.
+        optimizer: any ``mlx.optimizers`` optimizer, or an object with ``init(parameters)`` and
+            ``apply_gradients(gradients, parameters)``, whose arrays are in its attributes. Default ``Adam(1e-3)``.
         accumulate: micro-batches per update, at least 1. Default 1.
         weighted: whether the second item of loss_fn's tuple is the weight of the batch: a 0-d array of at least 0,
             usually the number of tokens that the loss is a mean over. A batch of weight 0 adds nothing to the gradient,
@@ -114,7 +117,7 @@ class TrainStep:
             workers.check_alike(others, {"shard_state": shard_state})  # first: it decides which arrays are exchanged
             shard.complete(self._optimizer, others, model.parameters())
         for part in any_optimizer.parts(self._optimizer):
-            check_schedules(part._schedulers)
+            check_schedules(any_optimizer.schedules(part))
         self._state = StepState(self._optimizer, self._settings, self._current)
         self._bind()
         if others is not None:
@@ -238,8 +241,8 @@ class TrainStep:
         """Assigns the results of the forward pass and of the update, and the window, all at once."""
         bound = self._bound
         for index, array in assigned.items():
-            container, key = bound.arrays.places[index]
-            if index >= len(bound.parameters):
+            container, key = bound.inputs.places[index]
+            if len(bound.parameters) <= index < len(bound.arrays):
                 self._state.note_buffer(bound.arrays.paths[index], container[key], assignments)
             if update is None or index >= len(bound.parameters):
                 assignments.add(container, key, array)
@@ -255,12 +258,19 @@ class TrainStep:
         extra = update.sums[2] if update is not None and update.sums else None
         rate = any_optimizer.learning_rate(self._optimizer)
         self._remember()  # before the evaluation, because the update overwrites the memory of the old arrays
-        model, _, key = self._known
         state = None if update is None else update.state
-        evaluate(loss, aux, grad_norm, skipped, extra, rate, [a for *_, a in model], state, self._state.window, key)
+        changed = [self._bound.inputs.read(), state, self._state.window, random_state.get()]
+        evaluate(loss, aux, grad_norm, skipped, extra, rate, changed)
         # New array objects, so that editing the arrays of the state in place does not change this result.
         grad_norm, rate = (None if array is None else array[...] for array in (grad_norm, rate))
-        return StepResult(loss, tuple(aux), grad_norm, rate, update is not None, skipped, extra)
+        return StepResult(
+            (loss, *aux),
+            grad_norm=grad_norm,
+            learning_rate=rate,
+            updated=update is not None,
+            skipped=skipped,
+            extra=extra,
+        )
 
     # Saving and continuing.
 

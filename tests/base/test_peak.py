@@ -34,6 +34,7 @@ def test_memory_of_graphs_counted_by_hand() -> None:
     assert in_matrices(lambda x: chain(x, 3, keep=True)) == 3
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_allocation_is_ahead_of_computation() -> None:
     """A chain of products needs two at once. But MLX's first thread allocates them before the second one is done."""
     assert in_matrices(lambda x: chain(x, 8)) == 8
@@ -53,6 +54,7 @@ def test_the_kernels_are_those_of_mlx() -> None:
     assert len(ours) == pytest.approx(kernels(mx.compile(function)(x)).total(), abs=1)
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_the_peak_is_the_measured_one() -> None:
     """Longer than what is ahead, with all that a layer has: it is within the jitter of two threads."""
 

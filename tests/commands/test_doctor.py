@@ -22,6 +22,9 @@ def findings(done) -> dict[str, dict[str, str]]:
     return {finding.pop("name"): finding for finding in found["findings"]}
 
 
+needs_cpu = pytest.mark.skipif(mx.default_device() != mx.Device(mx.cpu), reason="a GPU needs no g++")
+
+
 @pytest.fixture
 def kernel_cache(tmp_path: Path) -> str:
     """A temporary folder of its own, for what must not meet the kernels that MLX keeps."""
@@ -47,6 +50,7 @@ def test_here_training_works(run) -> None:
         assert found[name]["state"] == "ok" and not found[name]["advice"], found[name]
 
 
+@needs_cpu
 def test_without_a_compiler_it_works_and_says_what_to_do(run) -> None:
     done = run(*DOCTOR, "--json", PATH="/nonexistent")
     assert done.returncode == 0, done.stderr
@@ -61,6 +65,7 @@ def test_mlx_told_not_to_compile(run) -> None:
     assert found["mx.compile"]["advice"] == "unset MLX_DISABLE_COMPILE"
 
 
+@needs_cpu
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 def test_a_compiler_that_does_not_work(run, tmp_path: Path, kernel_cache: str) -> None:
     fake = tmp_path / "g++"
@@ -75,6 +80,7 @@ def test_a_compiler_that_does_not_work(run, tmp_path: Path, kernel_cache: str) -
     assert run(*DOCTOR, PATH=path).returncode == 1
 
 
+@needs_cpu
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 def test_a_damaged_cache_of_kernels(run, kernel_cache: str) -> None:
     assert run(*DOCTOR).returncode == 0
@@ -113,6 +119,7 @@ def test_without_a_backend_the_command_is_a_sentence(run, tmp_path: Path) -> Non
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_a_slow_blas(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.blas, "used", lambda: "reference BLAS")
     monkeypatch.setattr(doctor.blas, "is_slow", lambda: True)

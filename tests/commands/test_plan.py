@@ -138,6 +138,7 @@ def test_the_whole_page_is_what_is_computed() -> None:
     assert scaling.PAGE.read_text() == scaling.page(), "run python -m bench.scaling"
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_command(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = str(tiny_model / "config.json")
     assert (

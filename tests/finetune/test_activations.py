@@ -98,6 +98,7 @@ def test_nothing_is_evaluated_and_the_model_stays_as_it_was() -> None:
     assert [type(layer) for layer in model.layers] == classes
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_what_saves_memory_is_planned_to_save_it() -> None:
     """A large vocabulary, and many layers: the order of the four ways is that of the measured ones."""
     model = model_of({**LLAMA, "vocab_size": 65536, "num_hidden_layers": 12}, "lora", "bfloat16")

@@ -98,7 +98,9 @@ def test_without_a_target_loss_and_gradient_are_zero() -> None:
     assert all(mx.all(gradient == 0).item() for _, gradient in tree_flatten(gradients))
 
 
-def test_rows_that_do_not_count_may_be_infinite() -> None:
+@pytest.mark.parametrize("device", [mx.cpu, mx.gpu])
+def test_rows_that_do_not_count_may_be_infinite(device: mx.DeviceType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(device))  # chooses how the gradient is computed
     model, (tokens, targets, mask) = Tied(), batch()
     hidden = mx.where(mask[..., None], model.hidden(tokens), mx.inf)
     ours = mx.value_and_grad(

@@ -437,7 +437,9 @@ def test_an_integer_parameter_is_named() -> None:
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        (np.ones((2, 4)), r"batch\[0\] is numpy.ndarray"),
+        (np.array(["a", "b"]), r"batch\[0\] is a NumPy array of dtype <U1, .* leave it out"),
+        ({"x": np.array([object()])}, r"batch\[0\]\['x'\] is a NumPy array of dtype object"),
+        (nn.Linear(4, 1), r"batch\[0\] is a module, Linear; let loss_fn use it"),
         ({"x": [object()]}, r"batch\[0\]\['x'\]\[0\] is builtins.object"),
     ],
 )

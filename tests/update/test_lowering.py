@@ -120,16 +120,15 @@ def test_in_place_needs_no_memory_of_its_own(
     assert mx.get_peak_memory() - before <= (bytes_each + 0.02 * 3 * 4) * size
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_on_the_cpu_large_leaves_are_shared_out_to_two_streams() -> None:
-    with mx.stream(mx.cpu):
-        sizes = [10, kernels.LARGE, 2 * kernels.LARGE, kernels.LARGE, kernels.LARGE - 1, kernels.LARGE]
-        found = kernels.of_leaves("auto", sizes)
-        default = mx.default_stream(mx.cpu)
+    sizes = [10, kernels.LARGE, 2 * kernels.LARGE, kernels.LARGE, kernels.LARGE - 1, kernels.LARGE]
+    found = kernels.of_leaves("auto", sizes)
+    default = mx.default_stream(mx.cpu)
     assert [how.inplace for how in found] == [False, True, True, True, False, True]
     assert [how.stream == default for how in found] == [True, True, False, True, True, True]
     assert all(how == kernels.Lowering(False, default) for how in kernels.of_leaves("fused", sizes))
-    with mx.stream(mx.cpu):
-        inplace = kernels.of_leaves("inplace", sizes)
+    inplace = kernels.of_leaves("inplace", sizes)
     assert [how.stream for how in inplace] == [how.stream for how in found]
     assert all(how.inplace and not how.heron for how in inplace)
 
@@ -191,6 +190,7 @@ def test_an_optimizer_goes_on_in_another_thread() -> None:
     assert optimizer.step.item() == 2
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_a_transposed_gradient_is_put_in_order_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """As nn.Linear's are: each kernel of the update would read it element by element."""
     stream = mx.default_stream(mx.cpu)
@@ -213,6 +213,7 @@ def test_a_transposed_gradient_is_put_in_order_once(monkeypatch: pytest.MonkeyPa
     assert seen == [(200, 300)] * 2
 
 
+@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5, "skip_nonfinite": True}])
 def test_small_half_precision_leaves_are_joined_in_a_called_update(options: dict) -> None:
     shapes = {"rows": (3, 16), "more rows": (5, 16), "scalar": (), "flat": (7,), "deep": (2, 3, 4), "other": (9,)}
