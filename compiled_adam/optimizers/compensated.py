@@ -279,6 +279,12 @@ def _check(optimizer: object) -> None:
                 f"{name} has an update method of its own, which Compensated would not call; override apply_single or"
                 " apply_gradients instead"
             )
+    for part in any_optimizer.parts(optimizer):
+        if not any_optimizer.has_init_single(part):
+            raise InputError(
+                f"{type(part).__name__} has no init_single, with which Compensated makes the state of a parameter;"
+                " override init_single and apply_single"
+            )
 
 
 def _check_leaf(path: str, gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> None:

@@ -380,6 +380,11 @@ class OwnUpdate(optim.SGD):
         super().update(model, gradients)
 
 
+class OwnInit(optim.Optimizer):
+    def init(self, parameters):
+        self.state["all"] = mx.zeros(3)
+
+
 class Counts(optim.SGD):
     def init_single(self, parameter, state):
         state["count"] = 0
@@ -400,6 +405,7 @@ class Counts(optim.SGD):
             "use it without Compensated; put mlx.optimizers.AdamW there",
         ),
         (lambda: OwnUpdate(1e-3), "OwnUpdate has an update method of its own"),
+        (OwnInit, "OwnInit has no init_single"),
     ],
 )
 def test_what_cannot_be_wrapped(make: Callable[[], object], message: str) -> None:
