@@ -33,7 +33,7 @@ def _movement(rows: list[Row]) -> Any:
         found = sorted(
             (row["learning_rate"], 100 * row["movement"])
             for row in rows
-            if row["dtype"] == "bfloat16" and row["contender"] == contender
+            if row["dtype"] == "bfloat16" and row["contender"] == contender and "optimizer" not in row
         )
         axes.plot(*zip(*found, strict=True), "o-", color=colour, label=label)
     axes.set_xscale("log")

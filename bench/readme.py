@@ -16,7 +16,7 @@ from . import numerics, plots
 from .contenders import COMPILED, EAGER, OURS, STEP, TORCH
 
 ROOT = Path(__file__).parent.parent
-PAGE, README = ROOT / "docs" / "benchmarks.md", ROOT / "README.md"
+PAGE, NUMERICS, README = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "numerics.md", ROOT / "README.md"
 
 
 WORKLOADS = ("1000 x 64", "448 x (8x1024)", "95 M GPT-2")  # of which the page has a row; the record has all
@@ -52,6 +52,8 @@ def numerics_table(record: dict[str, Any]) -> str:
     """How far weights move, and how much of them decays, as parts of what is right; a row for each way to store."""
     rows: dict[tuple[str, str], dict[float, dict[str, Any]]] = {}
     for row in record["numerics"]:
+        if "optimizer" in row:
+            continue
         rows.setdefault((row["dtype"], row["contender"]), {})[row["learning_rate"]] = row
     rates = sorted({row["learning_rate"] for row in record["numerics"]}, reverse=True)
     lines = [
@@ -64,6 +66,27 @@ def numerics_table(record: dict[str, Any]) -> str:
             cells.append(numerics.percent(by_rate[1e-4]["decay"]))
             lines.append(f"| {dtype} | {contender} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def others_table(record: dict[str, Any]) -> str:
+    """What MLX's other optimizers do alone and in `Compensated`, to weights of one dtype in a row."""
+    rows: dict[tuple[str, str], dict[tuple[float, str], dict[str, Any]]] = {}
+    for row in record["numerics"]:
+        if "optimizer" in row:
+            rows.setdefault((row["optimizer"], row["dtype"]), {})[row["learning_rate"], row["contender"]] = row
+    rates = sorted({rate for by_key in rows.values() for rate, _ in by_key}, reverse=True)
+    heads = [*(f"movement, lr {rate:g}" for rate in rates), "decay, lr 0.0001"]
+    lines = [f"| optimizer | weights | {' | '.join(heads)} |", "|---" * (len(heads) + 2) + "|"]
+    for (optimizer, dtype), by_key in rows.items():
+        cells = [_pair(by_key, rate, "movement") for rate in rates] + [_pair(by_key, 1e-4, "decay")]
+        lines.append(f"| {optimizer} | {dtype} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _pair(by_key: dict[tuple[float, str], dict[str, Any]], rate: float, what: str) -> str:
+    """A figure of stock and of ours in one cell."""
+    stock, ours = by_key[rate, "mlx"], by_key[rate, "compiled_adam"]
+    return f"{numerics.percent(stock[what])}, {numerics.percent(ours[what])}" if what in ours else "-"
 
 
 POLICIES = ("mlx", "float32", "bfloat16", "8bit")  # likewise
@@ -104,18 +127,22 @@ def step_table(record: dict[str, Any]) -> str:
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "update": update_table,
     "numerics": numerics_table,
+    "others": others_table,
     "quality": quality_table,
     "step": step_table,
 }
-PAGES = {PAGE: tuple(TABLES), README: ("step",)}
+RECORDS = {"others": "numerics"}  # of a table that has not the name of the record
+PAGES = {PAGE: ("update", "numerics", "quality", "step"), NUMERICS: ("others",), README: ("step", "others")}
 
 
 def rendered(page: str, names: Sequence[str]) -> str:
     """``page`` with what stands between the markers of each table replaced by what the records say."""
     for name in names:
         table = TABLES[name]
-        record = json.loads((Path(__file__).parent / "results" / f"{name}-linux-cpu.json").read_text())
-        pattern = re.compile(rf"(<!-- {name} table -->\n)(?:.*?\n)?(<!-- end -->)", re.S)
+        record = json.loads(
+            (Path(__file__).parent / "results" / f"{RECORDS.get(name, name)}-linux-cpu.json").read_text()
+        )
+        pattern = re.compile(rf"(<!-- {name} table -->\n)(?:.*?\n)??(<!-- end -->)", re.S)
         page, count = pattern.subn(lambda match: f"{match[1]}{table(record)}\n{match[2]}", page)  # noqa: B023
         if count != 1:
             raise InputError(f"the page has {count} places for the {name} table; it must have one")

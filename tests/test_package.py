@@ -146,6 +146,11 @@ def test_tables_are_the_records() -> None:
     assert "| 95 M GPT-2 | bfloat16 |" in readme.PAGE.read_text()
 
 
+def test_an_empty_place_for_a_table_ends_at_its_own_end() -> None:
+    page = "<!-- others table -->\n<!-- end -->\nkept\n<!-- step table -->\nold\n<!-- end -->\n"
+    assert "\nkept\n<!-- step table -->\nold\n" in readme.rendered(page, ("others",))
+
+
 def test_picture_is_of_the_record() -> None:
     # Matplotlib's versions draw a little differently, so only what is said is compared.
     def said(svg: str) -> list[str]:

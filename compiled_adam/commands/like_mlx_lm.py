@@ -23,6 +23,12 @@ def options_of_adam(args: types.SimpleNamespace) -> dict[str, Any]:
     return {**defaults, **args.optimizer_config.get(args.optimizer, {}), **given}
 
 
+def options_of_others(args: types.SimpleNamespace) -> dict[str, Any]:
+    """The keywords for `Compensated`, which the other optimizers are in: defaults, below the options of the job."""
+    skip = not args.like_mlx_lm if args.skip_nonfinite is None else args.skip_nonfinite
+    return {"max_grad_norm": args.max_grad_norm, "skip_nonfinite": skip}
+
+
 def schedule(args: types.SimpleNamespace) -> Callable[[Any], Any]:
     """The learning rates of ``lr_schedule``. mlx-lm repeats the peak after a warmup, but knows only MLX's schedules."""
     if args.like_mlx_lm and hasattr(optim.schedulers, args.lr_schedule["name"]):
@@ -32,13 +38,15 @@ def schedule(args: types.SimpleNamespace) -> Callable[[Any], Any]:
 
 def differences(args: types.SimpleNamespace) -> str:
     """A line with everything that makes the results of a job differ from those of ``mlx_lm.lora``."""
-    options = options_of_adam(args) if args.optimizer in ("adam", "adamw") else {}
+    ours = args.optimizer in ("adam", "adamw")
+    options = options_of_adam(args) if ours else options_of_others(args)
     found = {
         "batches of similar length": args.group_by_length or args.batch_tokens is not None,
         "no loss on padding": not args.like_mlx_lm or args.chunked_loss,
         "bias correction": options.get("bias_correction", False),
         f"weights cast to {args.dtype}": args.dtype is not None,
         "updates with NaN skipped": options.get("skip_nonfinite", False),
+        "AdamW for all but the matrices of layers": args.optimizer == "muon" and not args.like_mlx_lm,
         "accumulation weighted by tokens": args.grad_accumulation_steps > 1,
     }
     names = ", ".join(name for name, differs in found.items() if differs)

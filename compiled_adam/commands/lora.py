@@ -39,8 +39,8 @@ from ..finetune.trainable import add_adapters, cast, check_layers, unfreeze_last
 from ..finetune.trainer import Job
 from ..finetune.validation import mean_loss, no_targets
 from ..step import losses
-from ..update import decay_matrices
 from . import like_mlx_lm, lora_screen, report, resuming
+from .lora_optimizer import make_optimizer
 from .lora_options import KEPT, SWITCHES, settings
 from .lora_together import check_together, not_named, short_schedule
 from .lora_yaml import YAML_ONLY
@@ -222,7 +222,7 @@ def _effective(args: types.SimpleNamespace) -> dict[str, Any]:
     found = {name: value for name, value in vars(args).items() if name not in ("given", "in_file", "typed")}
     found |= {name: False for name in SWITCHES if found[name] is None} | {"keep_checkpoints": _checkpoints(args)}
     if args.optimizer not in ("adam", "adamw"):
-        return found
+        return found | like_mlx_lm.options_of_others(args)
     options = like_mlx_lm.options_of_adam(args)
     defaults = inspect.signature(OPTIMIZERS[args.optimizer]).parameters
     return found | {name: options.get(name, defaults[name].default) for name in like_mlx_lm.OF_ADAM if name in defaults}
@@ -320,24 +320,3 @@ def _forecast(args: types.SimpleNamespace, dataset: Any) -> str:
         f"bucket {args.bucket:g}: at most {ours.traces} traces, {100 * ours.overhead:.1f} % padding"
         f" (without --bucket: {without.traces} traces, {100 * without.overhead:.1f} %)"
     )
-
-
-def make_optimizer(args: types.SimpleNamespace) -> optim.Optimizer:
-    """The optimizer of a job: ours for adam and adamw, mlx-lm's for the others, for which our options are errors."""
-    name = args.optimizer
-    config = args.optimizer_config.get(name, {})
-    rate = args.learning_rate if args.lr_schedule is None else like_mlx_lm.schedule(args)
-    options = {key: getattr(args, key) for key in like_mlx_lm.OF_ADAM if getattr(args, key) is not None}
-    if name != "adamw":
-        for key in ("weight_decay", "decay_matrices_only"):
-            if getattr(args, key) is not None:
-                raise InputError(f"{called(key)} is an option of adamw, but the optimizer is {name}")
-    if name in ("adam", "adamw"):
-        options = like_mlx_lm.options_of_adam(args)
-        if args.decay_matrices_only:
-            options["decay_filter"] = decay_matrices
-    elif options:
-        raise InputError(f"{called(next(iter(options)))} is an option of adam and adamw, but the optimizer is {name}")
-    else:
-        options = config
-    return OPTIMIZERS[name](learning_rate=rate, **options)

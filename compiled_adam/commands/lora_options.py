@@ -93,7 +93,7 @@ _TIMEOUT = (
     "Stop when the other workers are silent for this many seconds, or for five of the longest steps if that is more."
     " Default: {default:g}."
 )
-_SKIP = "Skip updates whose gradients are infinite or not a number. Only adam and adamw. Default: on."
+_SKIP = "Skip updates whose gradients are infinite or not a number. Default: on."
 _BIAS = "The bias correction of adam and adamw. Default: on, unlike mlx_lm.lora, where it is off."
 # The groups of `--help`. A name alone is an option of mlx-lm.
 GROUPS: dict[str, tuple[str | Option, ...]] = {
@@ -123,9 +123,7 @@ GROUPS: dict[str, tuple[str | Option, ...]] = {
     ),
     "optimizer": (
         *("optimizer", "learning_rate"),
-        Option(
-            "max_grad_norm", float, "Clip gradients to this global norm. Only adam and adamw. Default: no clipping."
-        ),
+        Option("max_grad_norm", float, "Clip gradients to this global norm. Default: no clipping."),
         Option("skip_nonfinite", bool, _SKIP),
         Option("moments", POLICIES, "The format in which adam and adamw store the moments. Default: {default}."),
         Option("weight_decay", float, "Weight decay for adamw. Default: {default}."),
@@ -182,7 +180,10 @@ _CLEARER = {
         " reuses memory in the cache, so a small threshold makes steps slow. Set a threshold if other programs need the"
         " memory. 0 means never (mlx_lm.lora: after every step)."
     ),
-    "optimizer": "The optimizer. adam and adamw are compiled_adam's, the others are MLX's.",
+    "optimizer": (
+        "The optimizer. adam and adamw are compiled_adam's, the others are MLX's, in float32. muon is Muon for the"
+        " matrices of layers, and AdamW at 0.015 of the learning rate for all other parameters."
+    ),
     "learning_rate": "The learning rate. In a YAML file, lr_schedule can stand instead.",
     "adapter_path": "The folder for adapters, log and checkpoints.",
     "save_every": "Save the adapters and a checkpoint every N iterations.",
@@ -270,7 +271,7 @@ def _as_here(action: argparse.Action, default: Any) -> argparse.Action:
     action.default = None  # mlx-lm's 0 and False would hide the YAML keys
     action.metavar = _METAVARS.get(action.dest, {int: "N", float: "X"}.get(action.type))  # type: ignore[call-overload]
     if action.dest == "optimizer":
-        action.type = str.lower
+        action.type, action.choices = str.lower, tuple(lora_values.OPTIMIZERS)
     if action.dest == "clear_cache_threshold":
         action.type = size
     return action

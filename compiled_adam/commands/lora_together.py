@@ -107,10 +107,11 @@ def short_schedule(args: types.SimpleNamespace) -> list[str]:
 
 
 def _unused_by_optimizer(args: types.SimpleNamespace) -> list[str]:
+    used = {args.optimizer, *(["adamw"] if args.optimizer == "muon" and not args.like_mlx_lm else [])}
     notes = [
         f"optimizer_config of {name} is not used: the optimizer is {args.optimizer}"
         for name, config in args.optimizer_config.items()
-        if config and name != args.optimizer
+        if config and name not in used
     ]
     own = args.optimizer_config.get(args.optimizer, {})
     rate = "lr_schedule" if args.lr_schedule else "learning_rate"

@@ -22,7 +22,7 @@ from ..distributed import reduce, shard
 from ..finetune import activations, model_config
 from ..finetune.activations import Batch, Pass
 from ..finetune.metrics import machine_memory
-from ..optimizers import Adam, ForSteps
+from ..optimizers import Adam, ForSteps, any_optimizer
 from ..step import losses
 from ..update import POLICIES
 from . import fitting
@@ -168,7 +168,8 @@ def _states(args: types.SimpleNamespace, trainable: dict, workers: int) -> dict[
         else:
             optimizer.init(trainable)  # MLX's leave it lazy
         shared, parts = 0, [[0, 0] for _ in range(workers)]  # of each worker, bytes of moments and of residuals
-        for path, array in _arrays(optimizer.state).items():
+        states = [_arrays(state) for state in any_optimizer.states(optimizer)]
+        for path, array in (each for state in states for each in state.items()):
             leaf, _, kind = path.rpartition(".")
             if leaf in owners:
                 parts[owners[leaf]][kind == "residual"] += array.nbytes

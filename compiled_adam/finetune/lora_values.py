@@ -25,6 +25,7 @@ OPTIMIZERS: dict[str, Callable[..., optim.Optimizer]] = {
     "adamw": AdamW,
     "muon": optim.Muon,
     "sgd": optim.SGD,
+    "lion": optim.Lion,
     "adafactor": optim.Adafactor,
 }
 _LARGEST_RANK = 1 << 16

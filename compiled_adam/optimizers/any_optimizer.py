@@ -158,7 +158,7 @@ def take_numbers(optimizer: optim.Optimizer) -> None:
 def begin_anew(optimizer: optim.Optimizer, parameters: Any) -> list[str]:
     """Replaces the state of each parameter whose shape has changed by new state; returns the paths."""
     found = []
-    for part in filter(_has_init_single, parts(optimizer)):
+    for part in filter(has_init_single, parts(optimizer)):
         for path, parameter, container, key in list(_with_state(parameters, part.state, "")):
             fresh: dict[str, Any] = {}
             part.init_single(parameter, fresh)
@@ -169,7 +169,8 @@ def begin_anew(optimizer: optim.Optimizer, parameters: Any) -> list[str]:
     return found
 
 
-def _has_init_single(optimizer: optim.Optimizer) -> bool:
+def has_init_single(optimizer: optim.Optimizer) -> bool:
+    """Whether the optimizer makes the state of one parameter at a time, as MLX's do."""
     return is_mlxs(optimizer) and type(optimizer).init_single is not optim.Optimizer.init_single
 
 

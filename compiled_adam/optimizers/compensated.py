@@ -9,12 +9,13 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_map
 
-from ..base import Aligned, Assignments, Compiled, InputError, along, below
+from ..base import Aligned, Assignments, Compiled, InputError, along, below, shown
 from ..update import Keep, Stored, clip_factor, global_norm, guard, residual, unfused
 from . import any_optimizer
 from .adam import Adam
 from .leaf_update import MOST_TRACES
 from .options import assigned_rate, check_options, scheduled
+from .shown import of_any
 
 _NORM, _SKIPPED = "_grad_norm", "_skipped"  # in the state of the first optimizer; no parameter of MLX begins with "_"
 
@@ -64,10 +65,9 @@ class Compensated(any_optimizer.Wrapping):
         self._make_scalars()
 
     def __repr__(self) -> str:
-        names = ", ".join(type(part).__name__ for part in any_optimizer.parts(self))
-        many = isinstance(self.wrapped, optim.MultiOptimizer)
-        options = f"max_grad_norm={self._max_grad_norm}, skip_nonfinite={self._skip}"
-        return f"Compensated({f'MultiOptimizer([{names}])' if many else names}, {options})"
+        options = [f"max_grad_norm={self._max_grad_norm}"] if self._max_grad_norm is not None else []
+        options += [f"skip_nonfinite=True; skipped={shown(self.skipped)}"] if self._skip else []
+        return f"Compensated({', '.join([of_any(self.wrapped), *options])})"
 
     @property
     def state(self) -> dict[str, Any]:
@@ -210,8 +210,8 @@ class Compensated(any_optimizer.Wrapping):
         """The new parameters, states and scalars. ``constants`` is not read: other values of it cause a new trace."""
         self.traces += 1
         leaves = Aligned(gradients, parameters, {})
-        for path, g, p in zip(leaves.paths, leaves.gradients, leaves.parameters, strict=True):
-            _check_leaf(path, g, p)
+        for leaf in zip(leaves.paths, leaves.gradients, leaves.parameters, states, strict=True):
+            _check_leaf(*leaf)
         current = [{**its, **rate} for its, rate in zip(scalars, rates, strict=True)]
         keep, clip, counted = self._global(leaves.gradients, current, norm)
         values = map(_value, leaves.parameters, states)
@@ -227,7 +227,9 @@ class Compensated(any_optimizer.Wrapping):
         for (_, container, key), weight, old, own in zip(places, leaves.parameters, states, mine, strict=True):
             now = _kept(old, own, keep)
             if residual.applies_to(weight.dtype):
-                weight, now["residual"] = residual.split(container[key], weight, old["residual"], keep)
+                weight, now["residual"] = residual.split(
+                    container[key].astype(mx.float32), weight, old["residual"], keep
+                )
             else:
                 weight = keep(container[key], weight)
             new.append(weight)
@@ -277,13 +279,24 @@ def _check(optimizer: object) -> None:
                 f"{name} has an update method of its own, which Compensated would not call; override apply_single or"
                 " apply_gradients instead"
             )
+    for part in any_optimizer.parts(optimizer):
+        if not any_optimizer.has_init_single(part):
+            raise InputError(
+                f"{type(part).__name__} has no init_single, with which Compensated makes the state of a parameter;"
+                " override init_single and apply_single"
+            )
 
 
-def _check_leaf(path: str, gradient: mx.array, parameter: mx.array) -> None:
+def _check_leaf(path: str, gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> None:
     if gradient.shape != parameter.shape:
         raise InputError(
             f"the gradient of {path!r} has shape {gradient.shape}, but the parameter has {parameter.shape}; they must"
             " be the same"
+        )
+    rest = state.get("residual")
+    if residual.applies_to(parameter.dtype) and (rest is None or not residual.belongs_to(parameter.dtype, rest)):
+        raise InputError(
+            f"the state of {path!r} was made for another dtype; call optimizer.init(parameters), which converts it"
         )
 
 

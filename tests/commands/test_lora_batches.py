@@ -129,6 +129,7 @@ def test_it_changes_defaults_and_explicit_options_win(tmp_path: Path) -> None:
     args, optimizer = made("--like-mlx-lm", "--group-by-length", "--bias-correction")
     assert args.group_by_length and optimizer.bias_correction and optimizer.skipped is None
     assert type(made("--like-mlx-lm", "--optimizer", "sgd")[1]) is optim.SGD
+    assert type(made("--optimizer", "sgd")[1]) is ca.Compensated
     (tmp_path / "job.yaml").write_text("like_mlx_lm: true\noptimizer_config: {adam: {bias_correction: true}}\n")
     args, optimizer = made("-c", str(tmp_path / "job.yaml"), "--skip-nonfinite")
     assert args.like_mlx_lm and optimizer.bias_correction and optimizer.skipped is not None
@@ -151,7 +152,7 @@ def test_it_changes_defaults_and_explicit_options_win(tmp_path: Path) -> None:
             "like mlx_lm.lora, but for: updates with NaN skipped, accumulation weighted by tokens",
         ),
         (
-            ["--no-group-by-length", "--optimizer", "sgd"],
+            ["--no-group-by-length", "--optimizer", "sgd", "--no-skip-nonfinite"],
             "unlike mlx_lm.lora: no loss on padding (--like-mlx-lm for its results)",
         ),
     ],

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from compiled_adam.commands import lora as lora_command
 from compiled_adam.commands import lora_options
+from mlx.utils import tree_flatten
 from mlx_lm import lora as mlx_lm_lora
 
 from tests.conftest import ROOT
@@ -136,7 +137,32 @@ def test_optimizers_and_their_options() -> None:
     assert type(made) is ca.Adam and made.bias_correction and made.skipped is not None
     made = optimizer("--optimizer", "adamw", "--no-bias-correction", "--no-skip-nonfinite", "--weight-decay", "0.3")
     assert type(made) is ca.AdamW and not made.bias_correction and made.skipped is None and made.weight_decay == 0.3
-    assert type(optimizer("--optimizer", "muon")) is optim.Muon
+    assert type(optimizer("--optimizer", "muon", "--like-mlx-lm")) is optim.Muon
+    made = optimizer("--optimizer", "lion", "--max-grad-norm", "0.5")
+    assert type(made) is ca.Compensated and type(made.wrapped) is optim.Lion
+    assert made.options == {"compensated": True, "max_grad_norm": 0.5, "skip_nonfinite": True}
+    assert not optimizer("--optimizer", "sgd", "--no-skip-nonfinite").options["skip_nonfinite"]
+
+
+def test_muon_is_for_matrices_of_layers_and_adamw_for_the_rest(tmp_path: Path) -> None:
+    config = tmp_path / "job.yaml"
+    config.write_text(
+        "lr_schedule: {name: cosine_decay, arguments: [1.0e-2, 100]}\n"
+        "optimizer_config: {muon: {momentum: 0.8}, adamw: {betas: [0.8, 0.9]}}\n"
+    )
+    made = optimizer("-c", str(config), "--optimizer", "muon")
+    muon, adamw = made.wrapped.optimizers
+    assert (muon.momentum, adamw.betas, adamw.bias_correction) == (0.8, [0.8, 0.9], True)
+    assert adamw.learning_rate.item() == pytest.approx(0.015 * muon.learning_rate.item(), rel=1e-6)  # float32
+    # Without a schedule as well.
+    made = optimizer("--optimizer", "muon", "--learning-rate", "2e-2")
+    assert [part.learning_rate.item() for part in made.wrapped.optimizers] == pytest.approx([2e-2, 3e-4], rel=1e-6)
+    matrix, vector = mx.ones((4, 4), mx.bfloat16), mx.ones((4,), mx.bfloat16)
+    layer = {"q_proj": {"weight": matrix, "bias": vector}, "norm": {"weight": vector}}
+    made.init({"model": {"embed_tokens": {"weight": matrix}, "layers": [layer]}, "lm_head": {"weight": matrix}})
+    found = [{path for path, _ in tree_flatten(part.state) if path.endswith(".v")} for part in made.wrapped.optimizers]
+    assert found[0] == {"model.layers.0.q_proj.weight.v"}
+    assert len(found[1]) == 4
 
 
 def test_optimizer_config_of_yaml(tmp_path: Path) -> None:
@@ -228,14 +254,15 @@ def test_yaml_values_of_every_kind(tmp_path: Path) -> None:
             r"moments \(--moments\) is an option of adam and adamw, but the optimizer is sgd",
         ),
         (
-            ["--optimizer", "muon", "--skip-nonfinite"],
-            r"skip_nonfinite \(--skip-nonfinite\) is an option of adam and adamw",
+            ["--optimizer", "muon", "--skip-nonfinite", "--like-mlx-lm"],
+            r"skip_nonfinite \(--skip-nonfinite\) changes what mlx-lm's muon computes",
         ),
         (
             ["--weight-decay", "0.1"],
             r"weight_decay \(--weight-decay\) is an option of adamw, but the optimizer is adam",
         ),
         (["--decay-matrices-only"], r"decay_matrices_only \(--decay-matrices-only\) is an option of adamw"),
+        (["--optimizer", "muon", "--shard-state"], r"shard_state \(--shard-state\) cannot split the state of muon"),
         (["--max-grad-norm", "-1"], r"max_grad_norm \(--max-grad-norm\) is -1.0"),
     ],
 )

@@ -68,6 +68,20 @@ def test_half_precision_and_quantized_models(tiny_model: Path) -> None:
     assert quantized.weights - adapters == pytest.approx(made.weights * 5 / 16, rel=0.02)
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "lion"])
+def test_other_optimizers_have_float32_state_and_residuals(optimizer: str, tiny_model: Path) -> None:
+    config = {**model_config.read(str(tiny_model)), "torch_dtype": "bfloat16"}
+    args = options("--fine-tune-type", "full", "--optimizer", optimizer)
+    made = plan.plan(config, args)
+    model = load(str(tiny_model))[0]
+    model.set_dtype(mx.bfloat16)
+    make_trainable(args, model)
+    its = make_optimizer(args)
+    its.init(model.trainable_parameters())
+    assert made.states[optimizer].residuals == 2 * made.trainable
+    assert sum(made.states[optimizer]) == nbytes(its.state)
+
+
 def test_communication(tiny_model: Path) -> None:
     config = {**model_config.read(str(tiny_model)), "torch_dtype": "bfloat16"}
     lora = plan.plan(config, options(), workers=4)

@@ -127,7 +127,7 @@ def test_the_ends_of_the_ranges(tmp_path: Path) -> None:
         ),
         ("optimizer_config: {AdamW: {weight_decay: 5.0}}", "has the key 'AdamW'; the keys are adam, .*: write adamw"),
         ("{optimizer: adamw, optimizer_config: {weight_decay: 5.0}}", r"\{adamw: \{weight_decay: 5.0\}\}"),
-        ("optimizer_config: {lion: {}}", "has the key 'lion'; the keys are adam, adamw, muon, sgd, adafactor"),
+        ("optimizer_config: {rprop: {}}", "has the key 'rprop'; the keys are adam, adamw, muon, sgd, lion, adafactor"),
         ("optimizer_config: {adam: 3}", "adam is 3; it must be a mapping"),
         (
             "optimizer_config: {adam: {weight_decay: 0.1}}",
@@ -198,7 +198,8 @@ def test_what_mlx_lm_takes_is_taken(tmp_path: Path) -> None:
     assert type(made) is ca.AdamW and (list(made.betas), made.eps) == ([0.9, 0.98], 1e-6)
     assert lora_options.settings(["--optimizer", "AdamW"]).optimizer == "adamw"
     adafactor = from_yaml(tmp_path, "optimizer: adafactor\noptimizer_config: {adafactor: {decay_rate: -0.5}}")
-    assert isinstance(lora_command.make_optimizer(adafactor), optim.Adafactor)
+    wrapped = lora_command.make_optimizer(adafactor).wrapped
+    assert isinstance(wrapped, optim.Adafactor) and wrapped.decay_rate == -0.5
     # A merge key of YAML has what the mapping overrides.
     text = "lora_parameters: {<<: {rank: 4, scale: 1.0}, rank: 8, dropout: 0.0}"
     assert from_yaml(tmp_path, text).lora_parameters == {"rank": 8, "scale": 1.0, "dropout": 0.0}
@@ -245,6 +246,7 @@ def test_what_is_not_used_is_said(tmp_path: Path) -> None:
     assert notes(from_yaml(tmp_path, "test_batches: 5", "--train")) == []
     (note,) = notes(from_yaml(tmp_path, "optimizer_config: {sgd: {momentum: 0.9}}", "--train"))
     assert note == "optimizer_config of sgd is not used: the optimizer is adam"
+    assert notes(from_yaml(tmp_path, "{optimizer: muon, optimizer_config: {adamw: {eps: 1.0e-8}}}", "--train")) == []
     (note,) = notes(lora_options.settings(["--train", "--optimizer", "adafactor", "--learning-rate", "1e-3"]))
     assert note.startswith("learning_rate is not used: adafactor computes a rate of its own")
     text = "{optimizer: adafactor, optimizer_config: {adafactor: {relative_step: false}}, learning_rate: 1.0e-3}"

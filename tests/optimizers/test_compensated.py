@@ -66,8 +66,10 @@ def moved(name: str, dtype: mx.Dtype, rate: float, steps: int, decay: float = 0.
 def test_weights_move_as_far_as_float32_weights(name: str, dtype: str, rate: float) -> None:
     ours, master = moved(name, DTYPES[dtype], rate, 60)
     assert np.abs(master).mean() > 0
-    # Weight and residual hold every bit of float32, so only rounding differs: far below the promised 0.1 %.
-    np.testing.assert_allclose(ours, master, atol=1e-4 * np.abs(master).max())
+    # 0.1 % is what is promised. Weight and residual are as fine as float32, but a compiler may contract a product and a
+    # sum, which moves a weight between 2 and 4 by one spacing, 2.4e-7.
+    assert np.abs(ours).mean() == pytest.approx(np.abs(master).mean(), rel=1e-3)
+    np.testing.assert_allclose(ours, master, atol=1e-3 * np.abs(master).max() + 2.4e-7)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -275,10 +277,12 @@ def test_a_stock_state_can_be_assigned() -> None:
     weights = stock.apply_gradients(gradients_of(0), tree())
     optimizer = ca.Compensated(MAKE["Muon"](1e-2))
     optimizer.state = copied(stock.state)
-    optimizer.apply_gradients(gradients_of(1), weights)
-    state = optimizer.state["layers"][0]["w"]
+    optimizer.init(weights)
+    state = optimizer.state["layers"][0]["w"]  # before an update, whose arithmetic would make it float32 anyway
     assert state["v"].dtype == mx.float32 and state["residual"].dtype == mx.int16
-    assert optimizer.step.item() == 2
+    assert mx.array_equal(state["v"], stock.state["layers"][0]["w"]["v"]) and state["v"].any()
+    optimizer.apply_gradients(gradients_of(1), weights)
+    assert optimizer.step.item() == 2 and optimizer.traces == 1
 
 
 @pytest.mark.parametrize("name", ["Muon", "Adafactor", "MultiOptimizer"])
@@ -364,13 +368,21 @@ def test_inside_a_multi_optimizer_and_repr() -> None:
     step = ca.make_step(net(), squared_error, optim.MultiOptimizer(parts, [lambda path, p: p.ndim > 1]))
     result = step(*inputs(0))
     assert result.skipped.item() == 0 and step(*[mx.array(float("nan")) * x for x in inputs(1)]).skipped.item() == 2
-    assert repr(parts[0]) == "Compensated(Muon, max_grad_norm=None, skip_nonfinite=True)"
-    assert repr(ca.Compensated(both())).startswith("Compensated(MultiOptimizer([Muon, AdamW]), ")
+    assert repr(parts[0]) == "Compensated(Muon(learning_rate=0.01), skip_nonfinite=True; skipped=1)"
+    many = ca.Compensated(both(), max_grad_norm=0.5)
+    assert repr(many) == (
+        "Compensated(MultiOptimizer(Muon(learning_rate=0.01), AdamW(learning_rate=0.01)), max_grad_norm=0.5)"
+    )
 
 
 class OwnUpdate(optim.SGD):
     def update(self, model, gradients):
         super().update(model, gradients)
+
+
+class OwnInit(optim.Optimizer):
+    def init(self, parameters):
+        self.state["all"] = mx.zeros(3)
 
 
 class Counts(optim.SGD):
@@ -393,6 +405,7 @@ class Counts(optim.SGD):
             "use it without Compensated; put mlx.optimizers.AdamW there",
         ),
         (lambda: OwnUpdate(1e-3), "OwnUpdate has an update method of its own"),
+        (OwnInit, "OwnInit has no init_single"),
     ],
 )
 def test_what_cannot_be_wrapped(make: Callable[[], object], message: str) -> None:
@@ -414,5 +427,11 @@ def test_wrong_options_and_trees() -> None:
     with pytest.raises(ca.InputError, match="there is a gradient for 'c'"):
         optimizer.apply_gradients({"c": mx.ones(3)}, {"a": mx.ones(3)})
     assert optimizer.step.item() == 0
+    for dtype in (mx.bfloat16, mx.float16):
+        weights = {"a": mx.ones(3, dtype)}
+        with pytest.raises(ca.InputError, match="the state of 'a' was made for another dtype; call"):
+            optimizer.apply_gradients(weights, weights)
+        optimizer.init(weights)
+        assert optimizer.apply_gradients(weights, weights)["a"].dtype == dtype
     with pytest.raises(ca.InputError, match="the optimizer changed 0 in its state"):
         ca.Compensated(Counts(1e-3)).apply_gradients({"a": mx.ones(3)}, {"a": mx.ones(3)})
