@@ -29,6 +29,11 @@ class Assignments:
         self._keys.append(key)
         self._values.append(value)
 
+    def add_all(self, places: Iterable[tuple[Any, Any]], values: Iterable[Any]) -> None:
+        """`add` for each of the ``places`` (container, key)."""
+        for (container, key), value in zip(places, values, strict=True):
+            self.add(container, key, value)
+
     def attribute(self, owner: object, name: str, value: Any) -> None:
         """Like `add`, for an attribute of an object."""
         self.add(vars(owner), name, value)

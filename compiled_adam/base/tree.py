@@ -43,8 +43,7 @@ class Places:
 
     def assign(self, arrays: Sequence[mx.array], assignments: Assignments) -> None:
         """Like `write`, but adds to ``assignments`` instead of assigning."""
-        for (container, key), array in zip(self.places, arrays, strict=True):
-            assignments.add(container, key, array)
+        assignments.add_all(self.places, arrays)
 
 
 class Structure:

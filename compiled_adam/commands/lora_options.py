@@ -269,7 +269,8 @@ def _as_here(action: argparse.Action, default: Any) -> argparse.Action:
     text = (_CLEARER.get(action.dest, action.help) or "").rstrip(".")
     action.help = f"{text}. Default: {words.get(str(default), default)}."
     action.default = None  # mlx-lm's 0 and False would hide the YAML keys
-    action.metavar = _METAVARS.get(action.dest, {int: "N", float: "X"}.get(action.type))  # type: ignore[call-overload]
+    by_type: dict[Any, str] = {int: "N", float: "X"}
+    action.metavar = _METAVARS.get(action.dest, by_type.get(action.type))
     if action.dest == "optimizer":
         action.type, action.choices = str.lower, tuple(lora_values.OPTIMIZERS)
     if action.dest == "clear_cache_threshold":

@@ -212,8 +212,7 @@ class Adam(optim.Adam):
             return
         assignments = Assignments()
         new, places = self._updated(gradients, model, None, assignments)
-        for (container, key), array in zip(places, new, strict=True):
-            assignments.add(container, key, array)
+        assignments.add_all(places, new)
         assignments.make()
 
     def apply_gradients(self, gradients: dict, parameters: dict) -> dict:

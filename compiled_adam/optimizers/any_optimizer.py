@@ -70,11 +70,6 @@ class Wrapping(optim.Optimizer):
 
     wrapped: optim.Optimizer
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """The options by name."""
-        raise NotImplementedError
-
 
 def every(optimizer: optim.Optimizer) -> list[optim.Optimizer]:
     """The optimizer, and all optimizers inside it."""
@@ -215,7 +210,7 @@ def description(optimizer: optim.Optimizer) -> dict[str, Any]:
     for i, each in enumerate(every(optimizer)):
         if isinstance(each, Wrapping):
             before = "" if each is optimizer else f"optimizers.{i}."
-            found |= {f"{before}{name}": value for name, value in each.options.items()}
+            found |= {f"{before}{name}": value for name, value in getattr(each, "options", {}).items()}
     return found
 
 

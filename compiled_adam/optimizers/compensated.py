@@ -149,8 +149,7 @@ class Compensated(any_optimizer.Wrapping):
         """Updates the parameters of ``model`` in place. An interrupt leaves model and state both old or both new."""
         assignments = Assignments()
         new, places = self._updated(gradients, model, None, assignments)
-        for (container, key), array in zip(places, new, strict=True):
-            assignments.add(container, key, array)
+        assignments.add_all(places, new)
         assignments.make()
 
     def apply_gradients(self, gradients: dict, parameters: dict) -> dict:

@@ -317,7 +317,7 @@ def test_a_notebook_has_one_output(tiny_model: Path, tmp_path: Path) -> None:
     code = (
         "import sys; sys.path.insert(0, 'ROOT')\n"
         "import compiled_adam as ca\nfrom pathlib import Path\nfrom tests import tiny_runs\n"
-        "tiny_runs.train(Path('MODEL'), Path('.'), val=True)"
+        "history = tiny_runs.train(Path('MODEL'), Path('.'), val=True)"
     ).replace("ROOT", str(Path(__file__).parents[2]))
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code.replace("MODEL", str(tiny_model)))])
     resources = {"metadata": {"path": str(tmp_path)}}
