@@ -59,6 +59,11 @@ class ChunkedLoss:
         return tokens, lengths, mx.array(rows)
 
 
+def most_traces(loss: Callable[..., Any], shapes: int) -> int:
+    """How many traces of the gradient batches of so many ``shapes`` need at most."""
+    return shapes * (len(_CAPACITIES) + 1 if isinstance(loss, ChunkedLoss) else 1)
+
+
 def batch_for(loss: Callable[..., Any], batch: Any) -> Any:
     """The arguments of ``loss`` after the model: the batch, and what the loss adds to it."""
     return loss.with_rows(*batch) if isinstance(loss, ChunkedLoss) else batch

@@ -28,7 +28,7 @@ class Reporting:
     workers: Workers
     asked: Asked
     max_seq_length: int
-    shapes: int | None  # of all batches of an epoch, if they are known
+    most_traces: int | None  # that the batches of an epoch need, if their shapes are known
     log: RunLog | None = field(default=None, init=False)  # of the first worker, once the folder is ready
     history: History = field(default_factory=History, init=False)
     failures: int = field(default=0, init=False)  # steps in a row that were not finite
@@ -92,8 +92,8 @@ class Reporting:
                 f"{traces} graphs were compiled, and {dropped} of them dropped, as there are more batch shapes than"
                 f" {called('max_traces')}: raise it, or have fewer shapes with {called('bucket')}"
             )
-        if self.shapes is not None and traces > self.shapes:
-            return f"{traces} graphs were compiled, but the batches have {self.shapes} shapes: each one takes time"
+        if self.most_traces is not None and traces > self.most_traces:
+            return f"{traces} graphs were compiled, but the batches need at most {self.most_traces}: each takes time"
         return ""
 
     def validation(self, iteration: int, loss: float | None, seconds: float, best: bool) -> None:

@@ -31,6 +31,7 @@ from ..checkpoint import locked, output
 from ..distributed import Workers, join
 from ..step import TrainStep, losses, make_step
 from .batches import Batches
+from .chunked import most_traces
 from .console import TrainingProgress
 from .history import History
 from .log import RunLog, is_log, read
@@ -162,7 +163,9 @@ class Job:
             validation = Validation(self.val_dataset, self.loss, self.iterate_batches, args, workers, asked, progress)
             reporting = Reporting(
                 *(StepReader(step), screen, callback or TrainingCallback(), workers, asked, args.max_seq_length),
-                batches.forecast().traces if isinstance(batches, Batches) and batches.grouped else None,
+                most_traces(self.loss, batches.forecast().traces)
+                if isinstance(batches, Batches) and batches.grouped
+                else None,
             )
             saved = RunFolder(Path(args.adapter_file), step, options, settings, workers, progress.line)
             loop = TrainingLoop(step, batches, validation, args, options, saved, reporting, asked)

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
+import compiled_adam as ca
+import numpy as np
 import pytest
 from compiled_adam import cli
 from compiled_adam.commands import lora as lora_command
-from compiled_adam.finetune import console, screen, table
+from compiled_adam.finetune import console, padding, screen, table, trainer
+from compiled_adam.finetune.batches import Batches
+from compiled_adam.finetune.chunked import ChunkedLoss
 from compiled_adam.finetune.console import TrainingProgress, stage
 from compiled_adam.finetune.screen import RunScreen
 
+from tests import tiny_runs
 from tests.commands.test_lora_command import job
 from tests.terminal import Terminal, terminal
 from tests.tiny_runs import stop_after
@@ -285,10 +291,10 @@ def test_a_run_that_is_stopped_says_how_to_go_on(
 
 
 def test_an_earlier_run_is_put_aside_whole(tiny_model: Path, data: Path, tmp_path: Path, command) -> None:
-    words = ["lora", *job(tiny_model, data, "out", "--save-best", "--iters", "2")]
-    assert command(*words).returncode == 0
-    (tmp_path / "out" / "report.html").write_text("of the first run")
-    assert command(*words[:-3], "--iters", "2").returncode == 0  # which keeps no best weights
+    words = ["lora", *job(tiny_model, data, "out", "--iters", "2")]
+    first = command(*words, "--save-best", "--report")
+    assert first.returncode == 0 and "report -> out/report.html\ntry: " in first.stdout
+    assert command(*words).returncode == 0  # which keeps no best weights, and draws no report
     aside = tmp_path / "out" / "previous-1"
     assert {path.name for path in aside.iterdir()} == {"checkpoints", "log.jsonl", "run.json", "best", "report.html"}
     assert {path.name for path in (aside / "best").iterdir()} >= {"adapters.safetensors", "best.json"}
@@ -306,6 +312,26 @@ def test_too_many_shapes_are_told_once(tiny_model: Path, data: Path, tmp_path: P
     (warning,) = re.findall(r"^warning: .* graphs were compiled, and \d of them dropped.*$", done.stdout, re.M)
     assert "more batch shapes than max_traces (--max-traces)" in warning
     assert "traces" not in command("lora", *job(tiny_model, folder, "out")).stdout.replace("--max-traces", "")
+
+
+def test_only_traces_without_a_cause_are_told(tiny_model: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    model, chance = tiny_runs.lora(tiny_model), np.random.default_rng(0)
+    # All of one length, but the batches have from 4 to 38 targets, which are several sizes of the rows.
+    offsets = (18, 12, 1)
+    examples = tiny_runs.Tokens((chance.integers(1, 500, 20).tolist(), offsets[i % 3]) for i in range(12))
+    batches = partial(Batches, padding=padding.spaced(), group_by_length=True)
+
+    def output(loss: object) -> str:
+        args = tiny_runs.arguments(tmp_path, iters=6)
+        ca.train(model, ca.Adam(1e-3), examples, args=args, loss=loss, iterate_batches=batches)
+        return capsys.readouterr().out
+
+    chunked = ChunkedLoss(model)
+    assert "graphs were compiled" not in output(chunked)
+    monkeypatch.setattr(trainer, "most_traces", lambda loss, shapes: shapes)
+    assert re.search(
+        "warning: [2-6] graphs were compiled, but the batches need at most 1: each takes time", output(chunked)
+    )
 
 
 # A notebook.
