@@ -23,7 +23,7 @@ class Terminal:
         self._ours, self.theirs = pty.openpty()
         self._screen = pyte.HistoryScreen(columns, rows, history=1000)
         self._stream = pyte.ByteStream(self._screen)
-        self.raw = b""
+        self.raw, self._marks = b"", 0
         self._read = threading.Condition()
         self._resize(columns, rows)
         self._thread = threading.Thread(target=self._draw, daemon=True)
@@ -40,18 +40,27 @@ class Terminal:
                     self._stream.feed(some)
                     self._read.notify_all()
 
+    def _drawn(self) -> None:
+        """Waits until all that was printed has been drawn."""
+        self._marks += 1
+        mark = f"drawn-{self._marks}"
+        title = f"\x1b]2;{mark}\x07".encode()  # of the window
+        os.write(self.theirs, title)
+        with self._read:
+            assert self._read.wait_for(lambda: self._screen.title == mark, timeout=60)
+            self.raw = self.raw.replace(title, b"")
+
     def resize(self, columns: int) -> None:
         """Another width, when all that was printed for the old one has been drawn."""
         sys.stdout.flush()
-        mark = f"drawn-{len(self.raw)}"
-        os.write(self.theirs, f"\x1b]2;{mark}\x07".encode())  # the title of the window
+        self._drawn()
         with self._read:
-            assert self._read.wait_for(lambda: self._screen.title == mark, timeout=60)
             self._screen.resize(self._screen.lines, columns)
         self._resize(columns, self._screen.lines)
 
     def close(self) -> list[str]:
         """The lines that are on the screen in the end, and those that it has scrolled away."""
+        self._drawn()  # else Linux may lose what is not read yet: on a busy machine one closing of thousands did
         os.close(self.theirs)
         self._thread.join(timeout=60)
         assert not self._thread.is_alive()
