@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import io
+import operator
 import re
 from collections.abc import Sequence
 from functools import cache
@@ -71,7 +72,7 @@ class Written:
 
     def are(self, arrays: Sequence[mx.array]) -> bool:
         """Whether ``arrays``, read from the places, are unedited. An array that is not evaluated counts as edited."""
-        if not all(a is b for a, b in zip(arrays, self.arrays, strict=True)):
+        if len(arrays) != len(self.arrays) or not all(map(operator.is_, arrays, self.arrays)):
             return False
         names, untouched = _untouched(len(self.own))
         return _text(self.own, names, self.arrays) == untouched
@@ -80,7 +81,7 @@ class Written:
 @cache
 def _untouched(count: int) -> tuple[list[str], str]:
     """Names for ``count`` arrays, and the text of any evaluated arrays with these names: MLX writes the names only."""
-    arrays, names = [mx.array(0.0) for _ in range(count)], [f"array{i}" for i in range(count)]
+    arrays, names = [mx.array(0.0) for _ in range(count)], [f"{i}" for i in range(count)]
     return names, _text(arrays, names, arrays)
 
 

@@ -23,17 +23,24 @@ class Places:
 
     def __init__(self, places: Sequence[tuple[str, Any, Any]]) -> None:
         self.paths = tuple(path for path, _, _ in places)
-        self.places = [(container, key) for _, container, key in places]
+        self.containers = [container for _, container, _ in places]
+        self.keys = [key for _, _, key in places]
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.paths)
+
+    @property
+    def places(self) -> list[tuple[Any, Any]]:
+        """The places as (container, key)."""
+        return list(zip(self.containers, self.keys, strict=True))
 
     def read(self) -> list[mx.array]:
         """The present arrays. Raises TypeError if a value is no array. The message names the path."""
-        arrays = [container[key] for container, key in self.places]
-        for path, array in zip(self.paths, arrays, strict=True):
-            if not isinstance(array, mx.array):
-                raise TypeError(f"{path!r} has become {type(array).__name__}; assign an mx.array")
+        arrays: list[Any] = list(map(operator.getitem, self.containers, self.keys))
+        if set(map(type, arrays)) != {mx.array}:  # all in C, because a step reads thousands
+            for path, array in zip(self.paths, arrays, strict=True):
+                if not isinstance(array, mx.array):
+                    raise TypeError(f"{path!r} has become {type(array).__name__}; assign an mx.array")
         return arrays
 
     def write(self, arrays: Sequence[mx.array]) -> None:
@@ -43,7 +50,7 @@ class Places:
 
     def assign(self, arrays: Sequence[mx.array], assignments: Assignments) -> None:
         """Like `write`, but adds to ``assignments`` instead of assigning."""
-        assignments.add_all(self.places, arrays)
+        assignments.add_all(self.containers, self.keys, arrays)
 
 
 class Structure:
@@ -232,7 +239,8 @@ class Aligned:
         self.gradients: list[mx.array] = []
         self.parameters: list[mx.array] = []
         self.states: list[dict[str, mx.array]] = []
-        self.places: list[tuple[Any, Any]] = []  # of the parameters: container and key
+        self.containers: list[Any] = []  # of the parameters
+        self.keys: list[Any] = []  # of the parameters, in their containers
         self.without_state: list[str] = []
         paths: list[str] = []
         self._walk(gradients, parameters, state, "", paths, (None, None))
@@ -263,7 +271,8 @@ class Aligned:
         self.gradients.append(gradient)
         self.parameters.append(parameter)
         self.states.append(state)
-        self.places.append(place)
+        self.containers.append(place[0])
+        self.keys.append(place[1])
 
 
 def below(node: Any, key: Any) -> Any:

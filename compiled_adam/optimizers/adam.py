@@ -212,7 +212,7 @@ class Adam(optim.Adam):
             return
         assignments = Assignments()
         new, places = self._updated(gradients, model, None, assignments)
-        assignments.add_all(places, new)
+        assignments.add_all(*places, new)
         assignments.make()
 
     def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
@@ -246,8 +246,8 @@ class Adam(optim.Adam):
 
     def _updated(
         self, gradients: dict, parameters: dict, part: Part | None, assignments: Assignments
-    ) -> tuple[list[mx.array], list[tuple[Any, Any]]]:
-        """The updated parameters in the order of ``gradients``, and the places of the old ones (container, key)."""
+    ) -> tuple[list[mx.array], tuple[list[Any], list[Any]]]:
+        """The updated parameters in the order of ``gradients``, and the containers and keys of the old ones."""
         self._init_for(gradients, parameters)
         leaves = Aligned(gradients, parameters, self.state)
         if leaves.without_state:
@@ -262,10 +262,8 @@ class Adam(optim.Adam):
             leaves.gradients, leaves.parameters, leaves.states, scalars, self._leaves.constants(), part
         )
         self._kept.assign_scalars(scalars, assignments)
-        for state, new in zip(leaves.states, states, strict=True):
-            for name, array in new.items():
-                assignments.add(state, name, array)
-        return new_parameters, leaves.places
+        assignments.add_contents(leaves.states, states)
+        return new_parameters, (leaves.containers, leaves.keys)
 
     def __repr__(self) -> str:
         return of_adam(self)

@@ -149,7 +149,7 @@ class Compensated(any_optimizer.Wrapping):
         """Updates the parameters of ``model`` in place. An interrupt leaves model and state both old or both new."""
         assignments = Assignments()
         new, places = self._updated(gradients, model, None, assignments)
-        assignments.add_all(places, new)
+        assignments.add_all(*places, new)
         assignments.make()
 
     def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
@@ -169,8 +169,8 @@ class Compensated(any_optimizer.Wrapping):
 
     def _updated(
         self, gradients: dict, parameters: dict, norm: mx.array | None, assignments: Assignments
-    ) -> tuple[list[mx.array], list[tuple[Any, Any]]]:
-        """The new parameters in the order of ``gradients``, and the places of the old ones (container, key)."""
+    ) -> tuple[list[mx.array], tuple[list[Any], list[Any]]]:
+        """The new parameters in the order of ``gradients``, and the containers and keys of the old ones."""
         leaves = Aligned(gradients, parameters, {})
         weights = iter(leaves.parameters)
         tree = tree_map(lambda _: next(weights), gradients)
@@ -191,10 +191,8 @@ class Compensated(any_optimizer.Wrapping):
         rates = [{name: scheduled(name, f, part.step) for name, f in part._schedulers.items()} for part in parts]
         constants = any_optimizer.constants(self.wrapped)
         new, stored, common = self._compiled(gradients, tree, states, scalars, rates, norm, constants)
-        for old, now in zip([*states, *(part._state for part in parts)], [*stored, *common], strict=True):
-            for name, array in now.items():
-                assignments.add(old, name, array)
-        return new, leaves.places
+        assignments.add_contents([*states, *(part._state for part in parts)], [*stored, *common])
+        return new, (leaves.containers, leaves.keys)
 
     def _traced(
         self,

@@ -105,9 +105,9 @@ class LeafUpdate:
         decaying = sorted(path for path, its in self._groups.items() if its.weight_decay != 0)
         return f"{len(decaying)} parameters, {hashlib.sha256(repr(decaying).encode()).hexdigest()[:8]}"
 
-    def streams(self, parameters: list[mx.array]) -> list[mx.Stream]:
-        """The stream on which `traced` will update each parameter."""
-        return [how.stream for how in of_leaves(self.options.lowering, [p.size for p in parameters])]
+    def streams(self, sizes: list[int]) -> list[mx.Stream]:
+        """The stream on which `traced` will update each parameter of these sizes."""
+        return [how.stream for how in of_leaves(self.options.lowering, sizes)]
 
     def scheduled(self, step: mx.array) -> Stored:
         """The learning rate of this step, if it comes from a schedule."""
@@ -166,7 +166,11 @@ class LeafUpdate:
         for leaf in zip(paths, gradients, parameters, states, [leaf.form for leaf in leaves], strict=True):
             check_leaf(*leaf)
         # Of the leaves, so that the norm is the same to the last bit as that of a part and of the others.
-        norm = global_norm(gradients, self.streams(parameters)) if self.options.needs_norm else mx.array(0.0)
+        norm = (
+            global_norm(gradients, self.streams([p.size for p in parameters]))
+            if self.options.needs_norm
+            else mx.array(0.0)
+        )
         alone = set(range(len(paths))).difference(*rows)
         rows += [(i,) for i in sorted(alone)]
         new, stored, scalars = self.traced(

@@ -55,6 +55,11 @@ class State:
             tree["learning_rate"] = assigned_rate(rate)
         return {name: tree[place] for name, place in self._places.items() if place in tree}
 
+    def places(self) -> list[tuple[Any, Any, mx.array]]:
+        """The places of the `scalars` in the tree, as (container, key, array)."""
+        tree = self._optimizer._state
+        return [(tree, key, tree[key]) for key in self._places.values() if isinstance(tree.get(key), mx.array)]
+
     def assign_scalars(self, scalars: Stored, assignments: Assignments) -> None:
         """Adds new `scalars` to ``assignments``."""
         for name, array in scalars.items():

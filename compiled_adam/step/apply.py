@@ -103,6 +103,10 @@ class Trees:
         """The arrays of an update with names. Arrays of the same kind have the same last part of the name."""
         return [("parameter", p) for p in parameters] + list(zip(self._state.paths, state, strict=True))
 
+    def pack(self, gradients: list[mx.array]) -> list[mx.array]:
+        """The gradients as `update` needs them: nothing is packed here."""
+        return gradients
+
     def update(
         self,
         gradients: list[mx.array],

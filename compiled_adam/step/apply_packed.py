@@ -12,7 +12,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, repeat
 from types import MappingProxyType
 from typing import Any
 
@@ -32,15 +32,19 @@ class Slot:
 
     def __init__(self, places: Sequence[tuple[str, Any, Any]], watched: bool = False) -> None:
         self._paths = [path for path, _, _ in places]
-        self._places = [(container, key) for _, container, key in places]
+        self._containers = [container for _, container, _ in places]
+        self._keys = [key for _, _, key in places]
         self._watched = watched
-        arrays = [container[key] for container, key in self._places]
+        arrays = self._present()
         self._kinds = [(array.shape, array.dtype) for array in arrays]
-        starts = accumulate((array.size for array in arrays[:-1]), initial=0)
-        self._layout = [(a.shape, strides(a.shape), start) for a, start in zip(arrays, starts, strict=True)]
+        starts = list(accumulate((array.size for array in arrays[:-1]), initial=0))
+        self._layout = [array.shape for array in arrays], [strides(array.shape) for array in arrays], starts
         self.hidden = False
         self._flat: mx.array | None = None
         self._written: Written | None = None  # the arrays that were put into the tree; None: none, or `forget`
+
+    def _present(self) -> list[Any]:
+        return list(map(operator.getitem, self._containers, self._keys))  # in C, because a step reads thousands
 
     def read(self, assigned: Mapping[int, mx.array] = MappingProxyType({})) -> tuple[mx.array, mx.array | None]:
         """The present array, and the array that a caller has replaced by it (None if the array was not replaced).
@@ -50,8 +54,9 @@ class Slot:
         """
         if self.hidden and self._flat is not None:
             return self._flat, None
-        arrays = [container[key] for container, key in self._places]
-        arrays = [assigned.get(i, array) for i, array in enumerate(arrays)]
+        arrays = self._present()
+        for i, array in assigned.items():
+            arrays[i] = array
         replaced = self._written is not None and not self._written.are(arrays)
         if len(arrays) > 1 and self._flat is not None and self._written is not None and not replaced:
             return self._flat, None
@@ -73,9 +78,8 @@ class Slot:
 
     def assign(self, array: mx.array, assignments: Assignments) -> None:
         """Adds the assignment of a new array to ``assignments``. While it is hidden, the tree gets nothing."""
-        if len(self._places) == 1:
-            container, key = self._places[0]
-            assignments.add(container, key, array)
+        if len(self._keys) == 1:
+            assignments.add(self._containers[0], self._keys[0], array)
             if self._watched:
                 assignments.attribute(self, "_written", Written([array]))
             return
@@ -84,10 +88,13 @@ class Slot:
             self._assign_views(array, assignments)
 
     def _assign_views(self, flat: mx.array, assignments: Assignments) -> list[mx.array]:
-        views = [mx.as_strided(flat, shape, strides, start) for shape, strides, start in self._layout]
-        for (container, key), view in zip(self._places, views, strict=True):
-            if not (self.hidden and key in container):
-                assignments.add(container, key, view)
+        views = list(map(mx.as_strided, repeat(flat), *self._layout))
+        if self.hidden:
+            for container, key, view in zip(self._containers, self._keys, views, strict=True):
+                if key not in container:
+                    assignments.add(container, key, view)
+        else:
+            assignments.add_all(self._containers, self._keys, views)
         assignments.attribute(self, "_written", Written(views))
         return views
 
@@ -104,11 +111,11 @@ class Slot:
 
     def hideable(self) -> list[tuple[Any, Any]]:
         """The places (container, key) that `hide` empties."""
-        return self._places if len(self._places) > 1 else []
+        return list(zip(self._containers, self._keys, strict=True)) if len(self._keys) > 1 else []
 
     def hide(self) -> None:
         """Takes packed arrays out of the tree: after an update they would be out of date and take memory."""
-        if self.hidden or len(self._places) == 1:
+        if self.hidden or len(self._keys) == 1:
             return
         own, flat = vars(self), self.read()[0]
         call_all(
@@ -116,13 +123,13 @@ class Slot:
                 partial(operator.setitem, own, "_flat", flat),
                 partial(operator.setitem, own, "_written", None),
                 partial(operator.setitem, own, "hidden", True),
-                *(partial(dict.pop, container, key, None) for container, key in self._places),
+                *(partial(dict.pop, container, key, None) for container, key in self.hideable()),
             ]
         )
 
     def places(self) -> list[tuple[Any, Any, mx.array]]:
         """The places of the arrays, as (container, key, array). Empty while they are hidden."""
-        return [] if self.hidden else [(container, key, container[key]) for container, key in self._places]
+        return [] if self.hidden else list(zip(self._containers, self._keys, self._present(), strict=True))
 
     def forget(self) -> None:
         """Declares that the arrays now in the tree are those that were written, so that none counts as replaced."""
@@ -195,7 +202,7 @@ class PackedTrees:
         """All parameters and the state, with flat arrays as one leaf. The forward pass has replaced ``assigned``."""
         parameters, states = [], []
         for row, slot, slots in zip(self._rows, self._parameters, self._states, strict=True):
-            own = {n: assigned[i] for n, i in enumerate(row) if i in assigned} if assigned else {}
+            own = {n: assigned[i] for n, i in enumerate(row) if i in assigned} if assigned else assigned
             weight, before = slot.read(own)
             state = {}
             for name, each in slots.items():
@@ -222,7 +229,7 @@ class PackedTrees:
     def places(self) -> list[tuple[Any, Any, mx.array]]:
         """The places of the state's arrays in trees that users see, as (container, key, array). `show` adds more."""
         self._known = [place for slots in self._states for slot in slots.values() for place in slot.places()]
-        self._known += [(self._root, key, value) for key, value in self._root.items() if isinstance(value, mx.array)]
+        self._known += self._kept.places()
         return self._known
 
     def forget(self) -> None:
@@ -270,6 +277,19 @@ class PackedTrees:
         leaves = [("parameter", p) for p in parameters]
         return leaves + [each for arrays in (*states, scalars) for each in arrays.items()]
 
+    def pack(self, gradients: list[mx.array]) -> list[mx.array]:
+        """One array per parameter or gradient, packed. Call it while tracing, also in the graph of the gradients.
+
+        There a pack is one result of the graph, and not hundreds. Each copy is on the stream of the pack's update, so
+        that no stream waits for another.
+        """
+        sizes = [sum(gradients[i].size for i in row) for row in self._rows]
+        packed = []
+        for row, stream in zip(self._rows, self._inside.leaves.streams(sizes), strict=True):
+            with mx.stream(stream):
+                packed.append(flat([gradients[i] for i in row]))
+        return packed
+
     def update(
         self,
         gradients: list[mx.array],
@@ -280,14 +300,14 @@ class PackedTrees:
     ) -> tuple[list[mx.array], State, mx.array]:
         """Returns updated parameters and state, as from `read`, and the norm of the gradients. Call it while tracing.
 
-        ``gradients`` has one array per parameter. There are no other workers, so ``after`` is not used. With a
+        ``gradients`` are those that `pack` returns. There are no other workers, so ``after`` is not used. With a
         ``weight`` of 0 the gradients count as 0.
         """
         states, scalars = state
         packed, squares, own_norm = [], [], "grad_norm" in scalars
-        for row, stream in zip(self._rows, self._inside.leaves.streams(parameters), strict=True):
+        for gradient, stream in zip(gradients, self._inside.leaves.streams([p.size for p in parameters]), strict=True):
             with mx.stream(stream):  # the stream of this pack's update, so that no stream waits for another
-                gradient = row_major(flat([gradients[i] for i in row]), stream)
+                gradient = row_major(gradient, stream)
                 if not own_norm:
                     squares.append(sum_of_squares(gradient))
                     # Read right before the update, or all gradients would stay in memory until the last was updated.

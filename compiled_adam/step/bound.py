@@ -84,7 +84,7 @@ def bind(model: nn.Module, loss_fn: LossFunction, optimizer: optim.Optimizer, se
     its = other_models(loss_fn, model)
     known = {(id(container), key) for container, key in arrays.places}  # layers that both models have
     inputs = Places([*found, *others, *(leaf for leaf in its.leaves if (id(leaf[1]), leaf[2]) not in known)])
-    gradients = GradientGraphs(model, loss_fn, structure, its, inputs, len(found), settings)
+    gradients = GradientGraphs(model, loss_fn, structure, its, inputs, len(found), settings, trees.pack)
     graph = UpdateGraph(optimizer, trees, dtypes, settings)
     paths = {path for path, _, _ in along(trainable, trainable)}
     return Bound(structure, parameters, arrays, inputs, its, paths, template, shard, trees, gradients, graph)

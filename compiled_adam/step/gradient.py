@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -29,8 +29,8 @@ class Gradients(NamedTuple):
 class GradientGraphs:
     """The gradient of ``loss_fn`` for a model and the ``others`` that it uses.
 
-    Their arrays are at the places ``arrays``. The first ``trainable`` of these are parameters. ``made`` and ``evicted``
-    count traces.
+    Their arrays are at the places ``arrays``. The first ``trainable`` of these are parameters. ``pack`` makes of their
+    gradients what the update needs. ``made`` and ``evicted`` count traces.
     """
 
     def __init__(
@@ -42,8 +42,9 @@ class GradientGraphs:
         arrays: Places,
         trainable: int,
         settings: Settings,
+        pack: Callable[[list[mx.array]], list[mx.array]],
     ) -> None:
-        self._model, self._loss_fn, self._settings = model, loss_fn, settings
+        self._model, self._loss_fn, self._settings, self._pack = model, loss_fn, settings, pack
         self._structure, self._others, self._arrays, self._trainable = structure, others, arrays, trainable
         self._modules = [*structure.modules, *others.modules]
         self.made = self.evicted = 0
@@ -103,6 +104,8 @@ class GradientGraphs:
 
             loss, gradients = undone_on_error(traced, undo)
             aux, assigned, weight = rest
+            if self._settings.accumulate == 1:
+                gradients = self._pack(gradients)  # a window has one sum per parameter
             return loss, aux, assigned, gradients, weight
 
         return Compiled(gradient, self._settings.max_traces, draws=True)

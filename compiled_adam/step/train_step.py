@@ -22,7 +22,7 @@ from ..optimizers import Adam, any_optimizer, check_schedules, of_any
 from ..update import window
 from . import signature as batches
 from .bound import Bound, bind, check_parameters
-from .guards import Place, Traced, evaluate, take_out_placeholders
+from .guards import Traced, evaluate, take_out_placeholders
 from .result import StepResult
 from .settings import LossFunction, check_arguments, checked
 from .state import StepState
@@ -175,7 +175,8 @@ class TrainStep:
             self._current()
             return self._all_or_nothing(partial(self._micro_batch, signature, batch))
         except Traced:
-            model, state, key = self._known
+            places, arrays, state, key = self._known
+            model = [(*place, array) for place, array in zip(places.places, arrays, strict=True)]
             take_out_placeholders([*model, *state], key)
             raise
 
@@ -259,7 +260,7 @@ class TrainStep:
         rate = any_optimizer.learning_rate(self._optimizer)
         self._remember()  # before the evaluation, because the update overwrites the memory of the old arrays
         state = None if update is None else update.state
-        changed = [self._bound.inputs.read(), state, self._state.window, random_state.get()]
+        changed = [self._known[1], state, self._state.window, random_state.get()]
         evaluate(loss, aux, grad_norm, skipped, extra, rate, changed)
         # New array objects, so that editing the arrays of the state in place does not change this result.
         grad_norm, rate = (None if array is None else array[...] for array in (grad_norm, rate))
@@ -341,9 +342,8 @@ class TrainStep:
 
         This takes extra memory only for arrays that a caller replaces, until the next step.
         """
-        places = self._bound.arrays.places
-        model: list[Place] = [(container, key, container[key]) for container, key in places]
-        self._known = model, self._bound.trees.places(), random_state.get()
+        inputs = self._bound.inputs
+        self._known = inputs, inputs.read(), self._bound.trees.places(), random_state.get()
 
 
 make_step = TrainStep

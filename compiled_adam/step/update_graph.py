@@ -56,7 +56,7 @@ class UpdateGraph:
         extra: float,
         assigned: dict[int, mx.array],
     ) -> Update:
-        """An update by the sums of a window, or by the gradients of one batch.
+        """An update by the sums of a window, or by the packed gradients of one batch.
 
         ``assigned`` has the parameters that the forward pass has replaced. ``extra`` is summed over the workers.
         """
@@ -86,6 +86,8 @@ class UpdateGraph:
         # `constants` is not read, because the optimizer reads its attributes. It makes other values cause a new trace.
         self.updated += 1
         gradients, weight, sums, last = self._mean(gradients, scalars)
+        if self._settings.accumulate > 1:
+            gradients = self._trees.pack(gradients)  # else the graph of the gradients has packed them
         return *self._trees.update(gradients, parameters, state, last, weight), sums
 
     def _mean(
