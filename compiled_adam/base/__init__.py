@@ -15,4 +15,4 @@ from .peak import peak, traced
 from .shown import shown
 from .spelling import did_you_mean
 from .streams import lenient, lenient_streams, say
-from .tree import Aligned, Places, Structure, along, below, indexed, trainable_places
+from .tree import Aligned, Places, Structure, along, below, filled, indexed, trainable_places

@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import mlx.core as mx
@@ -250,6 +251,8 @@ class Aligned:
         self, gradient: Any, parameter: Any, state: Any, path: str, paths: list[str], place: tuple[Any, Any]
     ) -> None:
         if isinstance(gradient, (dict, list, tuple)):
+            if _all_arrays(gradient) and self._add_all(gradient, parameter, state, path, paths):
+                return
             for key, value in _items(gradient):
                 below = f"{path}.{key}" if path else str(key)
                 if not _has(parameter, key):
@@ -273,6 +276,44 @@ class Aligned:
         self.states.append(state)
         self.containers.append(place[0])
         self.keys.append(place[1])
+
+    def _add_all(self, gradients: Any, parameters: Any, states: Any, path: str, paths: list[str]) -> bool:
+        """Adds all ``gradients`` of a container, in C, because there may be thousands. False if anything is unusual."""
+        keys = list(gradients)
+        if not (isinstance(parameters, dict) and isinstance(states, dict)):
+            return False
+        weights: list[Any] = list(map(parameters.get, keys))
+        its_states: list[Any] = list(map(states.get, keys))
+        if set(map(type, weights)) != {mx.array} or set(map(type, its_states)) != {dict}:
+            return False
+        if not all(all(map(operator.contains, its_states, repeat(name))) for name in ("m", "v")):
+            return False
+        paths += [f"{path}.{key}" for key in keys] if path else map(str, keys)
+        self.gradients += gradients.values()
+        self.parameters += weights
+        self.states += its_states
+        self.containers += [parameters] * len(keys)
+        self.keys += keys
+        return True
+
+
+def filled(tree: Any, values: Iterator[Any]) -> Any:
+    """``tree`` with the next of the ``values`` in place of each leaf.
+
+    >>> filled({"a": [1, 2], "b": 3}, iter("xyz"))
+    {'a': ['x', 'y'], 'b': 'z'}
+    """
+    if _all_arrays(tree):
+        return dict(zip(tree, values, strict=False))
+    if isinstance(tree, dict):
+        return {key: filled(child, values) for key, child in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(filled(child, values) for child in tree)
+    return next(values)
+
+
+def _all_arrays(node: Any) -> bool:
+    return isinstance(node, dict) and set(map(type, node.values())) == {mx.array}
 
 
 def below(node: Any, key: Any) -> Any:

@@ -25,7 +25,7 @@ from mlx_lm.tuner.trainer import TrainingArgs
 from ..base import InputError, fingerprint
 from ..checkpoint import check_exists
 from ..distributed import Workers, join
-from ..finetune import data, model_files, padding, samples
+from ..finetune import attention, data, model_files, padding, samples
 from ..finetune.adapters import check_folder, load_adapters, load_weights, other_scale, read_arrays, trained_dtype
 from ..finetune.batches import Batches
 from ..finetune.chunked import ChunkedLoss
@@ -166,7 +166,7 @@ def train_model(
     options = _options(args, base, valid_set)
     job = Job(model, optimizer, cached, valid, _loss(args, model), make_batches, _training_args(args), options)
     try:
-        with lora_screen.how_to_go_on(args):
+        with lora_screen.how_to_go_on(args), attention.in_blocks(not args.like_mlx_lm):
             job.run(callback, lora_screen.facts(args, model, cached, valid, forecast))
     finally:
         _report(args)
@@ -280,7 +280,8 @@ def _test(args: types.SimpleNamespace, model: nn.Module, test_set: Any) -> None:
                 workers.beat()
                 progress.advance()
 
-            loss = mean_loss(model, test_set, loss_fn, Batches, args, count, before_batch)
+            with attention.in_blocks(not args.like_mlx_lm):
+                loss = mean_loss(model, test_set, loss_fn, Batches, args, count, before_batch)
         if loss is None:
             raise InputError(f"there is no test loss: {no_targets(args.max_seq_length)}")
         print(f"Test loss {loss:.3f}, Test ppl {math.inf if loss >= 700 else math.exp(loss):.3f}.")

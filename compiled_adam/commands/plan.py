@@ -150,7 +150,9 @@ def of_batch(args: types.SimpleNamespace, workers: int) -> Batch:
         length = min(length, max(1, args.batch_tokens // workers))
         rows = args.batch_tokens // (length * workers)
     loss = losses.like_mlx_lm if args.like_mlx_lm else losses.next_token
-    return Batch(max(1, rows), max(1, length), bool(args.grad_checkpoint), args.chunked_loss, loss)
+    return Batch(
+        max(1, rows), max(1, length), bool(args.grad_checkpoint), args.chunked_loss, loss, not args.like_mlx_lm
+    )
 
 
 def _states(args: types.SimpleNamespace, trainable: dict, workers: int) -> dict[str, State]:

@@ -16,6 +16,7 @@ import mlx.nn as nn
 
 from ..base import InputError, Places, along, peak, reached, traced
 from ..step import chunk_rows, kept, kept_gradient, losses
+from .attention import in_blocks
 from .head import Parts, place
 from .recompute import floats, replaced, with_floats
 
@@ -33,6 +34,7 @@ class Batch(NamedTuple):
     recomputed: bool = False  # --grad-checkpoint
     chunked: bool = True  # --chunked-loss, of which all positions are targets
     loss: Callable[..., Any] = losses.next_token  # if it is not chunked
+    blocks: bool = True  # attention as `attention.in_blocks` computes it
 
 
 class Pass(NamedTuple):
@@ -49,7 +51,8 @@ def of_pass(model: nn.Module, batch: Batch) -> Pass:
         ValueError: the model cannot be called with tokens alone, or cannot be taken apart. The message says why.
     """
     try:
-        return _of_pass(model, batch)
+        with in_blocks(batch.blocks):
+            return _of_pass(model, batch)
     except _OF_MODELS as error:
         raise InputError(f"activations cannot be computed: {str(error).partition(chr(10))[0]}") from error
 

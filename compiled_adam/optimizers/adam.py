@@ -10,7 +10,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_map
 
-from ..base import Aligned, Assignments, InputError
+from ..base import Aligned, Assignments, InputError, filled
 from ..update import ALL_ALIKE, Part, Shared, Stored, update_leaf
 from .group_options import Groups, as_given, patterns
 from .leaf_update import LeafUpdate, Options
@@ -237,7 +237,7 @@ class Adam(optim.Adam):
             self._refuse_leaf_by_leaf()
             return super().apply_gradients(gradients, parameters)
         result = iter(self._updated(gradients, parameters, part, assignments)[0])
-        return tree_map(lambda _: next(result), gradients)
+        return filled(gradients, result)
 
     def _init_for(self, gradients: dict, parameters: dict) -> None:
         if not self._initialized:

@@ -9,7 +9,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_map
 
-from ..base import Aligned, Assignments, Compiled, InputError, along, below, shown
+from ..base import Aligned, Assignments, Compiled, InputError, along, below, filled, shown
 from ..update import Keep, Stored, clip_factor, global_norm, guard, residual, unfused
 from . import any_optimizer
 from .adam import Adam
@@ -165,7 +165,7 @@ class Compensated(any_optimizer.Wrapping):
         assignments = Assignments()
         updated = iter(self._updated(gradients, parameters, norm, assignments)[0])
         assignments.make()
-        return tree_map(lambda _: next(updated), gradients)
+        return filled(gradients, updated)
 
     def _updated(
         self, gradients: dict, parameters: dict, norm: mx.array | None, assignments: Assignments
@@ -173,7 +173,7 @@ class Compensated(any_optimizer.Wrapping):
         """The new parameters in the order of ``gradients``, and the containers and keys of the old ones."""
         leaves = Aligned(gradients, parameters, {})
         weights = iter(leaves.parameters)
-        tree = tree_map(lambda _: next(weights), gradients)
+        tree = filled(gradients, weights)
         if not self._initialized:
             self.init(tree)
         any_optimizer.take_numbers(self.wrapped)
@@ -212,7 +212,7 @@ class Compensated(any_optimizer.Wrapping):
         current = [{**its, **rate} for its, rate in zip(scalars, rates, strict=True)]
         keep, clip, counted = self._global(leaves.gradients, current, norm)
         values = map(_value, leaves.parameters, states)
-        tree = tree_map(lambda _: next(values), gradients)
+        tree = filled(gradients, values)
         clipped = tree_map(lambda g: _float32(g) if clip is None else clip * _float32(g), gradients)
         twin = any_optimizer.twin(self.wrapped, current)
         mine = [dict(state) for state in states]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import types
 from pathlib import Path
 
@@ -151,9 +152,8 @@ def test_command(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "2 workers: 1 call of together" in out and "at 5 GB/s" in out and "does not fit" in out
     assert all(policy in out for policy in POLICIES)
     assert "no options make it fit that keep what is trained; use a quantized or smaller model\n" in out
-    assert (
-        "forward and backward pass of 1 x 2048 positions on a CPU: 0.1" in out and "logits a chunk at a time: " in out
-    )
+    assert re.search(r"forward and backward pass of 1 x 2048 positions on a CPU: [\d.]+ [MG]B", out)
+    assert "logits a chunk at a time: " in out
 
 
 def test_the_batch_is_the_largest_of_the_job() -> None:

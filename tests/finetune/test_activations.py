@@ -13,6 +13,7 @@ from compiled_adam.commands.lora import make_trainable
 from compiled_adam.commands.lora_options import settings
 from compiled_adam.finetune import model_config
 from compiled_adam.finetune.activations import Batch, of_pass
+from compiled_adam.finetune.attention import in_blocks
 from compiled_adam.finetune.chunked import ChunkedLoss
 from compiled_adam.finetune.recompute import recomputed
 from mlx.utils import tree_flatten
@@ -47,7 +48,7 @@ def measured(model: nn.Module, batch: Batch, vocabulary: int) -> int:
     mx.eval(model.parameters(), tokens, lengths)
     loss = ChunkedLoss(model) if batch.chunked else losses.next_token
     found = []
-    with recomputed(model.layers if batch.recomputed else []):
+    with recomputed(model.layers if batch.recomputed else []), in_blocks(batch.blocks):
         step = ca.make_step(model, loss, ca.AdamW(1e-4), weighted=True)
         for _ in range(4):  # the first one also tests kernels
             mx.eval(model.parameters(), step.optimizer.state)
