@@ -274,7 +274,7 @@ class Job:
             "steps_per_eval": args.steps_per_eval if self.val_dataset else None,
             "val_batches": args.val_batches if self.val_dataset else None,
             "validation examples": len(self.val_dataset) if self.val_dataset else 0,
-            "grad_checkpoint": args.grad_checkpoint,  # it draws the random numbers of dropout twice
+            "grad_checkpoint": args.grad_checkpoint,  # kernels are fused differently, and so rounded differently
         }
 
     def _alike(self, settings: dict[str, Any], resumed: bool) -> dict[str, Any]:
