@@ -189,13 +189,14 @@ def _options(args: types.SimpleNamespace, base: Any, valid_set: Any) -> TrainOpt
         reduce_dtype=args.reduce_dtype,
         shard_state=args.shard_state,
         worker_timeout=args.worker_timeout,
+        weighted=like_mlx_lm.tokens_count_alike(args),
         sample=_sample(args, valid_set),
     )
 
 
 def _batches(args: types.SimpleNamespace, bucket: float | None) -> partial[Batches]:
     """`Batches` with the options of a job."""
-    grouped = args.group_by_length or args.batch_tokens is not None
+    grouped = like_mlx_lm.is_grouped(args)
     lengths = padding.chosen(bucket, grouped, cuda=False if args.like_mlx_lm else None)
     return partial(Batches, padding=lengths, group_by_length=grouped, batch_tokens=args.batch_tokens)
 
