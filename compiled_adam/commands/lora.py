@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import math
 import os
+import sys
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -207,7 +208,9 @@ def _iterations(args: types.SimpleNamespace, dataset: CacheDataset, make_batches
     made = make_batches(dataset, args.batch_size, args.max_seq_length, loop=True, comm_group=world)
     if made.grouped:
         tokenize(dataset, quiet=world.rank() > 0)
-    return max(1, math.ceil(args.epochs * made.per_epoch))
+    if (iterations := args.epochs * made.per_epoch) > sys.maxsize:
+        raise InputError(f"{called('epochs')} is {args.epochs:g}, which no run can finish; give fewer")
+    return max(1, math.ceil(iterations))
 
 
 def _settings(args: types.SimpleNamespace, base: Any) -> dict[str, Any]:

@@ -182,7 +182,7 @@ class Job:
             if loop.iteration >= args.iters:
                 progress.line(
                     f"iter {loop.iteration:>5}  all {args.iters} iterations are done; to train on, give more"
-                    f" {called('iters')}"
+                    f" {called('iters')} or epochs"
                 )
             if options.log and workers.first:
                 reporting.log = stack.enter_context(closing(RunLog(self.folder / LOG, loop.iteration, reporting.warn)))

@@ -53,6 +53,9 @@ def test_epochs_instead_of_iterations(lora: Lora) -> None:
     count = int(re.search(r"= 2 epochs of (\d+) batches of \d+ to \d+ examples", done.stdout)[1])
     assert len(losses(done)) == 2 * count < 12
     assert json.loads((Path("out") / "adapter_config.json").read_text())["iters"] == 2 * count
+    shorter = lora("out", "--epochs", "1", "--batch-tokens", "256", "--resume").stdout
+    assert f"all {count} iterations are done; to train on, give more iters (--iters) or epochs\n" in shorter
+    assert f"\n{2 * count} iterations, 0 of them now, in " in shorter
 
 
 @pytest.mark.parametrize(
@@ -60,6 +63,7 @@ def test_epochs_instead_of_iterations(lora: Lora) -> None:
     [
         (("--epochs", "2", "--iters", "5"), "iters (--iters) is given beside epochs, which says how long to train"),
         (("--epochs", "0"), "epochs (--epochs) is 0.0; it must be a number above 0"),
+        (("--epochs", "1e18"), "epochs (--epochs) is 1e+18, which no run can finish; give fewer"),
         (("--epochs", "inf"), "epochs (--epochs) is inf; it must be a number above 0"),
         (("--batch-tokens", "0"), "batch_tokens (--batch-tokens) is 0; it must be a whole number of at least 1"),
         (("--batch-tokens", "20"), "batch_tokens (--batch-tokens) is 20, but the longest example takes "),

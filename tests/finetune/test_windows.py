@@ -12,11 +12,14 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from compiled_adam import losses
+from compiled_adam.base.errors import InputError
 from compiled_adam.finetune.batches import Batches
 from compiled_adam.finetune.padding import spaced
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.trainer import TrainingArgs
+
+from tests.tiny_runs import train
 
 STEPS, WINDOWS = 3, 4
 
@@ -82,3 +85,13 @@ def test_a_window_is_one_big_batch(options: dict[str, Any], tmp_path: Path) -> N
     assert norms.found == pytest.approx(expected_norms, rel=1e-5)  # float32: the same sums in another order
     for (path, a), (_, b) in zip(*(tree_flatten(m.parameters()) for m in (model, expected)), strict=True):
         assert mx.abs(a - b).max().item() <= 1e-5, path
+
+
+def test_a_window_goes_on_with_the_weights_that_it_has(tiny_model: Path, tmp_path: Path) -> None:
+    """Beside hundreds of tokens, a micro-batch that counts 1 would add nothing."""
+    train(tiny_model, tmp_path, iters=4, grad_accumulation_steps=3)
+    options = {"iters": 8, "weighted": False, "allow": ["weighted"], "resume": "auto"}
+    with pytest.raises(InputError, match=r"in the middle of a window, whose 1 micro-batches are weighted in another"):
+        train(tiny_model, tmp_path, grad_accumulation_steps=3, **options)
+    train(tiny_model, tmp_path, iters=6, grad_accumulation_steps=3, resume="auto")
+    train(tiny_model, tmp_path, grad_accumulation_steps=3, **options)
