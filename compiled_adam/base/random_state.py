@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -29,3 +30,33 @@ def assignment(key: mx.array) -> Callable[[], None]:
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """``mx.compile``, with the random state as an input and an output."""
     return mx.compile(function, inputs=[mx.random.state], outputs=[mx.random.state])
+
+
+@contextmanager
+def repeated(key: mx.array) -> Iterator[None]:
+    """Inside the block come the random numbers that followed when ``key`` was the state; then the state is as before.
+
+    Also while a function is traced, where ``key`` has no value, so that `assign` could not read it.
+    """
+    before = get()
+    _assign_traced(key)
+    try:
+        yield
+    finally:
+        _assign_traced(before)
+
+
+class _State(list[Any]):
+    """The random state for `_assign_traced`: MLX reads captured outputs by iteration, and assigns them by index."""
+
+    def __init__(self) -> None:
+        super().__init__([mx.random.state])
+        self.read: list[mx.array] = []
+
+    def __iter__(self) -> Iterator[mx.array]:
+        return iter(self.read)
+
+
+def _assign_traced(key: mx.array) -> None:
+    state = _State()
+    mx.compile(state.read.append, outputs=state)(key)

@@ -219,6 +219,11 @@ def read_checkpoint(
         if rows + (arrays := step.mismatches(state, convert=convert)):
             raise OtherRun(folder, rows, arrays, meta["settings"])
         mx.eval(state)  # before the files are closed
+    if state["window"] and "weighted" in changed:
+        raise InputError(
+            f"{folder} is in the middle of a window, whose {meta['accumulated']} micro-batches are weighted in another"
+            " way; go on without the change of 'weighted' (--like-mlx-lm) up to the end of a window"
+        )
     if state["window"] and state["window"]["batches"].item() != meta["accumulated"]:
         raise InputError(f"{found / META} is damaged: its number of accumulated batches is not the one in the window")
     check_finite(state["model"])

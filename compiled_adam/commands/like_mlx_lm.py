@@ -29,6 +29,16 @@ def options_of_others(args: types.SimpleNamespace) -> dict[str, Any]:
     return {"max_grad_norm": args.max_grad_norm, "skip_nonfinite": skip}
 
 
+def is_grouped(args: types.SimpleNamespace) -> bool:
+    """Whether batches are of similar length."""
+    return bool(args.group_by_length or args.batch_tokens is not None)
+
+
+def tokens_count_alike(args: types.SimpleNamespace) -> bool:
+    """Whether micro-batches and workers are weighted by tokens. mlx-lm's count alike, which are not grouped."""
+    return not args.like_mlx_lm or is_grouped(args)
+
+
 def schedule(args: types.SimpleNamespace) -> Callable[[Any], Any]:
     """The learning rates of ``lr_schedule``. mlx-lm repeats the peak after a warmup, but knows only MLX's schedules."""
     if args.like_mlx_lm and hasattr(optim.schedulers, args.lr_schedule["name"]):
@@ -41,13 +51,14 @@ def differences(args: types.SimpleNamespace) -> str:
     ours = args.optimizer in ("adam", "adamw")
     options = options_of_adam(args) if ours else options_of_others(args)
     found = {
-        "batches of similar length": args.group_by_length or args.batch_tokens is not None,
+        "batches of similar length": is_grouped(args),
         "no loss on padding": not args.like_mlx_lm or args.chunked_loss,
         "bias correction": options.get("bias_correction", False),
         f"weights cast to {args.dtype}": args.dtype is not None,
         "updates with NaN skipped": options.get("skip_nonfinite", False),
         "AdamW for all but the matrices of layers": args.optimizer == "muon" and not args.like_mlx_lm,
-        "accumulation weighted by tokens": args.grad_accumulation_steps > 1,
+        "accumulation weighted by tokens": args.grad_accumulation_steps > 1 and tokens_count_alike(args),
+        "last window applied": args.iters % args.grad_accumulation_steps > 0,
     }
     names = ", ".join(name for name, differs in found.items() if differs)
     if args.like_mlx_lm:

@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import math
 import os
+import sys
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -189,13 +190,14 @@ def _options(args: types.SimpleNamespace, base: Any, valid_set: Any) -> TrainOpt
         reduce_dtype=args.reduce_dtype,
         shard_state=args.shard_state,
         worker_timeout=args.worker_timeout,
+        weighted=like_mlx_lm.tokens_count_alike(args),
         sample=_sample(args, valid_set),
     )
 
 
 def _batches(args: types.SimpleNamespace, bucket: float | None) -> partial[Batches]:
     """`Batches` with the options of a job."""
-    grouped = args.group_by_length or args.batch_tokens is not None
+    grouped = like_mlx_lm.is_grouped(args)
     lengths = padding.chosen(bucket, grouped, cuda=False if args.like_mlx_lm else None)
     return partial(Batches, padding=lengths, group_by_length=grouped, batch_tokens=args.batch_tokens)
 
@@ -206,7 +208,9 @@ def _iterations(args: types.SimpleNamespace, dataset: CacheDataset, make_batches
     made = make_batches(dataset, args.batch_size, args.max_seq_length, loop=True, comm_group=world)
     if made.grouped:
         tokenize(dataset, quiet=world.rank() > 0)
-    return max(1, math.ceil(args.epochs * made.per_epoch))
+    if (iterations := args.epochs * made.per_epoch) > sys.maxsize:
+        raise InputError(f"{called('epochs')} is {args.epochs:g}, which no run can finish; give fewer")
+    return max(1, math.ceil(iterations))
 
 
 def _settings(args: types.SimpleNamespace, base: Any) -> dict[str, Any]:

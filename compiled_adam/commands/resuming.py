@@ -17,7 +17,7 @@ from ..checkpoint import COLUMNS, OtherRun
 from .lora_options import effective_defaults, parser, settings
 
 _OPTIONS = {"accumulate": "grad_accumulation_steps"}  # options that have another name in a checkpoint
-_FOLLOW = ("decays",)  # from other settings
+_FOLLOW = ("decays", "weighted")  # from other settings
 _DIGESTS = ("model", "data")  # options whose settings are not what a user types
 
 

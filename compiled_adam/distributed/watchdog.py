@@ -81,7 +81,12 @@ class Watchdog:
         return max(self._timeout, SLOWER * self._longest)
 
     def _watch(self) -> None:
-        while not self._ended.wait(min(1.0, self._timeout / 4)):
+        interval, looked = min(1.0, self._timeout / 4), time.monotonic()
+        while not self._ended.wait(interval):
+            # While all of this process stood still, as after Ctrl-Z, it waited for nobody.
+            before, looked = looked, time.monotonic()
+            if (still := looked - before) > 10 * interval:
+                self._last += still
             if (why := self.why_end()) is not None:
                 self._end(why)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,8 @@ class TrainingLoop:
         if self.iteration > self.begin:
             return self.step(*batch)
         with self.reporting.screen.progress.stage("compiling kernels (once)"):
-            return self.step(*batch)
+            result: StepResult = self.folder.workers.together(partial(self.step, *batch))
+        return result
 
     def _validate(self, iteration: int) -> None:
         self.reporting.drain()
@@ -163,7 +165,7 @@ class TrainingLoop:
 
     def _summary(self) -> str:
         """A line: what this run did, and where it is."""
-        said = f"{self.iteration:,}{'' if self.iteration == self.args.iters else f' of {self.args.iters:,}'} iterations"
+        said = f"{self.iteration:,}{'' if self.iteration >= self.args.iters else f' of {self.args.iters:,}'} iterations"
         if self.begin:
             said += f", {self.iteration - self.begin:,} of them now,"
         said += f" in {duration(time.perf_counter() - self.started)}"

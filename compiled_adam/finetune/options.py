@@ -82,6 +82,8 @@ class TrainOptions:
         worker_timeout: a worker that waits this many seconds for the other workers ends its process, with a message
             and exit code 1. The time is longer if steps are long, see `Watchdog`. A worker whose connection is closed
             is noticed earlier. Default 60.
+        weighted: whether micro-batches of a window, and the workers' parts of a batch, are weighted by their tokens, as
+            in `make_step`. Default True: they equal one big batch. False: all count alike, as in mlx-lm.
         sample: is called as ``sample(model, stop)`` by the first worker, before the first step and after the last one.
             It returns samples of the model for the report, dictionaries with the texts ``prompt``, ``expected`` and
             ``answer``, and should end soon when ``stop()`` becomes true. Needs ``log``. Default None: no samples.
@@ -104,6 +106,7 @@ class TrainOptions:
     reduce_dtype: str = "float32"
     shard_state: bool = False
     worker_timeout: float = 60.0
+    weighted: bool = True
     sample: Callable[[nn.Module, Callable[[], bool]], list[dict[str, str]]] | None = None
 
     def __post_init__(self) -> None:

@@ -15,6 +15,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from ..base import random_state
+
 
 @contextmanager
 def recomputed(layers: Sequence[nn.Module]) -> Iterator[None]:
@@ -23,7 +25,7 @@ def recomputed(layers: Sequence[nn.Module]) -> Iterator[None]:
     A layer may have any positional and keyword arguments and return arrays in lists, tuples and dictionaries. It is
     differentiated with respect to its trainable parameters and the arrays of floats in its arguments. A call with an
     object among the arguments, such as a cache of keys and values, is an ordinary call: a second one would change the
-    object twice. Random numbers, as of dropout, are drawn again.
+    object twice. Random numbers, as of dropout, are the same both times.
     """
     with replaced(layers, _recomputing):
         yield
@@ -62,6 +64,7 @@ def _call(layer: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) ->
     parameters: Any = tree_flatten(layer.trainable_parameters())
     paths, values = [path for path, _ in parameters], [value for _, value in parameters]
     result: Any = None
+    key = random_state.get()
 
     def function(arrays: list[mx.array]) -> list[mx.array]:
         nonlocal result
@@ -79,9 +82,10 @@ def _call(layer: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) ->
 
     @checkpointed.vjp
     def gradients(primals: Any, cotangents: Any, outputs: Any) -> list[mx.array]:
-        # Nothing is computed again before the backward pass is here.
-        primals = mx.depends(primals, cotangents)
-        _, found = mx.vjp(lambda *arrays: function(list(arrays)), primals, cotangents)
+        # Nothing is computed again before the backward pass is here. A mask would else stay from the first pass.
+        *primals, its_key = mx.depends([*primals, key], cotangents)
+        with random_state.repeated(its_key):
+            _, found = mx.vjp(lambda *arrays: function(list(arrays)), primals, cotangents)
         own, given = found[: len(values)], found[len(values) :]
         # One by one: what nobody asks for, as the gradient of a mask, is not computed.
         return [*own, *(mx.depends([each], own)[0] for each in given)] if own else found

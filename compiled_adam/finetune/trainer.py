@@ -78,14 +78,15 @@ def train(
     reduce_dtype: str = TrainOptions.reduce_dtype,
     shard_state: bool = TrainOptions.shard_state,
     worker_timeout: float = TrainOptions.worker_timeout,
+    weighted: bool = TrainOptions.weighted,
     sample: Callable[[nn.Module, Callable[[], bool]], list[dict[str, str]]] | None = TrainOptions.sample,
 ) -> History:
     """Fine-tunes ``model`` in place: the call, the defaults and the adapter files of ``mlx_lm.tuner.trainer.train``.
 
-    Accumulation weights micro-batches by their tokens, and applies the last, partly filled window. The cache of the
-    allocator is cleared only beyond a ``clear_cache_threshold`` above 0. Weights that are not finite are never saved.
-    Reports have three more keys: ``grad_norm`` (of the last update, or None), ``skipped_steps`` and ``traces`` (so far,
-    one for each batch shape).
+    Accumulation weights micro-batches by their tokens (``weighted``), and applies the last, partly filled window. The
+    cache of the allocator is cleared only beyond a ``clear_cache_threshold`` above 0. Weights that are not finite are
+    never saved. Reports have three more keys: ``grad_norm`` (of the last update, or None), ``skipped_steps`` and
+    ``traces`` (so far, one for each batch shape).
 
     Returns:
         a `History` of the reports and validations; in a resumed run also of those before, if ``log`` is on.
@@ -108,7 +109,7 @@ def train(
     """
     options = TrainOptions(
         *(max_traces, log, keep_checkpoints, keep_adapters, save_best, early_stop_patience, nonfinite_limit, resume),
-        *(settings, allow, adapter_config, reduce_dtype, shard_state, worker_timeout, sample),
+        *(settings, allow, adapter_config, reduce_dtype, shard_state, worker_timeout, weighted, sample),
     )
     job = Job(model, optimizer, train_dataset, val_dataset, loss, iterate_batches, args or TrainingArgs(), options)
     return job.run(training_callback)
@@ -181,7 +182,7 @@ class Job:
             if loop.iteration >= args.iters:
                 progress.line(
                     f"iter {loop.iteration:>5}  all {args.iters} iterations are done; to train on, give more"
-                    f" {called('iters')}"
+                    f" {called('iters')} or epochs"
                 )
             if options.log and workers.first:
                 reporting.log = stack.enter_context(closing(RunLog(self.folder / LOG, loop.iteration, reporting.warn)))
@@ -224,7 +225,7 @@ class Job:
             weighed(self.loss) if are_weighed(batches, self.args.grad_accumulation_steps) else self.loss,
             self.optimizer,
             accumulate=self.args.grad_accumulation_steps,
-            weighted=True,
+            weighted=self.options.weighted,
             max_traces=self.options.max_traces,
             group=workers.group,
             reduce_dtype=self.options.reduce_dtype,
@@ -274,7 +275,7 @@ class Job:
             "steps_per_eval": args.steps_per_eval if self.val_dataset else None,
             "val_batches": args.val_batches if self.val_dataset else None,
             "validation examples": len(self.val_dataset) if self.val_dataset else 0,
-            "grad_checkpoint": args.grad_checkpoint,  # it draws the random numbers of dropout twice
+            "grad_checkpoint": args.grad_checkpoint,  # kernels are fused differently, and so rounded differently
         }
 
     def _alike(self, settings: dict[str, Any], resumed: bool) -> dict[str, Any]:

@@ -50,6 +50,7 @@ def tokenized(
         InputError: the template does not say for certain which tokens are a turn's. The message names ``place``.
     """
     tokens = tokenizer.apply_chat_template(messages, tools=tools, return_dict=False)
+    _check_calls(tokenizer, messages, tools, place)
     if _marks_turns(tokenizer, tools):
         spans = _marked(tokenizer, messages, tools, tokens, place)
     else:
@@ -64,6 +65,24 @@ def tokenized(
 
 def _text(tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Any, prompt: bool = False) -> str:
     return tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=prompt, tokenize=False)
+
+
+def _check_calls(tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Any, place: str) -> None:
+    """Raises an error if the template does not write the calls of tools: answers without them would be trained."""
+    whole = _text(tokenizer, messages, tools)
+    for k, message in enumerate(messages):
+        if not (is_turn(message) and message.get("tool_calls")):
+            continue
+        without = {key: value for key, value in message.items() if key != "tool_calls"}
+        try:
+            written = _text(tokenizer, [*messages[:k], without, *messages[k + 1 :]], tools) != whole
+        except Exception:
+            written = True  # a template that fails without them knows them
+        if not written:
+            raise InputError(
+                f"{place}: the chat template leaves out the tool_calls of message {k + 1}, so {_OPTION} would train an"
+                " answer without them; use a model whose chat template writes them, or remove the example"
+            )
 
 
 def _turn(

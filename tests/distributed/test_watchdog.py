@@ -8,7 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from compiled_adam.distributed import ring, watchdog
+from compiled_adam import losses
+from compiled_adam.distributed import ring, watchdog, workers
+
+from tests.tiny_runs import train
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -71,6 +74,47 @@ def test_when_it_ends_the_process(cut: bool, monkeypatch: pytest.MonkeyPatch) ->
     assert dog.why_end() == "no answer from the other workers for 76 s"
     dog.beat()
     assert dog.why_end() is None
+
+
+def test_time_in_which_it_stood_still_itself_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after Ctrl-Z, which stops all workers of a machine."""
+    now, ended = 0.0, []
+    looks = iter([1.0, 1.0, 300.0, *[1.0] * 100])
+
+    def wait(seconds: float) -> bool:
+        nonlocal now
+        now += next(looks)
+        return bool(ended)
+
+    def end(why: str) -> None:
+        ended.append((now, why))
+
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now)
+    dog = watchdog.Watchdog(60.0, lambda: "nothing was saved")
+    dog.beat()
+    dog._connections = ring.Connections()
+    monkeypatch.setattr(dog._ended, "wait", wait)
+    monkeypatch.setattr(dog, "_end", end)
+    dog._watch()
+    assert ended == [(361.0, "no answer from the other workers for 61 s")]
+
+
+def test_the_first_step_may_take_ten_times_as_long(tiny_model: Path, tmp_path: Path, monkeypatch) -> None:
+    """It compiles kernels, also at the other workers. A validation before it has told that they are alive."""
+    dogs, limits = [], []
+
+    class Dog(watchdog.Watchdog):
+        def __init__(self, *arguments) -> None:
+            super().__init__(*arguments)
+            dogs.append(self)
+
+    def loss(model, tokens, lengths):
+        limits.append((model.training, dogs[-1].limit()))
+        return losses.next_token(model, tokens, lengths)
+
+    monkeypatch.setattr(workers, "Watchdog", Dog)
+    train(tiny_model, tmp_path, val=True, loss=loss, iters=1, val_batches=2)
+    assert limits == [(False, 60.0), (False, 60.0), (True, 600.0)]
 
 
 def test_it_ends_the_process(run: Callable) -> None:

@@ -176,6 +176,15 @@ def test_a_token_with_characters_of_both_sides_is_not_trained(chat) -> None:
             *("{% generation %}{% endgeneration %}" + CHATML, TALK),
             "line 2: the chat template marks no token as the assistant's; make an example of each turn",
         ),
+        *(  # an answer of nothing would be trained
+            (
+                template,
+                [WEATHER[0], {**WEATHER[1], "content": ""}, *WEATHER[2:]],
+                "line 2: the chat template leaves out"
+                r" the tool_calls of message 2, so assistant_only_loss \(.*\) would train an answer without them",
+            )
+            for template in (CHATML, MARKED)
+        ),
     ],
 )
 def test_what_has_no_certain_place_is_refused(template, messages, message, chat, tmp_path: Path) -> None:
