@@ -363,6 +363,22 @@ def test_a_copy_goes_its_own_way() -> None:
     assert (optimizer.step.item(), other.step.item()) == (1, 2)
 
 
+@pytest.mark.parametrize("wrap", [ca.Compensated, lambda optimizer: optimizer])
+def test_lists_that_end_before_a_gap_of_another_optimizer(wrap: Callable[..., optim.Optimizer]) -> None:
+    """MLX cannot merge [a] with [{}, {}, b]. Here the layer between two has no parameters."""
+    filters = [lambda path, p: path == "layers.0.weight", lambda path, p: path.startswith("layers.2")]
+    several = optim.MultiOptimizer([optim.Muon(0.1), optim.Lion(0.1), optim.SGD(0.1)], filters)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    step = ca.make_step(model, squared_error, wrap(several))
+    before = dict(tree_flatten(model.parameters()))
+    step(*inputs(0, mx.float32))
+    model.layers[2].freeze()  # the state keeps what follows the last layer that is trained
+    step = ca.make_step(model, squared_error, wrap(several))
+    step(*inputs(1, mx.float32))
+    for path, array in tree_flatten(model.parameters()):
+        assert mx.abs(array - before[path]).max().item() > 0, path
+
+
 def test_inside_a_multi_optimizer_and_repr() -> None:
     parts = [ca.Compensated(optim.Muon(1e-2), skip_nonfinite=True), ca.AdamW(1e-2, skip_nonfinite=True)]
     step = ca.make_step(net(), squared_error, optim.MultiOptimizer(parts, [lambda path, p: p.ndim > 1]))
