@@ -156,6 +156,28 @@ def test_two_optimizers_on_one_two_and_three_workers_and_resumed(ran, tmp_path: 
             np.testing.assert_allclose(b[path], array, rtol=1e-4, atol=1e-4, err_msg=path)
 
 
+def test_every_optimizer_in_compensated_gives_the_same_bits(tmp_path: Path) -> None:
+    program = """
+import mlx.core as mx, compiled_adam as ca
+from tests.nets import linear_net, squared_error, batch
+from tests.optimizers.test_compensated import OPTIMIZERS
+group = mx.distributed.init()
+for name, make in OPTIMIZERS.items():
+    found = []
+    for sharded in (False, True):
+        net, optimizer = linear_net(), ca.Compensated(make(), max_grad_norm=0.5, skip_nonfinite=True)
+        net.set_dtype(mx.bfloat16)
+        step = ca.make_step(net, squared_error, optimizer, group=group, shard_state=sharded)
+        for i in range(3):
+            step(*(part.astype(mx.bfloat16) for part in batch(i)))
+        found.append(step.state_dict())
+    whole, shards = found
+    assert all(whole[part].keys() == shards[part].keys() for part in whole), name
+    assert all(mx.array_equal(a, shards[part][path]) for part in whole for path, a in whole[part].items()), name
+"""
+    launch.run(2, tmp_path, "-c", program)
+
+
 def test_an_optimizer_that_was_sharded_can_be_used_again(tmp_path: Path) -> None:
     program = """
 import mlx.core as mx, mlx.optimizers as optim, compiled_adam as ca

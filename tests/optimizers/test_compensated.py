@@ -285,7 +285,7 @@ def test_a_stock_state_can_be_assigned() -> None:
     assert optimizer.step.item() == 2 and optimizer.traces == 1
 
 
-@pytest.mark.parametrize("name", ["Muon", "Adafactor", "MultiOptimizer"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_resumed_step_continues_bit_for_bit(name: str, tmp_path: Path) -> None:
     def made() -> ca.TrainStep:
         return ca.make_step(net(), squared_error, ca.Compensated(OPTIMIZERS[name](), max_grad_norm=0.5))
