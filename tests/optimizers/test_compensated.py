@@ -259,6 +259,19 @@ def test_two_bytes_beside_a_float32_state(name: str) -> None:
     assert sum(a.nbytes for a in mine.values()) - sum(a.nbytes for a in its.values()) == 2 * half
 
 
+@pytest.mark.parametrize(
+    ("name", "alone", "ours"),
+    [(name, 2, 6) for name in ("SGD", "Lion", "Muon", "RMSprop")] + [("AdamW", 4, 10), ("Adafactor", 0, 2)],
+)
+def test_bytes_beside_a_bfloat16_weight_are_those_of_the_docs(name: str, alone: int, ours: int) -> None:
+    make = MAKE.get(name, optim.AdamW)
+    for optimizer, expected in ((make(1e-2), alone), (ca.Compensated(make(1e-2)), ours)):
+        optimizer.init({"w": mx.zeros((1024, 1024), mx.bfloat16)})
+        nbytes = sum(array.nbytes for _, array in tree_flatten(optimizer.state))
+        # The step, rates, and Adafactor's row and column: 8 kB of 1 M weights.
+        assert nbytes / 2**20 == pytest.approx(expected, abs=0.01)
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_state_survives_a_file(name: str, tmp_path: Path) -> None:
     optimizer = ca.Compensated(OPTIMIZERS[name](), skip_nonfinite=True)
