@@ -53,11 +53,19 @@ def model(dtype: str, width: int = 8, depth: int = 0) -> nn.Module:
 def optimizer_of(options: dict[str, Any], rate: float) -> optim.Optimizer:
     if name := options.get("stock"):
         return getattr(optim, name)(optim.cosine_decay(rate, 10))
-    if name := options.get("compensated"):
-        made = getattr(optim, name)(optim.cosine_decay(rate, 10))
-        return ca.Compensated(made, max_grad_norm=0.5, skip_nonfinite=True)
     own = {"max_grad_norm": 0.5, "skip_nonfinite": True, **options.get("optimizer", {})}
+    if options.get("several") == "compensated":
+        made = optim.MultiOptimizer([optim.Muon(optim.cosine_decay(rate, 10)), optim.AdamW(rate)], [matrix])
+        return ca.Compensated(made, max_grad_norm=0.5, skip_nonfinite=True)
+    if options.get("several") == "nested":
+        inner = [ca.AdamW(rate, **own), ca.Compensated(optim.Lion(rate), max_grad_norm=0.1)]
+        inside = optim.MultiOptimizer(inner, [lambda path, _: "layers.0." in path])
+        return optim.MultiOptimizer([optim.Adafactor(), inside], [matrix])
     return ca.AdamW(rate, bias_correction=True, **own)
+
+
+def matrix(path: str, parameter: mx.array) -> bool:
+    return parameter.ndim == 2
 
 
 def masked_error(model: nn.Module, x: mx.array, mask: mx.array) -> tuple[mx.array, mx.array]:
@@ -131,7 +139,7 @@ def job(name: str, options: dict[str, Any]) -> dict[str, Any]:
     mx.save_safetensors(f"{name}-{rank}.safetensors", arrays)
     state = any_optimizer.flat_state(optimizer)
     counts = {"bytes": list(bytes_sent), "calls": list(count_calls.counts), "gathered": gathered}
-    counts |= {"state": sum(a.nbytes for a in state.values()), "updates": optimizer.step.item()}
+    counts |= {"state": sum(a.nbytes for a in state.values()), "updates": any_optimizer.parts(optimizer)[0].step.item()}
     counted = getattr(optimizer, "skipped", None)
     skipped = None if counted is None else counted.item()
     return counts | {"votes": votes, "traces": step.traces, "skipped": skipped}

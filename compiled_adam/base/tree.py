@@ -187,8 +187,8 @@ def along(template: Any, tree: Any, prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", tree, key
 
 
-def indexed(tree: Any, indices: dict[str, int], prefix: str = "") -> Any:
-    """``tree`` with an index in place of each leaf, and without the leaves whose path has no index.
+def indexed(tree: Any, indices: dict[str, Any], prefix: str = "") -> Any:
+    """``tree`` with an index (or any value) in place of each leaf, and without the leaves whose path has no index.
 
     Leaves without an index are tied parameters under a second path: the update and the norm must count them once only.
     In a list such a leaf becomes an empty dict, like a frozen layer in MLX, because removing it would move the others.

@@ -72,11 +72,6 @@ def _with_adamw(
     muon: optim.Optimizer, rate: float | Callable[[Any], Any], args: types.SimpleNamespace
 ) -> optim.Optimizer:
     """Muon for the matrices of layers, AdamW for all other parameters, as Muon's author advises."""
-    if args.shard_state:
-        raise InputError(
-            f"{called('shard_state')} cannot split the state of muon, which is two optimizers: Muon for matrices and"
-            " AdamW for the rest; leave it out, or give --like-mlx-lm, with which all parameters get Muon"
-        )
     config = {"betas": BETAS_OF_ADAMW, "bias_correction": True, **args.optimizer_config.get("adamw", {})}
     known = inspect.signature(optim.AdamW).parameters
     if unknown := [key for key in config if key not in known]:

@@ -11,7 +11,7 @@ Source: Rajbhandari et al., "ZeRO: memory optimizations toward training trillion
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -20,7 +20,7 @@ from mlx.utils import tree_map
 
 from ..base import InputError, along, indexed
 from ..optimizers import Adam, Compensated, ForSteps, any_optimizer
-from ..update import Part
+from ..update import Part, global_norm
 from . import workers
 from .reduce import AT_ONCE, LIMIT
 
@@ -124,31 +124,69 @@ def gathered(
     return found
 
 
+class _Part(NamedTuple):
+    """The parameters of one optimizer, as trees of indices."""
+
+    optimizer: optim.Optimizer
+    every: Any
+    own: Any  # those that this worker keeps
+
+
+def _parts(optimizer: optim.Optimizer, parameters: Any, indices: dict[str, int], own: set[int]) -> Iterator[_Part]:
+    if isinstance(optimizer, optim.MultiOptimizer):
+        for child, its in any_optimizer.split(optimizer, parameters):
+            yield from _parts(child, its, indices, own)
+    else:
+        mine = {path: i for path, i in indices.items() if i in own}
+        yield _Part(optimizer, indexed(parameters, indices), indexed(parameters, mine))
+
+
+def _values(tree: Any) -> list[Any]:
+    return [container[key] for _, container, key in along(tree, tree)]
+
+
+def _without_arrays(optimizer: optim.Optimizer, parameters: Any) -> Any:
+    """The tree of a state in which no parameter has arrays: a template for `any_optimizer.arranged`."""
+    if isinstance(optimizer, Compensated):
+        return _without_arrays(optimizer.wrapped, parameters)
+    if isinstance(optimizer, optim.MultiOptimizer):
+        return {"states": [_without_arrays(*each) for each in any_optimizer.split(optimizer, parameters)]}
+    scalars = {name: value for name, value in optimizer.state.items() if isinstance(value, mx.array)}
+    return {**tree_map(lambda _: {}, parameters), **scalars}
+
+
+def _prefixes(optimizer: optim.Optimizer) -> list[str]:
+    """What the paths in a flat state begin with, for each optimizer that has state."""
+    if isinstance(optimizer, Compensated):
+        return _prefixes(optimizer.wrapped)
+    if not isinstance(optimizer, optim.MultiOptimizer):
+        return [""]
+    return [f"states.{i}.{rest}" for i, child in enumerate(optimizer.optimizers) for rest in _prefixes(child)]
+
+
 class Shard:
     """The parameters whose optimizer state this worker keeps.
 
     Args:
-        trainable: the tree of parameters.
+        optimizer: an optimizer that has passed `check`.
+        parameters: the tree of parameters.
         paths: the paths of the parameters, in the order of the updates.
-        sizes: the number of elements of each parameter.
-        dtypes: the dtype of each parameter.
         group: the workers. All must make a `Shard` with the same arguments.
     """
 
     def __init__(
-        self,
-        trainable: Any,
-        paths: Sequence[str],
-        sizes: Sequence[int],
-        dtypes: Sequence[mx.Dtype],
-        group: mx.distributed.Group,
+        self, optimizer: optim.Optimizer, parameters: Any, paths: Sequence[str], group: mx.distributed.Group
     ) -> None:
-        self._group = group
+        self._optimizer, self._group = optimizer, group
+        leaves = [container[key] for _, container, key in along(parameters, parameters)]
+        sizes = [leaf.size for leaf in leaves]
         owned = owners(sizes, group.size())
-        self._own = tuple(i for i, owner in enumerate(owned) if owner == group.rank())
-        self._template = indexed(trainable, {paths[i]: i for i in self._own})
-        self._others = {path for path, owner in zip(paths, owned, strict=True) if owner != group.rank()}
-        self._rounds = rounds(sizes, dtypes, group.size())
+        own = {i for i, owner in enumerate(owned) if owner == group.rank()}
+        self._parts = list(_parts(optimizer, parameters, {path: i for i, path in enumerate(paths)}, own))
+        self._others = {
+            f"{before}{path}" for before in _prefixes(optimizer) for i, path in enumerate(paths) if i not in own
+        }
+        self._rounds = rounds(sizes, [leaf.dtype for leaf in leaves], group.size())
 
     def has(self, path: str) -> bool:
         """Whether this worker keeps the array at a path of the state. Arrays that belong to no parameter are on all."""
@@ -158,48 +196,63 @@ class Shard:
         """The part of a flat state that this worker keeps."""
         return {path: array for path, array in state.items() if self.has(path)}
 
-    def init(self, optimizer: optim.Optimizer, parameters: Any) -> None:
+    def init(self, parameters: Any) -> None:
         """Creates missing state of the parameters of this shard. Drops the state of all other parameters."""
-        state = any_optimizer.flat_state(optimizer)
+        state = any_optimizer.flat_state(self._optimizer)
         if len(own := self.own(state)) < len(state):
-            optimizer.state = any_optimizer.arranged(optimizer.state, own)[0]
-        mine = tree_map(lambda _, parameter: parameter, self._template, parameters)
-        if isinstance(optimizer, Adam):
-            ForSteps(optimizer).kept.init_part(mine, parameters)
-        else:
-            optimizer.init(mine)
+            self._optimizer.state = any_optimizer.arranged(self._optimizer.state, own)[0]
+        for part in self._parts:
+            mine = tree_map(lambda _, parameter: parameter, part.own, parameters)
+            if isinstance(part.optimizer, Adam):
+                every = tree_map(lambda _, parameter: parameter, part.every, parameters)
+                ForSteps(part.optimizer).kept.init_part(mine, every)
+            else:
+                any_optimizer.init(part.optimizer, mine)
 
     def update(
-        self,
-        optimizer: optim.Optimizer,
-        gradients: Sequence[mx.array],
-        weights: Sequence[mx.array],
-        norm: mx.array,
-        after: mx.array,
+        self, gradients: Sequence[mx.array], weights: Sequence[mx.array], norm: mx.array, after: mx.array
     ) -> list[mx.array]:
         """All new weights, from all gradients and their global ``norm``. ``after`` is as in `gathered`."""
-        mine = tree_map(lambda i: gradients[i], self._template)
-        parameters = tree_map(lambda i: weights[i], self._template)
-        if isinstance(optimizer, Adam):
-            updated = ForSteps(optimizer).apply_part(mine, parameters, Part(norm, self._own, len(weights)))
-        elif isinstance(optimizer, Compensated):
-            updated = optimizer.apply_part(mine, parameters, norm)
-        else:
-            updated = optimizer.apply_gradients(mine, parameters)
-        leaves = [container[key] for _, container, key in along(self._template, updated)]
-        return gathered(dict(zip(self._own, leaves, strict=True)), weights, self._rounds, self._group, after)
+        new: dict[int, mx.array] = {}
+        for part in self._parts:
+            new |= _updated(part, gradients, weights, norm)
+        return gathered(new, weights, self._rounds, self._group, after)
+
+
+def _updated(
+    part: _Part, gradients: Sequence[mx.array], weights: Sequence[mx.array], norm: mx.array
+) -> dict[int, mx.array]:
+    """The new weights of this worker by their indices. ``norm`` is that of the gradients of all optimizers."""
+    optimizer, every, own = part.optimizer, _values(part.every), _values(part.own)
+    mine = tree_map(lambda i: gradients[i], part.own)
+    parameters = tree_map(lambda i: weights[i], part.own)
+    if len(every) < len(gradients):
+        norm = global_norm([gradients[i] for i in every])
+    if isinstance(optimizer, Adam):
+        its = Part(norm, tuple(every.index(i) for i in own), len(every))
+        new = ForSteps(optimizer).apply_part(mine, parameters, its)
+    elif isinstance(optimizer, Compensated):
+        new = optimizer.apply_part(mine, parameters, norm)
+    else:
+        new = optimizer.apply_gradients(mine, parameters)
+    return {i: container[key] for i, (_, container, key) in zip(own, along(part.own, new), strict=True)}
+
+
+# The classes whose update of one parameter needs the gradients of others for the norm only.
+_BY_PARAMETER = (Adam, Compensated, optim.MultiOptimizer, optim.Optimizer)
 
 
 def check(optimizer: optim.Optimizer) -> None:
     """Raises ValueError if one parameter's update by the optimizer may need the gradients of others."""
-    if isinstance(optimizer, Compensated):
-        optimizer = optimizer.wrapped
-    if type(optimizer).apply_gradients not in (Adam.apply_gradients, optim.Optimizer.apply_gradients):
-        raise InputError(
-            f"shard_state=True needs an optimizer that updates each parameter by itself, but"
-            f" {type(optimizer).__name__} has an apply_gradients of its own; use compiled_adam's Adam or AdamW, which"
-            " have groups, or shard_state=False"
-        )
+    for each in any_optimizer.every(optimizer):
+        for name in ("apply_gradients", "update"):
+            known = [getattr(own, name) for own in _BY_PARAMETER]
+            if getattr(type(each), name, known[0]) not in known:
+                raise InputError(
+                    f"shard_state=True needs an optimizer that updates each parameter by itself, but"
+                    f" {type(each).__name__} has a method {name} of its own; override apply_single instead, or use"
+                    " shard_state=False"
+                )
 
 
 def complete(optimizer: optim.Optimizer, group: mx.distributed.Group, parameters: Any) -> None:
@@ -211,6 +264,4 @@ def complete(optimizer: optim.Optimizer, group: mx.distributed.Group, parameters
     paths = hashlib.sha256(repr(sorted(state)).encode()).hexdigest()
     if len(set(workers.gather(group, paths))) > 1:
         shared = workers.share(group, {"optimizer": state})["optimizer"]
-        scalars = {name: value for name, value in optimizer.state.items() if isinstance(value, mx.array)}
-        places = tree_map(lambda _: {}, parameters)
-        optimizer.state, _ = any_optimizer.arranged({**places, **scalars}, shared)
+        optimizer.state, _ = any_optimizer.arranged(_without_arrays(optimizer, parameters), shared)

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 
-from ..base import InputError, Row, Structure, along, below, differences
+from ..base import InputError, Row, Structure, along, below, differences, indexed
 from .options import as_scalar
 
 # Two schedules are functions and cannot be compared. Their values at these steps can.
@@ -52,6 +52,10 @@ def schedules(optimizer: optim.Optimizer) -> dict[str, Callable[[mx.array], Any]
 
 def init(optimizer: optim.Optimizer, parameters: Any) -> None:
     """Creates missing state. Arrays that exist are kept, unless they belong to a parameter of another shape."""
+    if isinstance(optimizer, optim.MultiOptimizer) and type(optimizer).init is optim.MultiOptimizer.init:
+        for child, its in split(optimizer, parameters):
+            init(child, its)
+        return
     if is_mlxs(optimizer):
         optimizer.init(parameters)
         return
@@ -85,6 +89,31 @@ def _children(optimizer: optim.Optimizer) -> list[optim.Optimizer]:
     if isinstance(optimizer, Wrapping):
         return [optimizer.wrapped]
     return optimizer.optimizers if isinstance(optimizer, optim.MultiOptimizer) else []
+
+
+def split(optimizer: optim.MultiOptimizer, tree: Any) -> list[tuple[optim.Optimizer, Any]]:
+    """The optimizers of a MultiOptimizer, each with its part of the tree. Lists keep their lengths.
+
+    In MLX they end at the last array of a part. Then MLX cannot create state beside a longer state, and cannot merge
+    [a] with [{}, {}, b].
+    """
+    parts = optimizer._split_dictionary(tree)
+    return [
+        (child, indexed(tree, {path: container[key] for path, container, key in along(its, its)}))
+        for child, its in zip(optimizer.optimizers, parts, strict=True)
+    ]
+
+
+def updated(optimizer: optim.Optimizer, gradients: Any, parameters: Any) -> list[mx.array]:
+    """The updated parameters in the order of ``gradients``: what ``apply_gradients`` returns, as a list."""
+    own = type(optimizer).apply_gradients is not optim.MultiOptimizer.apply_gradients
+    if own or not isinstance(optimizer, optim.MultiOptimizer):
+        new = optimizer.apply_gradients(gradients, parameters)
+        return [container[key] for _, container, key in along(gradients, new)]
+    found: dict[str, mx.array] = {}
+    for child, its in split(optimizer, gradients):
+        found |= zip((path for path, _, _ in along(its, its)), updated(child, its, parameters), strict=True)
+    return [found[path] for path, _, _ in along(gradients, gradients)]
 
 
 def places(optimizer: optim.Optimizer, parameters: Any) -> list[tuple[optim.Optimizer, Any, Any]]:

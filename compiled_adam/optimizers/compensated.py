@@ -124,7 +124,7 @@ class Compensated(any_optimizer.Wrapping):
     def init(self, parameters: dict) -> None:
         """Creates missing state. Existing arrays are kept; those of half-precision weights become float32."""
         full = tree_map(_float32, parameters)
-        self.wrapped.init(full)
+        any_optimizer.init(self.wrapped, full)
         pairs = zip(along(parameters, parameters), along(full, full), strict=True)
         for ((_, c, key), (_, values, _)), (part, states, its) in zip(
             pairs, any_optimizer.places(self.wrapped, full), strict=True
@@ -218,19 +218,16 @@ class Compensated(any_optimizer.Wrapping):
         mine = [dict(state) for state in states]
         for (_, container, key), own in zip(any_optimizer.places(twin, tree), mine, strict=True):
             container[key] = own
-        updated = twin.apply_gradients(clipped, tree)
+        updated = any_optimizer.updated(twin, clipped, tree)
         new, stored = [], []
-        places = along(gradients, updated)
-        for (_, container, key), weight, old, own in zip(places, leaves.parameters, states, mine, strict=True):
-            now = _kept(old, own, keep)
+        for now, weight, old, own in zip(updated, leaves.parameters, states, mine, strict=True):
+            kept = _kept(old, own, keep)
             if residual.applies_to(weight.dtype):
-                weight, now["residual"] = residual.split(
-                    container[key].astype(mx.float32), weight, old["residual"], keep
-                )
+                weight, kept["residual"] = residual.split(now.astype(mx.float32), weight, old["residual"], keep)
             else:
-                weight = keep(container[key], weight)
+                weight = keep(now, weight)
             new.append(weight)
-            stored.append(now)
+            stored.append(kept)
         parts = any_optimizer.parts(twin)
         common = [_kept(old, _scalars(part._state), keep) for old, part in zip(scalars, parts, strict=True)]
         common[0] |= counted

@@ -138,7 +138,7 @@ class Trees:
             self._state.write(state)
             if self._shard is not None and after is not None:
                 norm = global_norm(gradients)
-                new = self._shard.update(self._optimizer, gradients, parameters, norm, after)
+                new = self._shard.update(gradients, parameters, norm, after)
             else:
                 try:
                     new = self._updated(gradients, parameters)
@@ -193,10 +193,10 @@ class Trees:
             self._parameters.write(parameters)
             optimizer.update(self._model, self._tree(gradients))
             return self._parameters.read()
-        updated = optimizer.apply_gradients(self._tree(gradients), self._tree(parameters))
+        updated = any_optimizer.updated(optimizer, self._tree(gradients), self._tree(parameters))
         new = list(parameters)
-        for i, (_, container, key) in zip(self._indices, along(self._template, updated), strict=True):
-            new[i] = container[key]
+        for i, array in zip(self._indices, updated, strict=True):
+            new[i] = array
         return new
 
     def _tree(self, arrays: list[mx.array]) -> Any:

@@ -64,13 +64,12 @@ def bind(model: nn.Module, loss_fn: LossFunction, optimizer: optim.Optimizer, se
     if settings.group is not None and mx.complex64 in dtypes:
         path = parameters.paths[dtypes.index(mx.complex64)]
         raise InputError(f"{path!r} is complex64, which several workers cannot train together; freeze it")
-    shard = None
-    if settings.shard_state and settings.group is not None:
-        sizes = [weight.size for weight in weights]
-        shard = Shard(template, list(parameters.paths), sizes, dtypes, settings.group)
     # The state is created before the first trace, or that trace would fit the first step only. All is evaluated,
     # because another thread may make the first step, and that thread could not evaluate lazy arrays of this one.
     tree = tree_map(lambda i: weights[i], template)
+    shard = None
+    if settings.shard_state and settings.group is not None:
+        shard = Shard(optimizer, tree, parameters.paths, settings.group)
     if reshaped := any_optimizer.begin_anew(optimizer, tree):
         warnings.warn(f"the moments of {', '.join(reshaped)} had another shape; they begin anew", stacklevel=5)
     init(optimizer, tree, shard)
@@ -95,7 +94,7 @@ def init(optimizer: optim.Optimizer, parameters: Any, shard: Shard | None) -> No
     if shard is None:
         any_optimizer.init(optimizer, parameters)
     else:
-        shard.init(optimizer, parameters)
+        shard.init(parameters)
 
 
 def check_parameters(model: nn.Module, bound: Bound) -> None:

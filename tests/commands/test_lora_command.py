@@ -261,7 +261,6 @@ def test_yaml_values_of_every_kind(tmp_path: Path) -> None:
             r"weight_decay \(--weight-decay\) is an option of adamw, but the optimizer is adam",
         ),
         (["--decay-matrices-only"], r"decay_matrices_only \(--decay-matrices-only\) is an option of adamw"),
-        (["--optimizer", "muon", "--shard-state"], r"shard_state \(--shard-state\) cannot split the state of muon"),
         (["--max-grad-norm", "-1"], r"max_grad_norm \(--max-grad-norm\) is -1.0"),
     ],
 )

@@ -7,6 +7,7 @@ import os
 import re
 import types
 from pathlib import Path
+from typing import cast
 
 import mlx.core as mx
 import pytest
@@ -15,6 +16,7 @@ from compiled_adam.base.errors import InputError
 from compiled_adam.commands import plan
 from compiled_adam.commands.lora import make_optimizer, make_trainable
 from compiled_adam.commands.lora_options import settings
+from compiled_adam.distributed import Shard
 from compiled_adam.finetune import model_config
 from compiled_adam.finetune.activations import Pass
 from compiled_adam.step import losses
@@ -112,6 +114,21 @@ def test_sharded_state(tiny_model: Path) -> None:
         large = scaling.sharded("Llama 3.2 1B", count)
         assert max(large.gathers) <= max(32 * 2**20, 2 * 2048 * 8192 * count)
         assert sum(large.gathers) <= 1.2 * large.gradients
+
+
+def test_sharded_state_of_two_optimizers_is_that_of_a_real_shard(tiny_model: Path) -> None:
+    config = {**model_config.read(str(tiny_model)), "torch_dtype": "bfloat16"}
+    args = options("--fine-tune-type", "full", "--optimizer", "muon", "--shard-state")
+    model = load(str(tiny_model))[0]
+    model.set_dtype(mx.bfloat16)
+    make_trainable(args, model)
+    trainable, found = model.trainable_parameters(), []
+    for rank in range(3):
+        group = cast(mx.distributed.Group, types.SimpleNamespace(rank=lambda rank=rank: rank, size=lambda: 3))
+        its = make_optimizer(args)
+        Shard(its, trainable, [path for path, _ in tree_flatten(trainable)], group).init(trainable)
+        found.append(nbytes(its.state))
+    assert sum(plan.plan(config, args, workers=3).states["muon"]) == max(found) < 0.4 * sum(found)
 
 
 def test_nothing_is_computed_for_a_large_model() -> None:

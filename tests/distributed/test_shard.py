@@ -40,10 +40,11 @@ JOBS: dict[str, dict[str, Any]] = {
         },
     },
     "stock": {"depth": 3, "stock": "AdamW"},
-    "muon": {"depth": 3, "stock": "Muon"},
-    "compensated": {"depth": 3, "dtype": "mixed", "compensated": "Lion", "accumulate": 2, "poisoned": 2},
+    "several": {"depth": 3, "dtype": "mixed", "several": "compensated", "accumulate": 2, "poisoned": 2},
+    "nested": {**WIDE, "dtype": "mixed", "several": "nested", "optimizer": {"moments": "bfloat16"}},
 }
 UNFINISHED = JOBS["unfinished"]
+TWO = {"depth": 3, "several": "compensated", "batches": 4, "shard_state": True}
 
 
 def both(jobs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -73,7 +74,7 @@ def start(count: int, folder: Path, jobs: dict[str, dict[str, Any]]) -> list[dic
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, list[dict[str, dict[str, Any]]]]]:
     folder = tmp_path_factory.mktemp("sharded")
-    launch.warm("shard", folder / "warm", "tests.step_worker", json.dumps(both(JOBS)))
+    launch.warm("shard", folder / "warm", "tests.step_worker", json.dumps(both(JOBS) | {"two": TWO}))
     return {
         count: (
             folder / str(count),
@@ -138,27 +139,73 @@ def test_resuming_with_another_number_of_workers_is_exact(source: int, ran, tmp_
             np.testing.assert_allclose(array, alone[path], rtol=1e-5, atol=1e-5, err_msg=path)
 
 
-def test_an_optimizer_that_was_sharded_can_be_used_again(tmp_path: Path) -> None:
+def test_two_optimizers_on_one_two_and_three_workers_and_resumed(ran, tmp_path: Path) -> None:
+    """Muon and AdamW: the same weights, and a checkpoint that other workers load is the same bits."""
+    start(3, tmp_path / "3", {"first": TWO})
+    checkpoint = tmp_path / "3" / "first-checkpoint"
+    more = {**TWO, "resume": str(checkpoint), "first": 4}
+    for count in ("1", "2"):
+        start(int(count), tmp_path / count, {"first": TWO, "loaded": more, "second": {**more, "batches": 6}})
+        for file in ("optimizer", "weights"):
+            loaded = tmp_path / count / "loaded-checkpoint"
+            assert_same(loaded / f"{file}.safetensors", checkpoint / f"{file}.safetensors")
+    for one, other in (("1/first", "2/first"), ("1/first", "3/first"), ("1/second", "2/second")):
+        a, b = (mx.load(str(tmp_path / f"{name}-0.safetensors")) for name in (one, other))
+        for path, array in a.items():
+            # Gradients are summed in another order. Muon's polynomial multiplies the rounding by up to 3.4^5 = 480.
+            np.testing.assert_allclose(b[path], array, rtol=1e-4, atol=1e-4, err_msg=path)
+
+
+def test_every_optimizer_in_compensated_gives_the_same_bits(tmp_path: Path) -> None:
     program = """
 import mlx.core as mx, compiled_adam as ca
+from tests.nets import linear_net, squared_error, batch
+from tests.optimizers.test_compensated import OPTIMIZERS
+group = mx.distributed.init()
+for name, make in OPTIMIZERS.items():
+    found = []
+    for sharded in (False, True):
+        net, optimizer = linear_net(), ca.Compensated(make(), max_grad_norm=0.5, skip_nonfinite=True)
+        net.set_dtype(mx.bfloat16)
+        step = ca.make_step(net, squared_error, optimizer, group=group, shard_state=sharded)
+        for i in range(3):
+            step(*(part.astype(mx.bfloat16) for part in batch(i)))
+        found.append(step.state_dict())
+    whole, shards = found
+    assert all(whole[part].keys() == shards[part].keys() for part in whole), name
+    assert all(mx.array_equal(a, shards[part][path]) for part in whole for path, a in whole[part].items()), name
+"""
+    launch.run(2, tmp_path, "-c", program)
+
+
+def test_an_optimizer_that_was_sharded_can_be_used_again(tmp_path: Path) -> None:
+    program = """
+import mlx.core as mx, mlx.optimizers as optim, compiled_adam as ca
 from mlx.utils import tree_unflatten
 from compiled_adam.optimizers import any_optimizer
 from tests.nets import linear_net, squared_error, batch
-group, net, optimizer = mx.distributed.init(), linear_net(), ca.Adam(0.1)
-def made(sharded):
-    return ca.make_step(net, squared_error, optimizer, group=group, shard_state=sharded)
-step = made(True)
-step(*batch())
-before = step.state_dict()["optimizer"]
-for sharded in (True, False, True):
-    step = made(sharded)
+group = mx.distributed.init()
+two = optim.MultiOptimizer([optim.Muon(0.1), optim.AdamW(0.1)], [lambda path, p: p.ndim == 2])
+for optimizer in (ca.Adam(0.1), ca.Compensated(two)):
+    net = linear_net()
+    net.layers[0].set_dtype(mx.bfloat16)
+    def made(sharded):
+        return ca.make_step(net, squared_error, optimizer, group=group, shard_state=sharded)
+    step = made(True)
+    step(*batch())
+    before = step.state_dict()["optimizer"]
+    for sharded in (True, False, True):
+        step = made(sharded)
+        now = step.state_dict()["optimizer"]
+        assert now.keys() == before.keys() and all(mx.array_equal(now[path], before[path]) for path in now), sharded
+        assert (len(any_optimizer.flat_state(optimizer)) < len(before)) == sharded
+    optimizer.state = tree_unflatten(list(before.items()))
     now = step.state_dict()["optimizer"]
-    assert now.keys() == before.keys() and all(mx.array_equal(now[path], before[path]) for path in now), sharded
-    assert (len(any_optimizer.flat_state(optimizer)) < len(before)) == sharded
-optimizer.state = tree_unflatten(list(before.items()))
-now = step.state_dict()["optimizer"]
-assert len(any_optimizer.flat_state(optimizer)) < len(before) == len(now)
-step(*batch())
+    assert len(any_optimizer.flat_state(optimizer)) < len(before) == len(now)
+    step(*batch())
+    net.layers[-1].freeze()  # the state of the last layer is at the end of lists
+    step = made(True)
+    assert step(*batch()).updated
 """
     launch.run(2, tmp_path, "-c", program)
 
@@ -229,13 +276,21 @@ def test_without_other_workers_it_changes_nothing() -> None:
     assert step.group is None and "layers" in optimizer.state
 
 
+class OwnTree(optim.SGD):
+    def apply_gradients(self, gradients, parameters):
+        return super().apply_gradients(gradients, parameters)
+
+
+class OwnUpdate(optim.SGD):
+    def update(self, model, gradients):
+        super().update(model, gradients)
+
+
 def test_what_cannot_be_sharded() -> None:
     group: Any = types.SimpleNamespace(rank=lambda: 0, size=lambda: 2)
-    several = optim.MultiOptimizer([ca.Adam(0.1), ca.Adam(0.2)], [lambda path, _: "bias" in path])
-    with pytest.raises(ValueError, match="MultiOptimizer has an apply_gradients of its own; use compiled_adam's Adam"):
-        ca.make_step(linear_net(), squared_error, several, group=group, shard_state=True)
-    inside = ca.Compensated(optim.MultiOptimizer([optim.Muon(0.1), optim.SGD(0.1)], [lambda path, _: "bias" in path]))
-    with pytest.raises(ValueError, match="MultiOptimizer has an apply_gradients of its own"):
-        ca.make_step(linear_net(), squared_error, inside, group=group, shard_state=True)
+    for own, method in ((OwnTree, "apply_gradients"), (OwnUpdate, "update")):
+        several = optim.MultiOptimizer([ca.Adam(0.1), own(0.2)], [lambda path, _: "bias" in path])
+        with pytest.raises(ValueError, match=f"{own.__name__} has a method {method} of its own; override apply_single"):
+            ca.make_step(linear_net(), squared_error, several, group=group, shard_state=True)
     with pytest.raises(ValueError, match="shard_state is 1; it must be True or False"):
         ca.make_step(linear_net(), squared_error, shard_state=1)

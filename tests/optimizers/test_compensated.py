@@ -259,6 +259,19 @@ def test_two_bytes_beside_a_float32_state(name: str) -> None:
     assert sum(a.nbytes for a in mine.values()) - sum(a.nbytes for a in its.values()) == 2 * half
 
 
+@pytest.mark.parametrize(
+    ("name", "alone", "ours"),
+    [(name, 2, 6) for name in ("SGD", "Lion", "Muon", "RMSprop")] + [("AdamW", 4, 10), ("Adafactor", 0, 2)],
+)
+def test_bytes_beside_a_bfloat16_weight_are_those_of_the_docs(name: str, alone: int, ours: int) -> None:
+    make = MAKE.get(name, optim.AdamW)
+    for optimizer, expected in ((make(1e-2), alone), (ca.Compensated(make(1e-2)), ours)):
+        optimizer.init({"w": mx.zeros((1024, 1024), mx.bfloat16)})
+        nbytes = sum(array.nbytes for _, array in tree_flatten(optimizer.state))
+        # The step, rates, and Adafactor's row and column: 8 kB of 1 M weights.
+        assert nbytes / 2**20 == pytest.approx(expected, abs=0.01)
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_state_survives_a_file(name: str, tmp_path: Path) -> None:
     optimizer = ca.Compensated(OPTIMIZERS[name](), skip_nonfinite=True)
@@ -285,7 +298,7 @@ def test_a_stock_state_can_be_assigned() -> None:
     assert optimizer.step.item() == 2 and optimizer.traces == 1
 
 
-@pytest.mark.parametrize("name", ["Muon", "Adafactor", "MultiOptimizer"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_resumed_step_continues_bit_for_bit(name: str, tmp_path: Path) -> None:
     def made() -> ca.TrainStep:
         return ca.make_step(net(), squared_error, ca.Compensated(OPTIMIZERS[name](), max_grad_norm=0.5))
@@ -361,6 +374,22 @@ def test_a_copy_goes_its_own_way() -> None:
     other = copy.deepcopy(optimizer)
     other.apply_gradients(gradients_of(1), weights)
     assert (optimizer.step.item(), other.step.item()) == (1, 2)
+
+
+@pytest.mark.parametrize("wrap", [ca.Compensated, lambda optimizer: optimizer])
+def test_lists_that_end_before_a_gap_of_another_optimizer(wrap: Callable[..., optim.Optimizer]) -> None:
+    """MLX cannot merge [a] with [{}, {}, b]. Here the layer between two has no parameters."""
+    filters = [lambda path, p: path == "layers.0.weight", lambda path, p: path.startswith("layers.2")]
+    several = optim.MultiOptimizer([optim.Muon(0.1), optim.Lion(0.1), optim.SGD(0.1)], filters)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    step = ca.make_step(model, squared_error, wrap(several))
+    before = dict(tree_flatten(model.parameters()))
+    step(*inputs(0, mx.float32))
+    model.layers[2].freeze()  # the state keeps what follows the last layer that is trained
+    step = ca.make_step(model, squared_error, wrap(several))
+    step(*inputs(1, mx.float32))
+    for path, array in tree_flatten(model.parameters()):
+        assert mx.abs(array - before[path]).max().item() > 0, path
 
 
 def test_inside_a_multi_optimizer_and_repr() -> None:
