@@ -16,6 +16,7 @@ import mlx.nn as nn
 
 from ..base import InputError, Places, along, peak, reached, traced
 from ..step import chunk_rows, kept, kept_gradient, losses
+from .experts import traceable
 from .head import Parts, place
 from .recompute import floats, replaced, with_floats
 
@@ -69,11 +70,12 @@ def _of_pass(model: nn.Module, batch: Batch) -> Pass:
             value, found = mx.value_and_grad(loss)(trained.read())
             return [value, _norm(found), *found]
 
-        return Pass(_peak(whole, every, tokens), 0)
+        return Pass(_peak(model, whole, every, tokens), 0)
     head = partial(_head_in_chunks if batch.chunked else _head, model, parts, batch)
     gradient = _recomputing if batch.recomputed else _gradient
     hidden = parts.hidden(model, tokens[:, :-1])
-    return Pass(_peak(partial(gradient, model, parts, head), every, tokens), _peak(head, every, hidden, tokens))
+    whole = partial(gradient, model, parts, head)
+    return Pass(_peak(model, whole, every, tokens), _peak(model, head, every, hidden, tokens))
 
 
 def _gradient(model: nn.Module, parts: Parts, head: Head, tokens: mx.array) -> list[mx.array]:
@@ -196,8 +198,8 @@ def _calls(model: nn.Module, parts: Parts, tokens: mx.array) -> tuple[list[_Call
     return calls[first:], hidden
 
 
-def _peak(function: Callable[..., list[mx.array]], every: Places, *inputs: mx.array) -> int:
-    """The peak of ``function(*inputs)``, which refers to the arrays in ``every``."""
+def _peak(model: nn.Module, function: Callable[..., list[mx.array]], every: Places, *inputs: mx.array) -> int:
+    """The peak of ``function(*inputs)``, which refers to ``every`` array of the model."""
     before = every.read()
 
     def of_arrays(*arrays: mx.array) -> list[mx.array]:
@@ -205,7 +207,8 @@ def _peak(function: Callable[..., list[mx.array]], every: Places, *inputs: mx.ar
         return function(*arrays[len(every) :])
 
     try:
-        return peak(traced(of_arrays, *before, *inputs))
+        with traceable(model) as of_run:
+            return peak(of_run(traced(of_arrays, *before, *inputs)))
     finally:
         every.write(before)
 
