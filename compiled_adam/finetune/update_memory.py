@@ -12,10 +12,9 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 
 from ..base import InputError, peak, traced
+from ..optimizers import Adam
 from ..step import update_of
 from .activations import OF_MODELS
-
-STREAMS = 2  # in which a CPU updates large leaves
 
 
 def of_update(model: nn.Module, optimizer: optim.Optimizer, accumulate: int, layout: list[bool]) -> int:
@@ -32,6 +31,7 @@ def of_update(model: nn.Module, optimizer: optim.Optimizer, accumulate: int, lay
         graph = traced(update.function, *gradients, *update.arrays)
         strided = [*layout, *(False for _ in update.arrays)]
         owned = dict(zip(graph.inputs, strided, strict=True))
-        return peak(graph, owned, STREAMS) - sum(array.nbytes for array in update.arrays)
+        streams = 2 if isinstance(optimizer, Adam) else 1
+        return peak(graph, owned, streams) - sum(array.nbytes for array in update.arrays)
     except OF_MODELS as error:
         raise InputError(f"the update's memory cannot be computed: {str(error).partition(chr(10))[0]}") from error
