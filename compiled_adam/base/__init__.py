@@ -11,7 +11,7 @@ from .compiled import Compiled, is_evaluated
 from .errors import InputError, TrainingStopped, while_handling
 from .fingerprint import packages
 from .mlx_graph import Written, kernels, operations, reached
-from .peak import peak, traced
+from .peak import Graph, Operation, peak, strided, traced
 from .shown import shown
 from .spelling import did_you_mean
 from .streams import lenient, lenient_streams, say

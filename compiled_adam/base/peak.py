@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -19,6 +20,7 @@ import mlx.core as mx
 # How far allocation is ahead: MLX waits when more than ten tasks, of ten calls each, are queued. An operation is two
 # calls, one of which only keeps the inputs; one that moves no bytes is one.
 AHEAD = 110
+AHEAD_TWO = 165  # of two threads that compute, one of which may be further behind; measured
 AHEAD_GPU = 20  # ten kernels, as large ones are submitted one by one; not measured
 WIDTH = 20  # of MLX's tape, breadth first
 DEPTH = 11  # of a kernel of mx.compile
@@ -51,29 +53,45 @@ class Graph(NamedTuple):
 
     operations: list[Operation]
     shape: dict[str, tuple[int, ...]]
-    nbytes: dict[str, int]  # without inputs of the graph
+    nbytes: dict[str, int]
+    inputs: list[str]
     outputs: list[str]
 
 
 def traced(function: Callable[..., Any], *arrays: mx.array) -> Graph:
     """The graph of ``function(*arrays)``, a list of arrays. Nothing is evaluated."""
     told: list[dict[str, Any]] = []
-    mx.export_function(told.append, function, *arrays)
-    operations, nbytes, outputs = list[Operation](), dict[str, int](), list[str]()
-    shape: dict[str, tuple[int, ...]] = {}
+    its = vars(mx)
+    contiguous = its["contiguous"]
+    its["contiguous"] = _exportable
+    try:
+        mx.export_function(told.append, function, *arrays)
+    finally:
+        its["contiguous"] = contiguous
+    graph = Graph([], {}, {}, [], [])
     for each in told:
-        if each["type"] == "outputs":
-            outputs = [name for name, *_ in each["outputs"]]
-        elif each["type"] == "primitive":
-            shape.update({name: tuple(of) for name, of, _ in [*each["inputs"], *each["outputs"]]})
-            made = {name: math.prod(shape) * dtype.size for name, shape, dtype in each["outputs"]}
-            nbytes.update(made)
-            operations.append(Operation(each["name"], [name for name, *_ in each["inputs"]], list(made)))
-    return Graph(operations, shape, nbytes, outputs)
+        names = {end: [name for name, *_ in each.get(end, [])] for end in ("inputs", "outputs")}
+        for name, shape, dtype in [*each.get("inputs", []), *each.get("outputs", [])]:
+            graph.shape[name], graph.nbytes[name] = tuple(shape), math.prod(shape) * dtype.size
+        if each["type"] == "primitive":
+            graph.operations.append(Operation(each["name"], **names))
+        elif each["type"] in names:
+            getattr(graph, each["type"]).extend(names[each["type"]])
+    return graph
 
 
-def peak(graph: Graph) -> int:
-    """The most bytes that are allocated at once while ``graph`` is evaluated, without those of its inputs.
+def _exportable(x: mx.array, allow_col_major: bool = False, *, stream: Any = None) -> mx.array:
+    """``mx.contiguous``, which MLX cannot export: an operation that copies, or does not, in the same cases."""
+    with mx.stream(stream or mx.default_stream(mx.default_device())):
+        return mx.depends([x], [x])[0] if allow_col_major else x.flatten().reshape(x.shape)
+
+
+def peak(graph: Graph, owned: Mapping[str, bool] = MappingProxyType({}), streams: int = 1) -> int:
+    """The most bytes that are allocated at once while ``graph`` is evaluated, without those of other inputs than owned.
+
+    Nothing but the graph refers to the inputs ``owned``, so their memory is free when the last operation has read them.
+    The values say whether an input is strided: its elements are not in the order of the memory. A CPU computes in one
+    or two ``streams``.
 
     >>> def squares(x):
     ...     return [mx.exp(x @ x) @ x]  # the exponentials take the memory of the product
@@ -81,10 +99,22 @@ def peak(graph: Graph) -> int:
     524288
     """
     kernels = fused(graph)
-    memory = _Memory(kernels)
+    memory = _Memory(kernels, owned, streams)
     for operation in _tape(kernels):
         memory.follow(operation)
     return memory.most
+
+
+def strided(graph: Graph) -> list[bool]:
+    """Whether the elements of each output of ``graph`` are in another order than that of the memory.
+
+    >>> strided(traced(lambda x: [x + 1, (x + 1).T], mx.zeros((2, 3))))
+    [False, True]
+    """
+    memory = _Memory(graph, {}, 1)
+    for operation in _tape(graph):
+        memory.follow(operation)
+    return [name in memory.strided for name in graph.outputs]
 
 
 def fused(graph: Graph) -> Graph:
@@ -99,11 +129,14 @@ def fused(graph: Graph) -> Graph:
         around = {kernel[user] for made in operation.outputs for user in users[made]}
         below = 1 + max((depth[user] for made in operation.outputs for user in users[made]), default=0)
         last = around.pop() if len(around) == 1 else i
+        end = graph.operations[last]
         joins = (
-            operation.name in {*_FUSED, "Broadcast"}
-            and graph.operations[last].name in _FUSED
-            and kept.isdisjoint(operation.outputs)
+            last != i
+            and operation.name in {*_FUSED, "Broadcast"}
+            and end.name in _FUSED
             and below < DEPTH
+            # An output joins as a further output of the kernel.
+            and (kept.isdisjoint(operation.outputs) or graph.shape[operation.outputs[0]] == graph.shape[end.outputs[0]])
         )
         kernel[i], depth[i] = (last, below) if joins else (i, 0)
         parts.setdefault(kernel[i], []).append(i)
@@ -112,7 +145,8 @@ def fused(graph: Graph) -> Graph:
         inside = [graph.operations[i] for i in reversed(parts[last])]
         made = {name for part in inside for name in part.outputs}
         inputs = dict.fromkeys(name for part in inside for name in part.inputs if name not in made)
-        found.append(Operation(inside[-1].name, list(inputs), inside[-1].outputs))
+        outputs = [name for part in inside[:-1] for name in part.outputs if name in kept]
+        found.append(Operation(inside[-1].name, list(inputs), [*outputs, *inside[-1].outputs]))
     return graph._replace(operations=found)
 
 
@@ -154,8 +188,8 @@ def _tape(graph: Graph) -> list[Operation]:
 class _Memory:
     """The buffers that are allocated while operations are followed, one after the other."""
 
-    def __init__(self, graph: Graph) -> None:
-        self.most = 0
+    def __init__(self, graph: Graph, owned: Mapping[str, bool], streams: int) -> None:
+        self.strided = {name for name, is_strided in owned.items() if is_strided}
         self._graph = graph
         self._left = Counter(name for operation in graph.operations for name in operation.inputs)
         self._left.update(graph.outputs)
@@ -163,36 +197,40 @@ class _Memory:
         self._arrays: Counter[str] = Counter()  # alive, for each buffer
         self._size: dict[str, int] = {}
         self._read: dict[str, int] = {}  # the last call that reads a buffer
-        self._strided: set[str] = set()
         self._freed: deque[tuple[int, int]] = deque()  # the last call that needs it, and the bytes
         self._now = self._calls = 0
-        self._ahead = AHEAD if mx.default_device() == mx.cpu else AHEAD_GPU
+        self._ahead = AHEAD_GPU if mx.default_device() != mx.cpu else AHEAD if streams == 1 else AHEAD_TWO
+        for name in owned:
+            self._buffer[name] = self._allocated(name)
+            self._arrays[name] = 1
+        self.most = self._now
 
     def follow(self, operation: Operation) -> None:
         """Allocates the outputs, and frees the inputs that no other operation needs."""
         while self._freed and self._freed[0][0] <= self._calls - self._ahead:
             self._now -= self._freed.popleft()[1]
         name, inputs = operation.name, operation.inputs
-        view = name in VIEWS and bool(inputs) and not (name in _COPYING and inputs[0] in self._strided)
+        view = name in VIEWS and bool(inputs) and not (name in _COPYING and inputs[0] in self.strided)
         self._calls += 1 if view else 2
         dying = [each for each in dict.fromkeys(inputs) if self._left[each] == inputs.count(each)]
         for k, made in enumerate(operation.outputs):
             if view:
                 source = inputs[min(k, len(inputs) - 1)] if name == "Depends" else inputs[0]
-                if source in self._strided or self._strides(name, source, made):
-                    self._strided.add(made)
+                if source in self.strided or self._strides(name, source, made):
+                    self.strided.add(made)
                 own = self._buffer.get(source)
             else:
-                own = self._donated(dying, made) if name in _IN_PLACE else None
+                own = self._donated(dying, made) if name in _IN_PLACE and len(operation.outputs) == 1 else None
                 own = own or self._allocated(made)
             if own is not None:
                 self._buffer[made] = own
                 self._arrays[own] += 1
         self.most = max(self.most, self._now)
+        written = {self._buffer.get(made) for made in operation.outputs}
         for each in inputs:
             self._left[each] -= 1
-            if each in self._buffer:
-                self._read[self._buffer[each]] = self._calls
+            if (own := self._buffer.get(each)) is not None and own not in written:  # MLX keeps the other inputs only
+                self._read[own] = self._calls
         for each in [*dying, *(made for made in operation.outputs if not self._left[made])]:
             self._free(each)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..finetune.packages import needed
-from . import lora_options, plan, schedule
+from . import lora_options, plan_options, schedule
 from .parsing import commands_of
 
 with needed("completion", "shtab", "completion"):
@@ -18,7 +18,7 @@ _FOLDERS = ("model", "planned", "data", "adapter_path", "resume", "folders")
 def script(parser: argparse.ArgumentParser, shell: str) -> str:
     """The script for a ``shell``; ``parser`` is that of the whole command."""
     commands = commands_of(parser)
-    commands["lora"], commands["plan"] = lora_options.parser(), plan._parser()
+    commands["lora"], commands["plan"] = lora_options.parser(), plan_options.plan_parser()
     names = commands["schedule"] = schedule.parser()
     chosen = names.add_subparsers()
     for name in schedule.SCHEDULES:

@@ -1,7 +1,7 @@
 """``compiled-adam plan``: the memory and communication of a job, computed from the model's config.json alone.
 
 The model is built from mlx-lm's classes. Their arrays are lazy, and only the shapes are read. So the plan of a model of
-any size takes a second and almost no memory.
+any size takes seconds and almost no memory.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 from rich.console import Console
 from rich.table import Table
@@ -22,29 +24,18 @@ from ..distributed import reduce, shard
 from ..finetune import activations, model_config
 from ..finetune.activations import Batch, Pass
 from ..finetune.metrics import machine_memory
+from ..finetune.update_memory import of_update
 from ..optimizers import Adam, ForSteps, any_optimizer
 from ..step import losses
 from ..update import POLICIES
 from . import fitting
 from .like_mlx_lm import options_of_adam
 from .lora import make_optimizer, make_trainable
-from .lora_options import parser, settings
-from .parsing import Parser
+from .lora_options import settings
+from .plan_options import plan_parser
 
 GB = 1e9
 MOST_WORKERS = 1 << 16
-_EXAMPLES = """\
-examples:
-  # LoRA with the defaults, on this machine
-  compiled-adam plan my_model
-  # full fine-tuning with small moments, on a machine of 16 GB
-  compiled-adam plan my_model --fine-tune-type full --moments 8bit --memory 16
-  # four machines that share each batch and the state of the optimizer
-  compiled-adam plan my_model --workers 4 --batch-size 8 --shard-state
-
-The memory is that of the largest batch: --batch-size examples of
---max-seq-length tokens. If the job does not fit, the last line has options with
-which it does. The exit code is 1 if there are none, and else 0."""
 
 
 class State(NamedTuple):
@@ -70,10 +61,12 @@ class Plan(NamedTuple):
     gathers: list[int]  # what all workers have after each all_gather of new weights; none unless state is sharded
     workers: int
     batch: Pass | None = None  # a forward and backward pass, if that was asked for
+    updates: Mapping[str, int] = MappingProxyType({})  # at most during an update, by policy, gradients included
 
     def total(self, policy: str) -> int:
-        """The most bytes in memory at once: in the backward pass, or when its gradients are exchanged."""
-        most = max(self.gradients + self.exchange, self.batch.most if self.batch else 0)
+        """The most bytes at once: in the backward pass, when its gradients are exchanged, or in the update."""
+        passed, update = self.batch.most if self.batch else 0, self.updates.get(policy, 0)
+        most = max(self.gradients + self.exchange, passed, update)
         return self.weights + self.window + most + sum(self.states[policy])
 
     def traffic(self) -> float:
@@ -161,14 +154,7 @@ def _states(args: types.SimpleNamespace, trainable: dict, workers: int) -> dict[
     owners = dict(zip(leaves, shard.owners([p.size for p in leaves.values()], workers), strict=True))
     found = {}
     for policy in POLICIES if name in ("adam", "adamw") else (name,):
-        own = types.SimpleNamespace(**vars(args))
-        if policy in POLICIES:
-            own.moments = policy
-        optimizer = make_optimizer(own)
-        if isinstance(optimizer, Adam):
-            ForSteps(optimizer).lay_out(trainable)
-        else:
-            optimizer.init(trainable)  # MLX's leave it lazy
+        optimizer = _optimizer(args, policy, trainable)
         shared, parts = 0, [[0, 0] for _ in range(workers)]  # of each worker, bytes of moments and of residuals
         states = [_arrays(state) for state in any_optimizer.states(optimizer)]
         for path, array in (each for state in states for each in state.items()):
@@ -180,6 +166,16 @@ def _states(args: types.SimpleNamespace, trainable: dict, workers: int) -> dict[
         moments, residuals = max(parts, key=sum)
         found[policy] = State(moments + shared, residuals)
     return found
+
+
+def _optimizer(args: types.SimpleNamespace, policy: str, trainable: dict) -> optim.Optimizer:
+    """The optimizer of a job with this policy, and with a state that has shapes but takes no memory."""
+    optimizer = make_optimizer(fitting.changed(args, {"moments": policy} if policy in POLICIES else {}))
+    if isinstance(optimizer, Adam):
+        ForSteps(optimizer).lay_out(trainable)
+    else:
+        optimizer.init(trainable)  # MLX's leave it lazy
+    return optimizer
 
 
 def _arrays(tree: Any) -> dict[str, mx.array]:
@@ -199,7 +195,7 @@ def main(argv: Sequence[str]) -> int:
 
     Returns 0 if the job fits, as it is or with the options that are printed, and 1 if it does not.
     """
-    args = settings(argv, _parser())
+    args = settings(argv, plan_parser())
     for name in ("workers", "link", "memory"):
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):
@@ -211,22 +207,26 @@ def main(argv: Sequence[str]) -> int:
         console.width = 120
     built = _built(model_config.read(args.planned), args)
     own, made = built.args, _of_model(built, args.workers)
-    passed: Callable[[Batch], Pass | None] = cache(partial(activations.of_pass, built.model))
     try:
-        passed(of_batch(own, args.workers))
+        passed, updated = _followed(built, args.workers)
     except InputError as error:
-        console.print(f"{error}; they come on top of the total", highlight=False, markup=False, soft_wrap=True)
-        passed = _unknown
+        console.print(
+            f"{error}; the total is without the batch and the update", highlight=False, markup=False, soft_wrap=True
+        )
+        passed = updated = _unknown
 
-    def planned(args: types.SimpleNamespace) -> Plan:
-        window = 4 * made.trainable if args.grad_accumulation_steps > 1 else 0
-        return made._replace(window=window, batch=passed(of_batch(args, args.workers)))
+    def planned(args: types.SimpleNamespace, *policies: str) -> Plan:
+        accumulate = min(2, args.grad_accumulation_steps)
+        window = 4 * made.trainable if accumulate > 1 else 0
+        updates = {policy: updated(policy, accumulate) or 0 for policy in policies}
+        return made._replace(window=window, batch=passed(of_batch(args, args.workers)), updates=updates)
 
     def fits(args: types.SimpleNamespace) -> bool:
-        return planned(args).total(_policy(args)) <= memory
+        policy = _policy(args)
+        return planned(args, policy).total(policy) <= memory
 
     memory, where = (args.memory * GB, "") if args.memory else (machine_memory(), " of this machine")
-    made = planned(own)
+    made = planned(own, *made.states)
     for line in describe(made, args.link) + describe_batch(made, own):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(table(made, memory, f"{memory / GB:.3g} GB{where}"))
@@ -253,12 +253,27 @@ def describe(made: Plan, link: float) -> list[str]:
     return lines
 
 
-def _unknown(batch: Batch) -> None:
-    """The pass of a model that cannot be traced."""
+def _followed(built: _Built, workers: int) -> tuple[Callable[[Batch], Pass | None], Callable[[str, int], int | None]]:
+    """Functions that follow a forward and backward pass, and an update with a policy. Both remember what they found."""
+    args, model, _, _ = built
+    passed: Callable[[Batch], Pass] = cache(partial(activations.of_pass, model))
+    passed(of_batch(args, workers))
+    layout = activations.layout(model)
+
+    @cache
+    def updated(policy: str, accumulate: int) -> int:
+        return of_update(model, _optimizer(args, policy, model.trainable_parameters()), accumulate, layout)
+
+    updated(_policy(args), 1)
+    return passed, updated
+
+
+def _unknown(*_: Any) -> None:
+    """The memory of a model that cannot be traced."""
 
 
 def describe_batch(made: Plan, args: types.SimpleNamespace) -> list[str]:
-    """A line about the forward and backward pass, if it is known."""
+    """Lines about the forward and backward pass and the update, if they are known."""
     if made.batch is None:
         return []
     batch = of_batch(args, made.workers)
@@ -267,7 +282,8 @@ def describe_batch(made: Plan, args: types.SimpleNamespace) -> list[str]:
     device = "CPU" if mx.default_device() == mx.cpu else "GPU"  # it has other kernels, and so another graph
     return [
         f"forward and backward pass of {batch.rows} x {batch.length} positions on a {device}: {_gb(made.batch.most)},"
-        f" gradients included; activations inside layers are {layers}; logits {logits}: {_gb(made.batch.logits)}"
+        f" gradients included; activations inside layers are {layers}; logits {logits}: {_gb(made.batch.logits)}",
+        f"update: {_gb(made.updates[_policy(args)])}, gradients included, which it frees one by one",
     ]
 
 
@@ -315,32 +331,3 @@ def _count(number: int) -> str:
     if number < 1e6:
         return f"{number:,}"
     return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.1f} M"
-
-
-def _parser() -> Parser:
-    made = parser()
-    made.prog = "compiled-adam plan"
-    made.usage = "compiled-adam plan MODEL [options]"
-    made.description = (
-        "Computes the memory and communication that a job needs. Reads only the model's\n"
-        "config.json. Takes the options of compiled-adam lora."
-    )
-    made.epilog = _EXAMPLES
-    ours = made.add_argument_group("planning")
-    ours.add_argument(
-        "planned", metavar="MODEL", help="A folder with a config.json, the file itself, or the name of a cached model."
-    )
-    ours.add_argument(
-        "--workers", type=int, default=1, metavar="N", help="How many processes share each batch. Default: %(default)s."
-    )
-    ours.add_argument(
-        "--link",
-        type=float,
-        default=5.0,
-        metavar="GB/S",
-        help="The bandwidth between workers in each direction. Default: %(default)g (Thunderbolt 4).",
-    )
-    ours.add_argument(
-        "--memory", type=float, metavar="GB", help="The memory of each worker. Default: the memory of this machine."
-    )
-    return made

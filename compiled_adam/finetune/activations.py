@@ -7,22 +7,23 @@ that are computed again (`recompute`), and a head whose logits exist in chunks (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..base import InputError, Places, along, peak, reached, traced
+from ..base import Graph, InputError, Places, along, peak, reached, strided, traced
 from ..step import chunk_rows, kept, kept_gradient, losses
 from .attention import in_blocks
+from .experts import traceable
 from .head import Parts, place
 from .recompute import floats, replaced, with_floats
 
 Head = Callable[[mx.array, mx.array], list[mx.array]]  # of hidden states and tokens
 # Classes of mlx-lm raise one of these if a config does not fit, or if they need a GPU.
-_OF_MODELS = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, AssertionError, RuntimeError)
+OF_MODELS = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, AssertionError, RuntimeError)
 MOST_CHUNKS = 32  # that are followed; further ones take the same memory again
 
 
@@ -53,30 +54,48 @@ def of_pass(model: nn.Module, batch: Batch) -> Pass:
     try:
         with in_blocks(batch.blocks):
             return _of_pass(model, batch)
-    except _OF_MODELS as error:
-        raise InputError(f"activations cannot be computed: {str(error).partition(chr(10))[0]}") from error
+    except OF_MODELS as error:
+        raise _refused(error) from error
+
+
+def _refused(error: Exception) -> InputError:
+    return InputError(f"activations cannot be computed: {str(error).partition(chr(10))[0]}")
 
 
 def _of_pass(model: nn.Module, batch: Batch) -> Pass:
-    every, trained = _places(model)
-    tokens = mx.zeros((batch.rows, batch.length + 1), mx.int32)
+    tokens = _tokens(batch)
     if (parts := place(model)) is None:
         if batch.recomputed:
             raise InputError("the model has no backbone where the models of mlx-lm have it")
-
-        def whole(tokens: mx.array) -> list[mx.array]:
-            def loss(parameters: list[mx.array]) -> mx.array:
-                trained.write(parameters)
-                return batch.loss(model, tokens, _lengths(batch))[0]
-
-            value, found = mx.value_and_grad(loss)(trained.read())
-            return [value, _norm(found), *found]
-
-        return Pass(_peak(whole, every, tokens), 0)
+        return Pass(peak(_graph(model, partial(_whole, model, batch), tokens)), 0)
     head = partial(_head_in_chunks if batch.chunked else _head, model, parts, batch)
-    gradient = _recomputing if batch.recomputed else _gradient
+    gradient = partial(_recomputing if batch.recomputed else _gradient, model, parts, head)
     hidden = parts.hidden(model, tokens[:, :-1])
-    return Pass(_peak(partial(gradient, model, parts, head), every, tokens), _peak(head, every, hidden, tokens))
+    return Pass(peak(_graph(model, gradient, tokens)), peak(_graph(model, head, hidden, tokens)))
+
+
+def layout(model: nn.Module) -> list[bool]:
+    """Whether the elements of each gradient are in another order than that of the memory, for batches of any size.
+
+    That of the weight of ``nn.Linear`` is transposed, that of an embedding is not.
+    """
+    batch = Batch(1, 2)
+    try:
+        return strided(_graph(model, partial(_whole, model, batch), _tokens(batch)))[1:]
+    except OF_MODELS as error:
+        raise _refused(error) from error
+
+
+def _whole(model: nn.Module, batch: Batch, tokens: mx.array) -> list[mx.array]:
+    """The loss and the gradients, with all logits at once."""
+    trained = _places(model)[1]
+
+    def loss(parameters: list[mx.array]) -> mx.array:
+        trained.write(parameters)
+        return batch.loss(model, tokens, _lengths(batch))[0]
+
+    value, found = mx.value_and_grad(loss)(trained.read())
+    return [value, *found]
 
 
 def _gradient(model: nn.Module, parts: Parts, head: Head, tokens: mx.array) -> list[mx.array]:
@@ -92,7 +111,7 @@ def _gradient(model: nn.Module, parts: Parts, head: Head, tokens: mx.array) -> l
         return (hidden * mx.stop_gradient(cotangent)).sum()
 
     _, found = mx.value_and_grad(objective)(trained.read())
-    return [*others, _norm(found), *found]
+    return [*others, *found]
 
 
 def _recomputing(model: nn.Module, parts: Parts, head: Head, tokens: mx.array) -> list[mx.array]:
@@ -103,7 +122,7 @@ def _recomputing(model: nn.Module, parts: Parts, head: Head, tokens: mx.array) -
     for call in reversed(calls):
         own, cotangent = call.gradient(cotangent)
         found = [*own, *found]
-    return [loss, *others, _norm(found), *found]
+    return [loss, *others, *found]
 
 
 def _head(model: nn.Module, parts: Parts, batch: Batch, hidden: mx.array, tokens: mx.array) -> list[mx.array]:
@@ -199,8 +218,9 @@ def _calls(model: nn.Module, parts: Parts, tokens: mx.array) -> tuple[list[_Call
     return calls[first:], hidden
 
 
-def _peak(function: Callable[..., list[mx.array]], every: Places, *inputs: mx.array) -> int:
-    """The peak of ``function(*inputs)``, which refers to the arrays in ``every``."""
+def _graph(model: nn.Module, function: Callable[..., list[mx.array]], *inputs: mx.array) -> Graph:
+    """The graph of ``function(*inputs)``, which refers to arrays of the model."""
+    every = _places(model)[0]
     before = every.read()
 
     def of_arrays(*arrays: mx.array) -> list[mx.array]:
@@ -208,7 +228,8 @@ def _peak(function: Callable[..., list[mx.array]], every: Places, *inputs: mx.ar
         return function(*arrays[len(every) :])
 
     try:
-        return peak(traced(of_arrays, *before, *inputs))
+        with traceable(model) as of_run:
+            return of_run(traced(of_arrays, *before, *inputs))
     finally:
         every.write(before)
 
@@ -228,8 +249,8 @@ def _triples(places: Places) -> Iterator[tuple[str, Any, Any]]:
     return ((path, *each) for path, each in zip(places.paths, places.places, strict=True))
 
 
-def _norm(arrays: Sequence[mx.array]) -> mx.array:
-    return mx.stack([mx.square(each).sum() for each in arrays]).sum()
+def _tokens(batch: Batch) -> mx.array:
+    return mx.zeros((batch.rows, batch.length + 1), mx.int32)
 
 
 def _lengths(batch: Batch) -> mx.array:

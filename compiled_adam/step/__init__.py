@@ -3,5 +3,6 @@
 from . import losses
 from .cross_entropy import kept, kept_gradient
 from .linear_cross_entropy import chunk_rows
+from .planned import update_of
 from .result import StepResult
 from .train_step import TrainStep, make_step

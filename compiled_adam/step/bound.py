@@ -74,12 +74,7 @@ def bind(model: nn.Module, loss_fn: LossFunction, optimizer: optim.Optimizer, se
         warnings.warn(f"the moments of {', '.join(reshaped)} had another shape; they begin anew", stacklevel=5)
     init(optimizer, tree, shard)
     mx.eval(arrays.read(), any_optimizer.states(optimizer))
-    trees: Trees | PackedTrees
-    # No packing with other workers: the norm and the kernels must be the same to the last bit with and without shards.
-    if isinstance(optimizer, Adam) and not ForSteps(optimizer).has_own_update and settings.group is None:
-        trees = PackedTrees(optimizer, parameters, template)
-    else:
-        trees = Trees(model, optimizer, parameters, template, shard)
+    trees = trees_of(model, optimizer, parameters, template, settings, shard)
     its = other_models(loss_fn, model)
     known = {(id(container), key) for container, key in arrays.places}  # layers that both models have
     inputs = Places([*found, *others, *(leaf for leaf in its.leaves if (id(leaf[1]), leaf[2]) not in known)])
@@ -87,6 +82,21 @@ def bind(model: nn.Module, loss_fn: LossFunction, optimizer: optim.Optimizer, se
     graph = UpdateGraph(optimizer, trees, dtypes, settings)
     paths = {path for path, _, _ in along(trainable, trainable)}
     return Bound(structure, parameters, arrays, inputs, its, paths, template, shard, trees, gradients, graph)
+
+
+def trees_of(
+    model: nn.Module,
+    optimizer: optim.Optimizer,
+    parameters: Places,
+    template: Any,
+    settings: Settings,
+    shard: Shard | None = None,
+) -> Trees | PackedTrees:
+    """The places of parameters and state, packed if that can be."""
+    # No packing with other workers: the norm and the kernels must be the same to the last bit with and without shards.
+    if isinstance(optimizer, Adam) and not ForSteps(optimizer).has_own_update and settings.group is None:
+        return PackedTrees(optimizer, parameters, template)
+    return Trees(model, optimizer, parameters, template, shard)
 
 
 def init(optimizer: optim.Optimizer, parameters: Any, shard: Shard | None) -> None:

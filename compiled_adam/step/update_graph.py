@@ -69,6 +69,20 @@ class UpdateGraph:
             try_kernels(self._trees.named(update.parameters, update.state))
         return update
 
+    def traced(
+        self, gradients: list[mx.array], sums: window.Window | tuple[()], parameters: list[mx.array], state: Any
+    ) -> Any:
+        """All that a step computes from the last gradients of an update. Call it while tracing."""
+        weight = loss = mx.array(1.0)
+        if sums:
+            gradients, weight, loss = self._trace_add(sums, gradients, weight, loss)
+            # Two graphs: no kernel has a part of both.
+            gradients = [mx.depends([g], [weight])[0] for g in gradients]
+        else:
+            gradients = self._trees.pack(gradients)
+        constants = any_optimizer.constants(self._optimizer)
+        return self._trace_update(parameters, gradients, [weight], state, constants)
+
     def _trace_add(
         self, sums: window.Window, gradients: list[mx.array], weight: mx.array, loss: mx.array
     ) -> window.Window:

@@ -34,6 +34,21 @@ def test_memory_of_graphs_counted_by_hand() -> None:
     assert in_matrices(lambda x: chain(x, 3, keep=True)) == 3
 
 
+def test_inputs_that_only_the_graph_has() -> None:
+    def owned(function: Callable[[mx.array], list[mx.array]], strided: bool = False) -> float:
+        graph = traced(function, mx.zeros((SIDE, SIDE)))
+        return peak(graph, dict.fromkeys(graph.inputs, strided)) / ONE
+
+    assert owned(lambda x: [mx.exp(x)]) == 1  # in place
+    assert owned(lambda x: [mx.exp(x.reshape(-1))]) == 1  # a view does not read
+    assert owned(lambda x: [x @ x]) == 2
+    assert owned(lambda x: [mx.exp(y := mx.sin(x)), y]) == 3  # a kernel of two outputs takes no memory of an input
+    assert owned(lambda x: [mx.contiguous(x)]) == 1
+    assert owned(lambda x: [mx.contiguous(x)], strided=True) == 2
+    assert owned(lambda x: [mx.contiguous(x, allow_col_major=True)], strided=True) == 1
+    assert mx.contiguous.__module__ == "mlx.core"  # and not what stood for it in the traces
+
+
 @pytest.mark.usefixtures("on_cpu")
 def test_allocation_is_ahead_of_computation() -> None:
     """A chain of products needs two at once. But MLX's first thread allocates them before the second one is done."""

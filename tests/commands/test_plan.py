@@ -193,6 +193,7 @@ def test_the_total_has_the_pass_with_its_gradients(tiny_model: Path) -> None:
     assert made.total("8bit") == without + made.gradients + made.exchange
     assert made._replace(batch=Pass(10**9, 10**6)).total("8bit") == without + 10**9
     assert made._replace(batch=Pass(made.gradients, 0)).total("8bit") == made.total("8bit")
+    assert made._replace(batch=Pass(10**6, 0), updates={"8bit": 10**9}).total("8bit") == without + 10**9
 
 
 def said_last(capsys: pytest.CaptureFixture[str]) -> str:
@@ -226,16 +227,20 @@ def test_a_model_that_cannot_be_traced_is_planned_without_its_activations(
     monkeypatch.setattr(llama.Model, "__call__", call)
     assert cli.main(["plan", str(tiny_model), "--memory", "0.01"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("activations cannot be computed: needs Metal; they come on top of the total\n")
-    assert "forward and backward pass" not in out and "it fits, with moments float32\n" in out
+    assert out.startswith(
+        "activations cannot be computed: needs Metal; the total is without the batch and the update\n"
+    )
+    assert "forward and backward pass" not in out and "update: " not in out and "it fits, with moments float32\n" in out
     assert cli.main(["plan", str(tiny_model), "--memory", "0.0001"]) == 1
 
 
 def test_moments_of_the_job_decide_whether_it_fits(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job = ["plan", str(tiny_model), "--fine-tune-type", "full", "--batch-size", "1", "--max-seq-length", "8"]
-    made = plan.plan(model_config.read(str(tiny_model)), settings(["--train", "--optimizer", "adam", *job[2:]]))
-    between = made.total("8bit") + sum(made.states["float32"]) / 2
-    assert made.total("float32") > between
+    assert cli.main([*job, "--memory", "1"]) == 0
+    rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if line.count("│") == 6]
+    total = {row[1].strip(): 1e6 * float(row[4].split()[0]) for row in rows}  # in MB
+    between = (total["8bit"] + min(total["float32"], total["bfloat16"])) / 2
+    assert total["8bit"] < between
     assert cli.main([*job, "--memory", f"{between / 1e9:.6f}"]) == 0
     assert said_last(capsys) == "it fits with --moments 8bit"
     assert cli.main([*job, "--memory", f"{between / 1e9:.6f}", "--moments", "8bit"]) == 0
