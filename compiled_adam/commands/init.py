@@ -34,7 +34,8 @@ YAML_KEYS: dict[str, dict[str, str]] = {
         },
     },
     "optimizer": {
-        "optimizer_config": "Further arguments of each optimizer, such as {adamw: {betas: [0.9, 0.95]}}.",
+        "optimizer_config": "Further arguments of each optimizer, such as {adamw: {betas: [0.9, 0.95]}}."
+        " In {muon: {adamw_rate_factor: 0.015}}: the learning rate of the AdamW beside Muon, as a part of Muon's.",
         "lr_schedule": "A schedule in place of learning_rate, which counts updates, such as {name: cosine, arguments:"
         " [1.0e-4, 600], warmup: 50}. `compiled-adam schedule` draws it. Default: none.",
     },

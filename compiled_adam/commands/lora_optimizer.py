@@ -12,14 +12,13 @@ import mlx.core as mx
 import mlx.optimizers as optim
 
 from ..base import InputError
-from ..finetune.lora_values import OPTIMIZERS
+from ..finetune.lora_values import ADAMW_FACTOR, DEFAULT_FACTOR, OPTIMIZERS
 from ..finetune.options import called
 from ..optimizers import Compensated
 from ..update import decay_matrices
 from . import like_mlx_lm
 
-# Of Muon's author, github.com/KellerJordan/Muon: 0.02 for hidden matrices beside 3e-4 for AdamW, and betas of AdamW.
-RATE_OF_ADAMW, BETAS_OF_ADAMW = 0.015, (0.9, 0.95)
+BETAS_OF_ADAMW = (0.9, 0.95)  # beside Muon, of Muon's author
 _ANY = ("max_grad_norm", "skip_nonfinite")  # the options that every optimizer has without --like-mlx-lm
 
 
@@ -36,10 +35,17 @@ def make_optimizer(args: types.SimpleNamespace) -> optim.Optimizer:
         if args.decay_matrices_only:
             options["decay_filter"] = decay_matrices
         return OPTIMIZERS[name](learning_rate=rate, **options)
-    made = OPTIMIZERS[name](learning_rate=rate, **args.optimizer_config.get(name, {}))
+    own = dict(args.optimizer_config.get(name, {}))
+    factor = own.pop(ADAMW_FACTOR, None)
+    made = OPTIMIZERS[name](learning_rate=rate, **own)
     if args.like_mlx_lm:
+        if factor is not None:
+            raise InputError(
+                f"optimizer_config of muon has {ADAMW_FACTOR}, but {called('like_mlx_lm')} has no AdamW beside muon;"
+                " leave out one of the two"
+            )
         return made
-    made = _with_adamw(made, rate, args) if name == "muon" else made
+    made = _with_adamw(made, rate, DEFAULT_FACTOR if factor is None else factor, args) if name == "muon" else made
     return Compensated(made, **like_mlx_lm.options_of_others(args))
 
 
@@ -69,12 +75,12 @@ def hidden_matrix(path: str, parameter: mx.array) -> bool:
 
 
 def _with_adamw(
-    muon: optim.Optimizer, rate: float | Callable[[Any], Any], args: types.SimpleNamespace
+    muon: optim.Optimizer, rate: float | Callable[[Any], Any], factor: float, args: types.SimpleNamespace
 ) -> optim.Optimizer:
-    """Muon for the matrices of layers, AdamW for all other parameters, as Muon's author advises."""
+    """Muon for the matrices of layers, AdamW for all other parameters, with ``factor`` of Muon's learning rate."""
     config = {"betas": BETAS_OF_ADAMW, "bias_correction": True, **args.optimizer_config.get("adamw", {})}
     known = inspect.signature(optim.AdamW).parameters
     if unknown := [key for key in config if key not in known]:
         raise InputError(f"optimizer_config of adamw has the key {unknown[0]!r}, which AdamW beside muon does not have")
-    lower = (lambda step: RATE_OF_ADAMW * rate(step)) if callable(rate) else RATE_OF_ADAMW * rate
-    return optim.MultiOptimizer([muon, optim.AdamW(lower, **config)], [hidden_matrix])
+    its_rate = (lambda step: factor * rate(step)) if callable(rate) else factor * rate
+    return optim.MultiOptimizer([muon, optim.AdamW(its_rate, **config)], [hidden_matrix])

@@ -28,6 +28,9 @@ OPTIMIZERS: dict[str, Callable[..., optim.Optimizer]] = {
     "lion": optim.Lion,
     "adafactor": optim.Adafactor,
 }
+# An argument of muon that MLX's Muon lacks: the learning rate of the AdamW beside Muon, as a factor of Muon's. Default
+# of Muon's author, github.com/KellerJordan/Muon: 3e-4 beside 0.02 for hidden matrices.
+ADAMW_FACTOR, DEFAULT_FACTOR = "adamw_rate_factor", 0.015
 _LARGEST_RANK = 1 << 16
 _LORA = {
     "rank": f"a whole number from 1 to {_LARGEST_RANK}",
@@ -165,8 +168,10 @@ def optimizer_config(given: Mapping[str, Any], optimizer: str) -> dict[str, dict
                 )
             if name not in ("adam", "adamw"):  # ours check their own
                 _check_like(f"optimizer_config of {name}: {key}", value, keywords[key])
+        if (factor := checked[name].get(ADAMW_FACTOR)) == 0:
+            raise InputError(f"optimizer_config of {name}: {ADAMW_FACTOR} is {factor!r}; it must be above 0")
         try:
-            OPTIMIZERS[name](learning_rate=0.0, **checked[name])
+            OPTIMIZERS[name](learning_rate=0.0, **{k: x for k, x in checked[name].items() if k != ADAMW_FACTOR})
         except (TypeError, ValueError) as error:
             raise InputError(f"optimizer_config of {name}: {error}") from None
     return checked
@@ -175,7 +180,8 @@ def optimizer_config(given: Mapping[str, Any], optimizer: str) -> dict[str, dict
 def _keywords(optimizer: str) -> dict[str, Any]:
     """The arguments of an optimizer that optimizer_config may have, and their defaults."""
     parameters = inspect.signature(OPTIMIZERS[optimizer]).parameters.values()
-    return {each.name: each.default for each in parameters if each.name not in _ELSEWHERE}
+    own = {ADAMW_FACTOR: DEFAULT_FACTOR} if optimizer == "muon" else {}
+    return {each.name: each.default for each in parameters if each.name not in _ELSEWHERE} | own
 
 
 def _check_like(what: str, value: Any, default: Any) -> None:

@@ -9,7 +9,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_map
 
-from ..base import Aligned, Assignments, Compiled, InputError, along, below, filled, shown
+from ..base import Aligned, Assignments, Compiled, InputError, Structure, along, below, filled, shown, undone_on_error
 from ..update import Keep, Stored, clip_factor, global_norm, guard, residual, unfused
 from . import any_optimizer
 from .adam import Adam
@@ -122,7 +122,14 @@ class Compensated(any_optimizer.Wrapping):
                 self._first.pop(name, None)
 
     def init(self, parameters: dict) -> None:
-        """Creates missing state. Existing arrays are kept; those of half-precision weights become float32."""
+        """Creates missing state. Existing arrays are kept; those of half-precision weights become float32.
+
+        An error or an interrupt leaves the state as it was. MLX takes a parameter with one of two arrays for complete.
+        """
+        undone_on_error(lambda: self._create(parameters), Structure(self.wrapped.state).snapshot())
+        self._initialized = True
+
+    def _create(self, parameters: dict) -> None:
         full = tree_map(_float32, parameters)
         any_optimizer.init(self.wrapped, full)
         pairs = zip(along(parameters, parameters), along(full, full), strict=True)
@@ -143,7 +150,6 @@ class Compensated(any_optimizer.Wrapping):
             for name in part._schedulers:
                 part._state.setdefault(name, mx.array(0.0))
         self._make_scalars()
-        self._initialized = True
 
     def update(self, model: nn.Module, gradients: dict) -> None:
         """Updates the parameters of ``model`` in place. An interrupt leaves model and state both old or both new."""

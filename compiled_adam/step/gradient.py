@@ -76,7 +76,7 @@ class GradientGraphs:
                 before = [*parameters, *arrays[self._trainable :]]
                 before_it = operations(before)
                 self._arrays.write(before)
-                output = without_draws(lambda: self._loss_fn(self._model, *args, **kwargs))
+                output = without_draws(lambda: self._loss_fn(self._model, *args, **kwargs), self._loss_fn)
                 loss, aux, weight = _taken_apart(output, self._settings.weighted)
                 self._follow_structure()
                 after = self._arrays.read()

@@ -6,7 +6,7 @@ Their arrays become inputs of the gradient graph. Otherwise a trace would keep t
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from types import CodeType
 from typing import Any
@@ -17,40 +17,44 @@ from ..base import Structure
 
 
 def other_models(loss_fn: Any, model: nn.Module) -> Structure:
-    """The modules that ``loss_fn`` refers to, without ``model`` and the modules in it.
-
-    Modules are found in variables of functions (globals, closures and defaults), in arguments of ``partial``, in
-    attributes of the object of a method, and in dictionaries, lists and tuples there.
-    """
+    """The modules that ``loss_fn`` refers to, without ``model`` and the modules in it."""
     own = {id(module) for module in Structure(model).modules}
-    found = {id(module): module for module in _modules(loss_fn, set()) if id(module) not in own}
+    found = {id(module): module for module in referred(loss_fn, nn.Module) if id(module) not in own}
     return Structure(list(found.values()), freezing=False)
 
 
-def _modules(node: Any, seen: set[int]) -> Iterator[nn.Module]:
-    """The modules in a function, or in the object of a method. A container is searched one level deep."""
+def referred(loss_fn: Any, kinds: type | tuple[type, ...]) -> Iterator[Any]:
+    """The objects of these ``kinds`` to which a function, or the functions that it calls, refer.
+
+    They are found in variables of functions (globals, closures, defaults), in arguments of ``partial``, in attributes
+    of the object of a method, and in dictionaries, lists and tuples there, which are searched one level deep.
+    """
+    return _referred(loss_fn, kinds, set())
+
+
+def _referred(node: Any, kinds: type | tuple[type, ...], seen: set[int]) -> Iterator[Any]:
     if id(node) in seen:
         return
     seen.add(id(node))
-    if isinstance(node, nn.Module):
+    below: list[Any] = []
+    inside: Iterable[Any] = ()
+    if isinstance(node, kinds):
         yield node
     elif inspect.ismethod(node):
-        yield from _modules(node.__self__, seen)
-        yield from _modules(node.__func__, seen)
+        below = [node.__self__, node.__func__]
     elif isinstance(node, partial):
-        for value in (node.func, *node.args, *node.keywords.values()):
-            yield from _modules(value, seen)
+        below = [node.func, *node.args, *node.keywords.values()]
     elif inspect.isfunction(node):
-        for value in _variables(node):
-            yield from _modules(value, seen)
+        below = list(_variables(node))
     elif isinstance(node, (dict, list, tuple)):
-        yield from (
-            value for value in (node.values() if isinstance(node, dict) else node) if isinstance(value, nn.Module)
-        )
+        inside = node.values() if isinstance(node, dict) else node
     elif hasattr(node, "__dict__") and not inspect.ismodule(node) and not isinstance(node, type):
-        yield from (value for value in vars(node).values() if isinstance(value, nn.Module))
+        inside = vars(node).values()
         if inspect.isfunction(call := inspect.getattr_static(type(node), "__call__", None)):
-            yield from _modules(call, seen)
+            below = [call]
+    yield from (value for value in inside if isinstance(value, kinds))
+    for each in below:
+        yield from _referred(each, kinds, seen)
 
 
 def _variables(function: Any) -> Iterator[Any]:

@@ -13,8 +13,10 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 import pytest
+from compiled_adam.base import differences
 from compiled_adam.commands import lora as lora_command
 from compiled_adam.commands import lora_options
+from compiled_adam.optimizers import any_optimizer
 from mlx.utils import tree_flatten
 from mlx_lm import lora as mlx_lm_lora
 
@@ -153,9 +155,15 @@ def test_muon_is_for_matrices_of_layers_and_adamw_for_the_rest(tmp_path: Path) -
     muon, adamw = made.wrapped.optimizers
     assert (muon.momentum, adamw.betas, adamw.bias_correction) == (0.8, [0.8, 0.9], True)
     assert adamw.learning_rate.item() == pytest.approx(0.015 * muon.learning_rate.item(), rel=1e-6)  # float32
-    # Without a schedule as well.
+    # Without a schedule as well; and with a factor of one's own, which a resumed run must share.
     made = optimizer("--optimizer", "muon", "--learning-rate", "2e-2")
     assert [part.learning_rate.item() for part in made.wrapped.optimizers] == pytest.approx([2e-2, 3e-4], rel=1e-6)
+    config.write_text("{optimizer: muon, learning_rate: 2.0e-2, optimizer_config: {muon: {adamw_rate_factor: 0.5}}}")
+    other = optimizer("-c", str(config))
+    assert [part.learning_rate.item() for part in other.wrapped.optimizers] == pytest.approx([2e-2, 1e-2], rel=1e-6)
+    assert len(differences(any_optimizer.description(made), any_optimizer.description(other))) == 1
+    with pytest.raises(ca.InputError, match=r"adamw_rate_factor, but .* has no AdamW"):
+        optimizer("-c", str(config), "--like-mlx-lm")
     matrix, vector = mx.ones((4, 4), mx.bfloat16), mx.ones((4,), mx.bfloat16)
     layer = {"q_proj": {"weight": matrix, "bias": vector}, "norm": {"weight": vector}}
     made.init({"model": {"embed_tokens": {"weight": matrix}, "layers": [layer]}, "lm_head": {"weight": matrix}})

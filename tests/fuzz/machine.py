@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import copy
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -28,7 +29,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from mlx.utils import tree_flatten, tree_map
 
 from tests.fuzz import eager, models
-from tests.fuzz.shadow import ULP, Options, Shadow
+from tests.fuzz.shadow import ULP, Numbers, Options, Shadow
 from tests.interrupts import bytecodes, interrupted
 
 RAN: collections.Counter[str] = collections.Counter()  # how often each operation ran
@@ -54,6 +55,7 @@ ours = st.fixed_dictionaries(
         "max_grad_norm": st.sampled_from([None, 0.5]),
         "skip_nonfinite": st.booleans(),
         "multipliers": st.booleans(),
+        "groups": st.booleans(),
         "decay_filter": st.booleans(),
         "schedule": st.booleans(),
         "lowering": st.sampled_from(["auto", "fused", "inplace"]),
@@ -62,7 +64,20 @@ ours = st.fixed_dictionaries(
         "eps": st.sampled_from([1e-8, 1e-3]),
     }
 )
-theirs = st.fixed_dictionaries({"name": st.sampled_from(eager.NAMES)})
+theirs = st.fixed_dictionaries({"name": st.sampled_from(eager.ALONE)})
+wrapped = st.fixed_dictionaries(
+    {
+        "name": st.sampled_from(eager.COMPENSATED),
+        "compensated": st.just(True),
+        "max_grad_norm": st.sampled_from([None, 0.5]),
+        "skip_nonfinite": st.booleans(),
+    }
+)
+# Two that overlap with `multipliers`, of which one sets another number of the same parameter.
+GROUPS: dict[str, dict[str, Any]] = {
+    "^first.weight": {"betas": (0.7, 0.9), "eps": 1e-2, "weight_decay": 0.5},
+    "^last.weight": {"learning_rate": 0.25, "betas": (0.0, 0.99)},
+}
 seeds = st.integers(0, 10_000)
 rows = st.sampled_from([2, 3, 5])
 looks = st.sampled_from(["each time", "at the end", "never"])
@@ -86,7 +101,7 @@ class TrainStepMachine(RuleBasedStateMachine):
 
     @initialize(
         shape=shapes,
-        options=st.one_of(ours, ours, ours, theirs),
+        options=st.one_of(ours, ours, ours, theirs, wrapped),
         accumulate=st.sampled_from([1, 1, 2, 3]),
         weighted=st.booleans(),
         max_traces=st.sampled_from([1, 2, 64]),
@@ -94,11 +109,14 @@ class TrainStepMachine(RuleBasedStateMachine):
     def begin(
         self, shape: models.Shape, options: dict[str, Any], accumulate: int, weighted: bool, max_traces: int
     ) -> None:
-        if not options["name"].startswith("ours"):
+        self.is_ours = options["name"].startswith("ours")
+        if not self.is_ours:
             # The reference cannot tell shared parameters apart, nor MLX's MultiOptimizer keys of digits from a list.
-            without = {"shared"} | ({"digits"} if options["name"] == "MultiOptimizer" else set())
-            shape = shape._replace(blocks=tuple(b for b in shape.blocks if b not in without), dtype="float32")
-            if options["name"] == "Muon":  # a quarter of a second each time; only ours are updated in place
+            without = {"shared"} | ({"digits"} if " and " in options["name"] else set())
+            shape = shape._replace(blocks=tuple(b for b in shape.blocks if b not in without))
+            if not options.get("compensated"):
+                shape = shape._replace(dtype="float32")
+            if "Muon" in options["name"]:  # a quarter of a second each time; only ours are updated in place
                 shape = shape._replace(width=6)
         if options.get("lowering") == "inplace" and options["moments"] in moments.STOCHASTIC:
             options = {**options, "lowering": "auto"}
@@ -109,19 +127,32 @@ class TrainStepMachine(RuleBasedStateMachine):
         self.optimizer = self._optimizer()
         self.step = self._step(self.model, self.optimizer)
         self.rate_is_scheduled = options.get("schedule", False)
-        self.is_ours = options["name"].startswith("ours")
         reference = self._reference_options(), accumulate
         if self.is_ours:
             self.shadow = Shadow(self._weights(), shape.dtype, *reference)
         else:
             self.shadow = eager.Eager(self._weights(), shape.dtype, *reference, options["name"], self._trees)
         self.start = tree_map(lambda a: mx.array(a), self.model.parameters())
-        RAN["begin"] += 1
+        RAN[
+            "begin with "
+            + (
+                "groups"
+                if options.get("groups")
+                else "ours"
+                if self.is_ours
+                else "Compensated"
+                if options.get("compensated")
+                else "theirs"
+            )
+        ] += 1
 
     def _optimizer(self) -> Any:
         o = self.options
-        if not o["name"].startswith("ours"):
-            return eager.make(o["name"])
+        if not self.is_ours:
+            made = eager.MAKE[o["name"]]()
+            if not o.get("compensated"):
+                return made
+            return ca.Compensated(made, max_grad_norm=o["max_grad_norm"], skip_nonfinite=o["skip_nonfinite"])
         rate = ca.schedulers.linear(2e-2, 20, end=1e-3, warmup=3) if o["schedule"] else 1e-2
         keywords: dict[str, Any] = {
             "betas": o["betas"],
@@ -134,38 +165,39 @@ class TrainStepMachine(RuleBasedStateMachine):
             "learning_rate_multipliers": {"^first": 2.0, "last.bias": 0.5} if o["multipliers"] else None,
             "lowering": o["lowering"],
         }
+        if o["groups"]:
+            keywords["groups"] = self._groups()
         if o["name"] == "ours Adam":
             return ca.Adam(rate, **keywords)
         decay_filter = ca.decay_matrices if o["decay_filter"] else None
         return ca.AdamW(rate, weight_decay=0.1, decay_filter=decay_filter, **keywords)
 
+    def _groups(self) -> dict[str, dict[str, Any]]:
+        without = {"weight_decay"} if self.options["name"] == "ours Adam" else set()
+        return {pattern: {k: x for k, x in its.items() if k not in without} for pattern, its in GROUPS.items()}
+
     def _reference_options(self) -> Options:
         o = collections.defaultdict(bool, self.options)
         schedule = ca.schedulers.linear(2e-2, 20, end=1e-3, warmup=3)
 
-        def multiplier(path: str) -> float:
-            return (
-                1.0
-                if not o["multipliers"]
-                else 2.0
-                if path.startswith("first")
-                else 0.5
-                if path == "last.bias"
-                else 1.0
-            )
+        def numbers(path: str, parameter: np.ndarray) -> Numbers:
+            decays = o["name"] == "ours AdamW" and (not o["decay_filter"] or parameter.ndim >= 2)
+            found = {"factor": 1.0, "betas": o["betas"], "eps": o["eps"], "weight_decay": 0.1 if decays else 0.0}
+            if o["multipliers"]:
+                found["factor"] = 2.0 if path.startswith("first") else 0.5 if path == "last.bias" else 1.0
+            for pattern, own in self._groups().items() if o["groups"] else ():
+                if re.search(pattern, path):
+                    found |= {{"learning_rate": "factor"}.get(name, name): number for name, number in own.items()}
+            return Numbers(**found)
 
         return Options(
             (lambda i: float(schedule(mx.array(i)))) if o["schedule"] else 1e-2,
-            o["betas"] or (0.9, 0.999),
-            o["eps"],
-            0.1 if o["name"] == "ours AdamW" else 0.0,
             o["bias_correction"],
             o["moments"],
             o["compensated"],
             o["max_grad_norm"] or None,
             o["skip_nonfinite"],
-            multiplier,
-            lambda path, a: not o["decay_filter"] or a.ndim >= 2,
+            numbers,
         )
 
     def _step(self, model: nn.Module, optimizer: Any) -> ca.TrainStep:
@@ -244,13 +276,14 @@ class TrainStepMachine(RuleBasedStateMachine):
     def _check_state(self) -> None:
         for part in any_optimizer.parts(self.optimizer):
             assert part.step.item() == self.shadow.step
-        if self.is_ours and self.optimizer.skipped is not None:
-            assert self.optimizer.skipped.item() == self.shadow.skipped
+        for count in any_optimizer.skipped(self.optimizer):
+            assert count.item() == self.shadow.skipped
         self.shadow.compare_weights(self._weights())
 
     def _look(self) -> None:
         """Moments and residuals too."""
         if not self.is_ours:
+            self.shadow.look()
             return
         state, weights = self.step.state_dict()["optimizer"], dict(tree_flatten(self.model.parameters()))
         m, v, values = {}, {}, {}
@@ -353,8 +386,8 @@ class TrainStepMachine(RuleBasedStateMachine):
         result = self._call(*models.batch(self.shape, seed, 3, "nan"))
         assert result.updated and not np.isfinite(result.loss.item())
         self.shadow.skipped += 1
-        counted = {"optimizer.skipped", "optimizer.grad_norm", "optimizer.learning_rate"}
-        assert set(self._different(before)) <= counted
+        counted = {"skipped", "_skipped", "grad_norm", "_grad_norm", "learning_rate"}
+        assert {name.rpartition(".")[2] for name in self._different(before)} <= counted
         self._check_state()
 
     @allowed("empty")
@@ -527,7 +560,7 @@ class TrainStepMachine(RuleBasedStateMachine):
     def _set_dtype(self, seed: int) -> None:
         """An update of weights of another dtype is refused where it would lose their residuals; the old ones go on."""
         RAN["set_dtype"] += 1
-        if not self.is_ours or self.shadow.filled + 1 < self.accumulate:
+        if not (self.is_ours or self.shadow.options.compensated) or self.shadow.filled + 1 < self.accumulate:
             return
         before, state = self._snapshot(), self.step.state_dict()
         arrays = self.model.parameters()

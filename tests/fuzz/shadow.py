@@ -7,7 +7,8 @@ reference after it was compared; the moments do when they are looked at.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,27 +20,25 @@ BLOCK = 128
 Arrays = dict[str, np.ndarray]
 
 
-class Options:
-    """Of the optimizer, as `compiled_adam.AdamW` names them; and what ``multiplier`` and ``decays`` say of paths."""
+class Numbers(NamedTuple):
+    """What the update of one parameter depends on."""
 
-    def __init__(
-        self,
-        learning_rate: float | Callable[[int], float],
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-        bias_correction: bool,
-        moments: str,
-        compensated: bool,
-        max_grad_norm: float | None,
-        skip_nonfinite: bool,
-        multiplier: Callable[[str], float],
-        decays: Callable[[str, np.ndarray], bool],
-    ) -> None:
-        self.learning_rate, self.betas, self.eps, self.weight_decay = learning_rate, betas, eps, weight_decay
-        self.bias_correction, self.moments, self.compensated = bias_correction, moments, compensated
-        self.max_grad_norm, self.skip_nonfinite = max_grad_norm, skip_nonfinite
-        self.multiplier, self.decays = multiplier, decays
+    factor: float  # of the learning rate
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+
+
+class Options(NamedTuple):
+    """Of the optimizer, as `compiled_adam.AdamW` names them. ``numbers`` are those of the parameter at a path."""
+
+    learning_rate: float | Callable[[int], float]
+    bias_correction: bool
+    moments: str
+    compensated: bool
+    max_grad_norm: float | None
+    skip_nonfinite: bool
+    numbers: Callable[[str, np.ndarray], Numbers]
 
 
 class Shadow:
@@ -111,24 +110,32 @@ class Shadow:
         if o.max_grad_norm is not None and norm + dnorm > o.max_grad_norm:
             factor = min(1.0, o.max_grad_norm / norm)
             dfactor = factor * dnorm / max(norm - dnorm, 1e-30)
+        found = {
+            path: factor * errors[path] + dfactor * np.abs(g) + 4 * EPS32 * np.abs(g) for path, g in gradients.items()
+        }
+        self.leaves({path: factor * g for path, g in gradients.items()}, found)
+        self.replaced = False
+
+    def leaves(self, gradients: Arrays, errors: Arrays) -> None:
+        """The update, by gradients that have been clipped."""
         rate = self.learning_rate()
         self.step += 1
         for path, g in gradients.items():
-            error = factor * errors[path] + dfactor * np.abs(g) + 4 * EPS32 * np.abs(g)
-            self._leaf(path, factor * g, error, rate * o.multiplier(path))
+            numbers = self.options.numbers(path, self.p[path])
+            self._leaf(path, g, errors[path], rate * numbers.factor, numbers)
 
-    def _leaf(self, path: str, g: np.ndarray, dg: np.ndarray, rate: float) -> None:
-        o, (b1, b2) = self.options, self.options.betas
-        self.before[path], self.replaced = (self.p[path], self.dp[path], rate), False
+    def _leaf(self, path: str, g: np.ndarray, dg: np.ndarray, rate: float, numbers: Numbers) -> None:
+        b1, b2 = numbers.betas
+        self.before[path] = self.p[path], self.dp[path], rate
         m = b1 * self.m[path] + (1 - b1) * g
         v = b2 * self.v[path] + (1 - b2) * g**2
         dm = b1 * self.dm[path] + (1 - b1) * dg + 4 * EPS32 * np.abs(m)
         dv = b2 * self.dv[path] + (1 - b2) * (2 * np.abs(g) * dg + dg**2) + 4 * EPS32 * v
-        c1, c2 = self._corrections()
+        c1, c2 = self._corrections(numbers)
         root = np.sqrt(v / c2)
         droot = np.minimum(np.sqrt(dv / c2), dv / c2 / np.maximum(root, 1e-300)) + 8 * EPS32 * root + 2e-20
-        bottom = root + o.eps
-        low = np.maximum(bottom - droot, o.eps)
+        bottom = root + numbers.eps
+        low = np.maximum(bottom - droot, numbers.eps)
         change = self._change(path, self.p[path], m, v, rate)
         dchange = abs(rate) * (dm / c1 / low + np.abs(m / c1) * droot / (bottom * low)) + 16 * EPS32 * np.abs(change)
         p = self.p[path] - change
@@ -137,15 +144,15 @@ class Shadow:
         stored_m, stored_v = self._coarseness(m, v)
         self.dm[path], self.dv[path] = dm + stored_m, dv + stored_v
 
-    def _corrections(self) -> tuple[float, float]:
-        b1, b2 = self.options.betas
+    def _corrections(self, numbers: Numbers) -> tuple[float, float]:
+        b1, b2 = numbers.betas
         return (1 - b1**self.step, 1 - b2**self.step) if self.options.bias_correction else (1.0, 1.0)
 
     def _change(self, path: str, p: np.ndarray, m: np.ndarray, v: np.ndarray, rate: float) -> np.ndarray:
         """What the update with new moments takes off the parameter."""
-        o, (c1, c2) = self.options, self._corrections()
-        decay = rate * o.weight_decay * p if o.decays(path, p) else 0.0
-        return rate * (m / c1) / (np.sqrt(v / c2) + o.eps) + decay
+        numbers = self.options.numbers(path, p)
+        c1, c2 = self._corrections(numbers)
+        return rate * (m / c1) / (np.sqrt(v / c2) + numbers.eps) + rate * numbers.weight_decay * p
 
     def _sums(self, p: np.ndarray, change: np.ndarray) -> np.ndarray:
         """The rounding of float32 sums; residuals are as fine, in float16 below 2^-14 finer than 2^-40."""
@@ -178,6 +185,12 @@ class Shadow:
             _within(path, w, self.p[path], self.dp[path] + self.rounding(w))
             if not self.has_residual:
                 self.p[path], self.dp[path] = w.copy(), np.zeros_like(w)
+
+    @staticmethod
+    def compare_arrays(found: Arrays, expected: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+        """Raises AssertionError unless each array is within a bound of its value."""
+        for path, (value, bound) in expected.items():
+            _within(path, found[path], value, bound)
 
     def compare_state(self, m: Arrays, v: Arrays, values: Arrays) -> None:
         """Moments, decoded, and values of weights and residuals; they become the reference."""

@@ -48,6 +48,7 @@ def test_a_minute_of_random_operations() -> None:
     assert run(60, derandomize=True) > 1200
     # Every operation has had its turn.
     assert {
+        *("begin with ours", "begin with groups", "begin with theirs", "begin with Compensated"),
         "train",
         "flush",
         "interrupt",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import threading
 from collections import OrderedDict, UserDict, namedtuple
 from functools import partial
 from typing import Any
@@ -191,28 +189,3 @@ def test_what_a_trace_of_ones_own_optimizer_would_freeze_is_refused() -> None:
     for optimizer in (Signs, object()):
         with pytest.raises(TypeError, match=r"init.*apply_gradients"):
             ca.make_step(linear_net(), loss_fn, optimizer)
-
-
-DRAWS = {"Python's random": random.random, "numpy.random": np.random.rand}
-
-
-@pytest.mark.parametrize("name", DRAWS)
-def test_random_numbers_that_a_trace_would_freeze_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threading, "active_count", lambda: 1)  # a process of pytest-xdist has threads
-    model = linear_net()
-    step = ca.make_step(model, lambda model, x: squared_error(model, x, DRAWS[name]()), ca.Adam(1e-2))
-    with pytest.raises(InputError, match=f"draws random numbers from {name}, .*mx.random"):
-        step(X)
-    assert_same(model, linear_net(), 0.0)
-
-
-def test_another_thread_may_draw() -> None:
-    gone = threading.Event()
-    thread = threading.Thread(target=gone.wait)
-    thread.start()
-    step = ca.make_step(linear_net(), lambda model, x: squared_error(model, x, random.random()), ca.Adam(1e-2))
-    with pytest.warns(UserWarning, match="unless another thread has drawn"):
-        result = step(X)
-    gone.set()
-    assert result.updated
-    thread.join()
