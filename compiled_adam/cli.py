@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from . import __version__
-from .base import InputError, TrainingStopped, lenient_streams, while_handling
+from .base import InputError, TrainingStopped, is_lost, lenient_streams, while_handling
 from .commands.parsing import PROGRAM, Parser, commands_of
 from .finetune.packages import needed
 
@@ -45,12 +45,6 @@ def _run(argv: Sequence[str] | None, interrupts: _Interrupts) -> int:
     except KeyboardInterrupt as error:
         _tell(str(error) or "interrupted")
         return 130
-    except SystemExit as ended:
-        # SIGTERM, while an error was on its way here: a launcher sends it when another worker has ended.
-        if (stopped := while_handling(ended, lambda error: isinstance(error, TrainingStopped))) is None:
-            raise
-        _tell(str(stopped))
-        return 1
     except Exception as error:
         if isinstance(error, RuntimeError) and not isinstance(error, TrainingStopped) and interrupts.soon():
             # Ctrl-C ends every process of a terminal, as the compiler that MLX is waiting for: its failure came first.
@@ -78,7 +72,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 class _Interrupts:
     """A context in which Ctrl-C raises KeyboardInterrupt as usual, and SIGTERM raises SystemExit(143).
 
-    So open files are closed. A second SIGTERM ends the process at once. ``seen`` says whether there was a Ctrl-C."""
+    So open files are closed. A second SIGTERM ends the process at once. ``seen`` says whether there was a Ctrl-C.
+
+    A training that is already ending because of an error goes on with that, and says why: when a worker has ended, a
+    launcher sends SIGTERM to the others, at any moment.
+    """
 
     seen = False
 
@@ -110,7 +108,12 @@ class _Interrupts:
 
     def _end(self, number: int, _: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
-        raise SystemExit(143)
+        error = sys.exc_info()[1]
+        if (
+            error is None
+            or while_handling(error, lambda each: isinstance(each, TrainingStopped) or is_lost(each)) is None
+        ):
+            raise SystemExit(143)
 
 
 def _is_told(error: Exception) -> bool:

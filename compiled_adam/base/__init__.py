@@ -8,7 +8,7 @@ from . import fingerprint, random_state
 from .at_once import Assignments, call_all, undone_on_error
 from .compare import Row, differences, table
 from .compiled import Compiled, is_evaluated
-from .errors import InputError, TrainingStopped, while_handling
+from .errors import InputError, TrainingStopped, is_lost, while_handling
 from .fingerprint import packages
 from .mlx_graph import Written, kernels, operations, reached
 from .peak import Graph, Operation, peak, strided, traced

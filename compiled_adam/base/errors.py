@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 
@@ -15,6 +16,11 @@ class InputError(ValueError):
 
 class TrainingStopped(RuntimeError):
     """A training run had to stop. The message says why, and what was saved."""
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether ``error`` is MLX's error for unreachable workers. All backends raise it as RuntimeError."""
+    return isinstance(error, RuntimeError) and bool(re.search(r"\[(ring|jaccl|nccl|mpi)\]|nccl", str(error), re.I))
 
 
 def while_handling(error: BaseException, wanted: Callable[[BaseException], bool]) -> BaseException | None:

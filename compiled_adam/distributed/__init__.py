@@ -4,4 +4,4 @@ from . import reduce, shard, workers
 from .joining import check_timeout, join
 from .reduce import DTYPES
 from .shard import Shard
-from .workers import Workers, is_lost
+from .workers import Workers

@@ -18,10 +18,10 @@ from contextlib import contextmanager, suppress
 
 import mlx.core as mx
 
-from ..base import InputError
+from ..base import InputError, is_lost
 from . import ring
 from .watchdog import PATIENCE
-from .workers import Group, is_lost
+from .workers import Group
 
 _LONGEST = 1e8  # seconds of a timeout, three years; Python's timers accept not much more
 # Environment variables that mlx.launch sets for each backend, or mpirun.

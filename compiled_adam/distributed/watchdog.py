@@ -86,7 +86,7 @@ class Watchdog:
             # While all of this process stood still, as after Ctrl-Z, it waited for nobody.
             before, looked = looked, time.monotonic()
             if (still := looked - before) > 10 * interval:
-                self._last += still
+                self._last = min(self._last + still, looked)
             if (why := self.why_end()) is not None:
                 self._end(why)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
@@ -14,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..base import InputError, TrainingStopped, differences, fingerprint, table, while_handling
+from ..base import InputError, TrainingStopped, differences, fingerprint, is_lost, table, while_handling
 from .reduce import packed, sum_arrays
 from .watchdog import Watchdog
 
@@ -147,11 +146,6 @@ def _agreed(group: Group, value: Any, error: Exception | None) -> list[Any]:
             kind, text = told
             raise _TOLD[kind](text if rank == 0 else f"rank {rank}: {text}")
     return [each for each, _ in found]
-
-
-def is_lost(error: BaseException) -> bool:
-    """Whether ``error`` is MLX's error for unreachable workers. All backends raise it as RuntimeError."""
-    return isinstance(error, RuntimeError) and bool(re.search(r"\[(ring|jaccl|nccl|mpi)\]|nccl", str(error), re.I))
 
 
 class Workers:

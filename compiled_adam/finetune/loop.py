@@ -12,8 +12,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.tuner.trainer import TrainingArgs
 
-from ..base import InputError, TrainingStopped
-from ..distributed import is_lost
+from ..base import InputError, TrainingStopped, is_lost
 from ..step import StepResult, TrainStep
 from .batches import Batches
 from .chunked import batch_for

@@ -118,15 +118,15 @@ def test_the_contender_in_a_step_is_make_step_with_its_norm() -> None:
 
 
 def test_gradients_stay_in_memory_until_their_update_only() -> None:
-    # 256 gradients of 128 KB are packed eight by eight, into 32 MB in all. MLX prepares a hundred operations ahead, a
-    # few packs. If the norm were computed after the updates, all packs would be in memory at its end.
+    # 256 gradients of 128 KB are packed eight by eight, into 32 MB in all, which are there before the update begins. If
+    # the norm were computed after the updates, no pack could be freed before, and what an update needs came on top.
     shapes = {f"p{i}": (1 << 15,) for i in range(256)}
     gradients = arrays(shapes, mx.float32, 1.0, seed=1)
     with mx.stream(mx.cpu):
         _, figures = measure.resources(
             CONTENDERS["compiled_adam step"].make, arrays(shapes, mx.float32, 1.0, seed=0), gradients
         )
-    assert figures["peak_extra_bytes"] < 27 << 20  # measured: 16 MB, and 38 with the norm after the updates
+    assert figures["peak_extra_bytes"] < 35 << 20  # measured: 33.4 MB, and 36.5 to 37 with the norm after the updates
 
 
 def test_extra_memory_is_what_an_update_allocates() -> None:

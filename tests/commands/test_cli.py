@@ -176,7 +176,9 @@ def test_a_further_ctrl_c_while_the_first_is_told(pythons_own_handler, monkeypat
     assert main(["demo"]) == 130
 
 
-@pytest.mark.parametrize("at", ["as it was raised", "as the watchdog ends", "on its way out"])
+@pytest.mark.parametrize(
+    "at", ["as it was raised", "as the watchdog ends", "as it gets its words", "on its way out", "as it is told"]
+)
 def test_a_launcher_ends_a_worker_that_is_about_to_say_why_it_ends(at: str, monkeypatch, capsys) -> None:
     """`mlx.launch` sends SIGTERM to the others when a worker has ended, at any moment."""
     workers = Workers(SimpleNamespace(rank=lambda: 0, size=lambda: 1), 6.0)
@@ -185,6 +187,18 @@ def test_a_launcher_ends_a_worker_that_is_about_to_say_why_it_ends(at: str, monk
     if at == "as the watchdog ends":
         workers._open.callback(signal.raise_signal, signal.SIGTERM)
     workers.saved = "there is a checkpoint"
+
+    def then_ended(function):
+        def called(*arguments):
+            signal.raise_signal(signal.SIGTERM)
+            return function(*arguments)
+
+        return called
+
+    if at == "as it gets its words":
+        monkeypatch.setattr(workers, "_explain", then_ended(workers._explain))
+    if at == "as it is told":
+        monkeypatch.setattr(cli, "_tell", then_ended(cli._tell))
 
     def command(_) -> None:
         try:
