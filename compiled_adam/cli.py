@@ -109,11 +109,12 @@ class _Interrupts:
     def _end(self, number: int, _: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
         error = sys.exc_info()[1]
-        if (
-            error is None
-            or while_handling(error, lambda each: isinstance(each, TrainingStopped) or is_lost(each)) is None
-        ):
+        if error is None or while_handling(error, _ends_a_training) is None:
             raise SystemExit(143)
+
+
+def _ends_a_training(error: BaseException) -> bool:
+    return isinstance(error, TrainingStopped) or is_lost(error)
 
 
 def _is_told(error: Exception) -> bool:
