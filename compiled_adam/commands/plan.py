@@ -202,11 +202,13 @@ def main(argv: Sequence[str]) -> int:
             raise InputError(f"{name} is {value!r}; it must be above 0")
     if args.workers > MOST_WORKERS:
         raise InputError(f"workers is {args.workers}; it must be at most {MOST_WORKERS}")
+    if args.batch_size % args.workers:
+        raise InputError(f"batch_size is {args.batch_size}; it must be divisible by the {args.workers} workers")
     console = Console()
     if not console.is_terminal:
         console.width = 120
     built = _built(model_config.read(args.planned), args)
-    own, made = built.args, _of_model(built, args.workers)
+    own, empty = built.args, _of_model(built, args.workers)
     try:
         passed, updated = _followed(built, args.workers)
     except InputError as error:
@@ -217,16 +219,19 @@ def main(argv: Sequence[str]) -> int:
 
     def planned(args: types.SimpleNamespace, *policies: str) -> Plan:
         accumulate = min(2, args.grad_accumulation_steps)
-        window = 4 * made.trainable if accumulate > 1 else 0
         updates = {policy: updated(policy, accumulate) or 0 for policy in policies}
-        return made._replace(window=window, batch=passed(of_batch(args, args.workers)), updates=updates)
+        return without(args)._replace(batch=passed(of_batch(args, args.workers)), updates=updates)
+
+    def without(args: types.SimpleNamespace) -> Plan:
+        return empty._replace(window=4 * empty.trainable if args.grad_accumulation_steps > 1 else 0)
 
     def fits(args: types.SimpleNamespace) -> bool:
         policy = _policy(args)
-        return planned(args, policy).total(policy) <= memory
+        # If weights and state are too large, no batch is traced, of which there are many to try.
+        return without(args).total(policy) <= memory and planned(args, policy).total(policy) <= memory
 
     memory, where = (args.memory * GB, "") if args.memory else (machine_memory(), " of this machine")
-    made = planned(own, *made.states)
+    made = planned(own, *empty.states)
     for line in describe(made, args.link) + describe_batch(made, own):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(table(made, memory, f"{memory / GB:.3g} GB{where}"))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..base import Graph, InputError, Places, along, peak, reached, strided, traced
+from ..base import Graph, InputError, Places, along, operations, peak, reached, strided, traced
 from ..step import chunk_rows, kept, kept_gradient, losses
 from .attention import in_blocks
 from .experts import traceable
@@ -24,6 +24,7 @@ from .recompute import floats, replaced, with_floats
 Head = Callable[[mx.array, mx.array], list[mx.array]]  # of hidden states and tokens
 # Classes of mlx-lm raise one of these if a config does not fit, or if they need a GPU.
 OF_MODELS = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, AssertionError, RuntimeError)
+MOST_OPERATIONS = 30_000  # of a forward pass; a larger graph is traced for minutes
 MOST_CHUNKS = 32  # that are followed; further ones take the same memory again
 
 
@@ -68,10 +69,22 @@ def _of_pass(model: nn.Module, batch: Batch) -> Pass:
         if batch.recomputed:
             raise InputError("the model has no backbone where the models of mlx-lm have it")
         return Pass(peak(_graph(model, partial(_whole, model, batch), tokens)), 0)
+    _check_length(model, parts, batch.length)
     head = partial(_head_in_chunks if batch.chunked else _head, model, parts, batch)
     gradient = partial(_recomputing if batch.recomputed else _gradient, model, parts, head)
     hidden = parts.hidden(model, tokens[:, :-1])
     return Pass(peak(_graph(model, gradient, tokens)), peak(_graph(model, head, hidden, tokens)))
+
+
+def _check_length(model: nn.Module, parts: Parts, length: int) -> None:
+    """Raises ValueError for a model that computes one position after the other, and too many of them."""
+    two, three = (operations([parts.hidden(model, mx.zeros((1, count), mx.int32))]) for count in (2, 3))
+    if (made := (three - two) * length) > MOST_OPERATIONS:
+        raise InputError(
+            f"the model computes one position after the other, so the graph of {length} has more than {made:,}"
+            " operations, which take long to trace, and to train; give a --max-seq-length of at most"
+            f" {MOST_OPERATIONS // (three - two)}"
+        )
 
 
 def layout(model: nn.Module) -> list[bool]:

@@ -218,6 +218,17 @@ def test_the_last_line_is_a_job_that_fits(tiny_model: Path, capsys: pytest.Captu
     assert len(set(needed.values())) == 2
 
 
+def test_no_smaller_batch_is_traced_if_the_weights_do_not_fit(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each trace of a large model takes seconds."""
+    followed: list[object] = []
+    monkeypatch.setattr(plan.activations, "of_pass", lambda _, batch: followed.append(batch) or Pass(1, 1))
+    job = ["plan", str(tiny_model), "--batch-size", "16"]
+    assert cli.main([*job, "--memory", "0.00001"]) == 1
+    assert len(followed) == 1  # that of the table
+
+
 def test_a_model_that_cannot_be_traced_is_planned_without_its_activations(
     tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -349,6 +360,8 @@ def test_arguments_that_cannot_be_used(tiny_model: Path, capsys) -> None:
     assert "workers is 0" in capsys.readouterr().err
     assert cli.main(["plan", str(tiny_model), "--workers", str(10**9), "--shard-state"]) == 2
     assert "workers is 1000000000; it must be at most 65536" in capsys.readouterr().err
+    assert cli.main(["plan", str(tiny_model), "--workers", "3"]) == 2  # as of a run
+    assert "batch_size is 4; it must be divisible by the 3 workers" in capsys.readouterr().err
     for name in ("--memory", "--link"):
         for value in ("0", "-1", "nan", "inf", "1e400", "1e-400"):
             assert cli.main(["plan", str(tiny_model), f"{name}={value}"]) == 2

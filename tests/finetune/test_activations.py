@@ -244,3 +244,36 @@ def test_a_model_that_cannot_be_taken_apart() -> None:
     broken.layers = []
     with pytest.raises(ca.InputError, match="activations cannot be computed: list index"):
         of_pass(broken, Batch(2, 8))
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Embedding(8, 4), nn.Linear(4, 4)
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        states = [mx.zeros((len(tokens), 4))]
+        for position in range(tokens.shape[1]):
+            states.append(mx.tanh(self.out(states[-1] + self.embed(tokens[:, position]))))
+        return mx.stack(states[1:], axis=1)
+
+
+class OneByOne(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Recurrent()
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        return self.model.embed.as_linear(self.model(tokens))
+
+
+def test_no_long_trace_of_a_model_that_computes_position_by_position() -> None:
+    model = OneByOne()
+    with pytest.raises(
+        ca.InputError, match=r"one position after the other.* give a --max-seq-length of at most \d+$"
+    ) as it:
+        of_pass(model, Batch(2, 100_000))
+    most = int(str(it.value).split()[-1])
+    with pytest.raises(ca.InputError, match="one position after the other"):
+        of_pass(model, Batch(2, most + 1))
+    assert of_pass(model, Batch(2, 16)).most > 0 and most > 1000

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlx.core as mx
@@ -104,6 +106,46 @@ def test_mlxs_function_is_back_after_an_error() -> None:
         assert mx.fast.scaled_dot_product_attention is not before
         raise RuntimeError("out of memory")
     assert mx.fast.scaled_dot_product_attention is before
+
+
+def calls_of_mlx(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """A function that computes attention, and returns how many blocks it was computed in."""
+    calls: list[mx.array] = []
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", lambda q, k, v, **options: calls.append(q) or q)
+
+    def blocks() -> int:
+        before = len(calls)
+        mx.fast.scaled_dot_product_attention(*inputs(128, 128), scale=SCALE, mask="causal")
+        return len(calls) - before
+
+    return blocks
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_threads_leave_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = calls_of_mlx(monkeypatch)
+    before = mx.fast.scaled_dot_product_attention
+    one, two = in_blocks(), in_blocks()
+    with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
+        first.submit(one.__enter__).result()
+        second.submit(two.__enter__).result()
+        assert [first.submit(blocks).result(), second.submit(blocks).result(), blocks()] == [2, 2, 1]
+        first.submit(one.__exit__, None, None, None).result()
+        assert [first.submit(blocks).result(), second.submit(blocks).result(), blocks()] == [1, 2, 1]
+        second.submit(two.__exit__, None, None, None).result()
+    assert mx.fast.scaled_dot_product_attention is before
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_the_inner_context_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = calls_of_mlx(monkeypatch)
+    with in_blocks():
+        with in_blocks(False):
+            assert blocks() == 1
+        with in_blocks():
+            assert blocks() == 2
+        assert blocks() == 2
+    assert blocks() == 1
 
 
 @pytest.mark.parametrize("command", ["--train", "--test"])
