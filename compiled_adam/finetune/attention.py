@@ -30,9 +30,9 @@ def in_blocks(wanted: bool = True) -> Iterator[None]:
         length = q.shape[-2]
         step = max(LEAST, -(-length // MOST))
         on_cpu = mx.default_device().type == mx.DeviceType.cpu
-        if not (on_cpu and isinstance(mask, str) and mask == "causal" and k.shape[-2] == length > step):
+        if not (on_cpu and mask == "causal" and k.shape[-2] == length > step):
             return whole(q, k, v, mask=mask, **options)
-        ends = [(start, min(start + step, length)) for start in range(0, length, step)]
+        ends = [(start, start + step) for start in range(0, length, step)]
         # MLX lets the last query see the last key, and so all queries see what they saw.
         blocks = [whole(q[..., a:b, :], k[..., :b, :], v[..., :b, :], mask=mask, **options) for a, b in ends]
         return mx.concatenate(blocks, axis=-2)
