@@ -217,6 +217,25 @@ def test_a_stock_state_can_be_assigned() -> None:
     assert mx.array_equal(state["v"], stock.state["layers"][0]["w"]["v"]) and state["v"].any()
     optimizer.apply_gradients(gradients_of(1), weights)
     assert optimizer.step.item() == 2 and optimizer.traces == 1
+    optimizer.state = copied(stock.state)  # the next update converts it, too
+    optimizer.apply_gradients(gradients_of(1), weights)
+    assert optimizer.step.item() == 2
+
+
+def test_a_number_that_is_assigned_is_no_constant_of_a_trace() -> None:
+    optimizer = ca.Compensated(optim.SGD(0.0))
+    weights = {"a": mx.ones(3)}
+    for rate in (1.0, 2.0):
+        optimizer.state["learning_rate"] = rate
+        weights = optimizer.apply_gradients({"a": mx.ones(3)}, weights)
+    assert weights["a"].tolist() == [-2.0] * 3 and optimizer.traces == 1
+
+
+def test_a_parameter_of_another_shape_gets_a_new_residual() -> None:
+    optimizer = ca.Compensated(optim.SGD(1e-3))
+    for size in (3, 1, 4):  # with momentum MLX's array would stay, and the update would fail
+        optimizer.init({"a": mx.ones(size, mx.bfloat16)})
+        assert optimizer.state["a"]["residual"].shape == (size,)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
