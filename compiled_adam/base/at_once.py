@@ -63,7 +63,7 @@ class Assignments:
         >>> assignments.make(), a, b
         (None, {'x': 3}, [4])
         """
-        deque(map(operator.setitem, self._containers, self._keys, self._values), maxlen=0)
+        self.ready()()
         self._values = []  # the containers have the values now; a reference here would only keep memory
 
 

@@ -322,4 +322,4 @@ def below(node: Any, key: Any) -> Any:
 
 
 def _has(node: Any, key: Any) -> bool:
-    return key in node if isinstance(node, dict) else isinstance(node, (list, tuple)) and key < len(node)
+    return key in node if isinstance(node, dict) else isinstance(node, (list, tuple)) and key in range(len(node))

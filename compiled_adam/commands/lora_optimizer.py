@@ -45,7 +45,7 @@ def make_optimizer(args: types.SimpleNamespace) -> optim.Optimizer:
                 " leave out one of the two"
             )
         return made
-    made = _with_adamw(made, rate, DEFAULT_FACTOR if factor is None else factor, args) if name == "muon" else made
+    made = _with_adamw(made, rate, factor or DEFAULT_FACTOR, args) if name == "muon" else made
     return Compensated(made, **like_mlx_lm.options_of_others(args))
 
 
@@ -71,7 +71,7 @@ def hidden_matrix(path: str, parameter: mx.array) -> bool:
     >>> hidden_matrix("model.layers.0.mlp.up_proj.weight", w), hidden_matrix("lm_head.weight", w)
     (True, False)
     """
-    return parameter.ndim == 2 and decay_matrices(path, parameter) and re.search(r"(^|\.)\d+\.", path) is not None
+    return parameter.ndim == 2 and decay_matrices(path, parameter) and re.search(r"\.\d+\.", path) is not None
 
 
 def _with_adamw(

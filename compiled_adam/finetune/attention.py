@@ -52,10 +52,10 @@ def _blocks_of(whole: Attention) -> Attention:
     def attention(q: mx.array, k: mx.array, v: mx.array, *, mask: Any = None, **options: Any) -> mx.array:
         length = q.shape[-2]
         step = max(LEAST, -(-length // MOST))
-        causal = _wanted.get() and isinstance(mask, str) and mask == "causal" and k.shape[-2] == length > step
+        causal = _wanted.get() and mask == "causal" and k.shape[-2] == length > step
         if not causal or mx.default_device().type != mx.DeviceType.cpu:
             return whole(q, k, v, mask=mask, **options)
-        ends = [(start, min(start + step, length)) for start in range(0, length, step)]
+        ends = [(start, start + step) for start in range(0, length, step)]
         # MLX lets the last query see the last key, and so all queries see what they saw.
         blocks = [whole(q[..., a:b, :], k[..., :b, :], v[..., :b, :], mask=mask, **options) for a, b in ends]
         return mx.concatenate(blocks, axis=-2)

@@ -34,18 +34,15 @@ def recomputed(layers: Sequence[nn.Module]) -> Iterator[None]:
 @contextmanager
 def replaced(layers: Sequence[nn.Module], call: Callable[[type[nn.Module]], Callable[..., Any]]) -> Iterator[None]:
     """Inside the block a call of each of these layers is ``call(class of the layer)(layer, ...)``."""
-    before = {id(layer): (layer, type(layer)) for layer in layers}
-    classes = {
-        kind: type(kind.__name__, (kind,), {"__call__": call(kind), "__module__": kind.__module__})
-        for kind in {kind for _, kind in before.values()}
-    }
+    before = [(layer, type(layer)) for layer in layers]
+    classes = {kind: type(kind.__name__, (kind,), {"__call__": call(kind)}) for _, kind in before}
     # The class of these objects, and not the method of their class: other models have layers of the same class.
     try:
-        for layer, kind in before.values():
+        for layer, kind in before:
             layer.__class__ = classes[kind]
         yield
     finally:
-        for layer, kind in before.values():
+        for layer, kind in before:
             layer.__class__ = kind
 
 
@@ -71,7 +68,7 @@ def _call(layer: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) ->
         own, given = arrays[: len(values)], iter(arrays[len(values) :])
         own_args, own_kwargs = with_floats((args, kwargs), given)
         before = layer.trainable_parameters()
-        layer.update(_tree(paths, own))
+        layer.update(tree_unflatten(list(zip(paths, own, strict=True))))
         try:
             result = call(layer, *own_args, **own_kwargs)
         finally:
@@ -88,14 +85,10 @@ def _call(layer: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) ->
             _, found = mx.vjp(lambda *arrays: function(list(arrays)), primals, cotangents)
         own, given = found[: len(values)], found[len(values) :]
         # One by one: what nobody asks for, as the gradient of a mask, is not computed.
-        return [*own, *(mx.depends([each], own)[0] for each in given)] if own else found
+        return [*own, *(mx.depends([each], own)[0] for each in given)]
 
     outputs: Any = checkpointed([*values, *floats((args, kwargs))])
     return with_floats(result, iter(outputs))
-
-
-def _tree(paths: list[str], arrays: list[mx.array]) -> Any:
-    return tree_unflatten(list(zip(paths, arrays, strict=True))) if paths else {}
 
 
 def floats(tree: Any) -> list[mx.array]:

@@ -71,7 +71,7 @@ def _check_calls(tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: A
     """Raises an error if the template does not write the calls of tools: answers without them would be trained."""
     whole = _text(tokenizer, messages, tools)
     for k, message in enumerate(messages):
-        if not (is_turn(message) and message.get("tool_calls")):
+        if not message.get("tool_calls"):
             continue
         without = {key: value for key, value in message.items() if key != "tool_calls"}
         try:
@@ -95,7 +95,7 @@ def _turn(
         )
     try:
         before = _text(tokenizer, messages[:k], tools, prompt=True)
-        through = whole if k + 1 == len(messages) else _text(tokenizer, messages[: k + 1], tools)
+        through = _text(tokenizer, messages[: k + 1], tools)
     except TemplateError as error:
         raise InputError(
             f"{place}: the chat template refuses the messages up to number {k + 1} alone ({error}), so {_OPTION} cannot"

@@ -88,7 +88,6 @@ def _methods(numpy: Any) -> dict[str, tuple[Any, Any]]:
 
 
 def _watching(method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(method)
     def draw(*args: Any, **kwargs: Any) -> Any:
         _saw(_NUMPY)
         return method(*args, **kwargs)

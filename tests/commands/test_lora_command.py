@@ -143,6 +143,7 @@ def test_optimizers_and_their_options() -> None:
     assert type(made) is ca.Compensated and type(made.wrapped) is optim.Lion
     assert made.options == {"compensated": True, "max_grad_norm": 0.5, "skip_nonfinite": True}
     assert not optimizer("--optimizer", "sgd", "--no-skip-nonfinite").options["skip_nonfinite"]
+    assert type(optimizer("--optimizer", "sgd", "--no-skip-nonfinite", "--like-mlx-lm")) is optim.SGD  # as without it
 
 
 def test_muon_is_for_matrices_of_layers_and_adamw_for_the_rest(tmp_path: Path) -> None:
@@ -158,6 +159,7 @@ def test_muon_is_for_matrices_of_layers_and_adamw_for_the_rest(tmp_path: Path) -
     # Without a schedule as well; and with a factor of one's own, which a resumed run must share.
     made = optimizer("--optimizer", "muon", "--learning-rate", "2e-2")
     assert [part.learning_rate.item() for part in made.wrapped.optimizers] == pytest.approx([2e-2, 3e-4], rel=1e-6)
+    assert made.wrapped.optimizers[1].betas == (0.9, 0.95)
     config.write_text("{optimizer: muon, learning_rate: 2.0e-2, optimizer_config: {muon: {adamw_rate_factor: 0.5}}}")
     other = optimizer("-c", str(config))
     assert [part.learning_rate.item() for part in other.wrapped.optimizers] == pytest.approx([2e-2, 1e-2], rel=1e-6)
@@ -165,11 +167,12 @@ def test_muon_is_for_matrices_of_layers_and_adamw_for_the_rest(tmp_path: Path) -
     with pytest.raises(ca.InputError, match=r"adamw_rate_factor, but .* has no AdamW"):
         optimizer("-c", str(config), "--like-mlx-lm")
     matrix, vector = mx.ones((4, 4), mx.bfloat16), mx.ones((4,), mx.bfloat16)
-    layer = {"q_proj": {"weight": matrix, "bias": vector}, "norm": {"weight": vector}}
+    layer = {"q_proj": {"weight": matrix, "bias": vector}, "norm": {"weight": vector}, "embed": {"weight": matrix}}
+    layer["conv"] = {"weight": mx.ones((2, 2, 2), mx.bfloat16)}
     made.init({"model": {"embed_tokens": {"weight": matrix}, "layers": [layer]}, "lm_head": {"weight": matrix}})
     found = [{path for path, _ in tree_flatten(part.state) if path.endswith(".v")} for part in made.wrapped.optimizers]
     assert found[0] == {"model.layers.0.q_proj.weight.v"}
-    assert len(found[1]) == 4
+    assert len(found[1]) == 6
 
 
 def test_optimizer_config_of_yaml(tmp_path: Path) -> None:
@@ -268,6 +271,8 @@ def test_yaml_values_of_every_kind(tmp_path: Path) -> None:
             ["--weight-decay", "0.1"],
             r"weight_decay \(--weight-decay\) is an option of adamw, but the optimizer is adam",
         ),
+        (["--weight-decay", "0"], r"weight_decay \(--weight-decay\) is an option of adamw, but the optimizer is adam"),
+        (["--optimizer", "sgd", "--no-bias-correction"], r"bias_correction \(.*\) is an option of adam and adamw, but"),
         (["--decay-matrices-only"], r"decay_matrices_only \(--decay-matrices-only\) is an option of adamw"),
         (["--max-grad-norm", "-1"], r"max_grad_norm \(--max-grad-norm\) is -1.0"),
     ],

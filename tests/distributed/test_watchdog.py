@@ -74,11 +74,17 @@ def test_when_it_ends_the_process(cut: bool, monkeypatch: pytest.MonkeyPatch) ->
     assert dog.why_end() == "no answer from the other workers for 76 s"
     dog.beat()
     assert dog.why_end() is None
+    monkeypatch.setattr(ring.Connections, "is_cut", lambda self: False)
+    now += 50.0  # what was before and in a context does not count in it or after it
+    with dog.patient():
+        now += 590.0
+        assert dog.why_end() is None
+    assert dog.why_end() is None
 
 
 def test_time_in_which_it_stood_still_itself_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """As after Ctrl-Z, which stops all workers of a machine."""
-    now, ended = 0.0, []
+    now, ended = 7.0, []
     looks = iter([1.0, 1.0, 300.0, *[1.0] * 100])
 
     def wait(seconds: float) -> bool:
@@ -96,7 +102,7 @@ def test_time_in_which_it_stood_still_itself_does_not_count(monkeypatch: pytest.
     monkeypatch.setattr(dog._ended, "wait", wait)
     monkeypatch.setattr(dog, "_end", end)
     dog._watch()
-    assert ended == [(361.0, "no answer from the other workers for 61 s")]
+    assert ended == [(368.0, "no answer from the other workers for 61 s")]
 
 
 def test_the_first_step_may_take_ten_times_as_long(tiny_model: Path, tmp_path: Path, monkeypatch) -> None:
@@ -128,3 +134,11 @@ with watchdog.Watchdog(0.1, lambda: "the checkpoint is there"):
     ended = run("-c", program)
     assert ended.returncode == 1
     assert ended.stderr == "compiled-adam: another worker has ended; the checkpoint is there\n"
+
+
+def test_nothing_of_it_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[ring.Connections] = []
+    monkeypatch.setattr(ring.Connections, "close", lambda self: closed.append(self))
+    with watchdog.Watchdog(60.0, lambda: "nothing was saved") as dog:
+        assert dog._thread.is_alive()
+    assert closed == [dog._connections] and not dog._thread.is_alive()

@@ -100,6 +100,15 @@ def test_a_gpu_keeps_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == [(2, 4, 128, 16), (2, 4, 64, 16), (2, 4, 64, 16)]
 
 
+@pytest.mark.usefixtures("on_cpu")
+def test_there_are_at_most_eight_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", lambda q, k, v, **_: calls.append(q.shape[-2]) or q)
+    with in_blocks():
+        mx.fast.scaled_dot_product_attention(*inputs(1023, 1023), scale=SCALE, mask="causal")
+    assert calls == [128] * 7 + [127]
+
+
 def test_mlxs_function_is_back_after_an_error() -> None:
     before = mx.fast.scaled_dot_product_attention
     with pytest.raises(RuntimeError, match="out of memory"), in_blocks():

@@ -20,6 +20,7 @@ from compiled_adam.finetune.rows import Located
 from mlx_lm.tuner.datasets import ChatDataset, CompletionsDataset, ConcatenatedDataset, TextDataset
 from mlx_lm.tuner.trainer import default_loss
 from mlx_lm.utils import load_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 # Written for these tests, in the manner of the families that they are named after.
 CHATML = (
@@ -54,6 +55,11 @@ DROPS_REASONING = (
     "{{ m.content if loop.last else m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+BEGINS_REASONING = (  # in the prompt, and not in the turn that it becomes
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+THINKS = "{% if enable_thinking %}<|think|>{% endif %}" + MARKED
 EMPTY_REASONING = (  # in the last turn only, also if there is none
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ '<think>\n\n</think>\n\n' if loop.last }}{{ m.content }}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -93,6 +99,18 @@ def texts(tokenizer, found: tuple[list[int], list[tuple[int, int]]]) -> list[str
     return [tokenizer.decode(tokens[begin:end]) for begin, end in spans]
 
 
+def make_slow(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokenizers in Python do not say which characters a token has."""
+    call = kind.__call__
+
+    def slow(self, *args, return_offsets_mapping: bool = False, **options):
+        assert not return_offsets_mapping
+        return call(self, *args, **options)
+
+    monkeypatch.setattr(kind, "is_fast", False)
+    monkeypatch.setattr(kind, "__call__", slow)
+
+
 @pytest.mark.parametrize(
     ("template", "messages", "tools", "expected"),
     [
@@ -110,7 +128,14 @@ def texts(tokenizer, found: tuple[list[int], list[tuple[int, int]]]) -> list[str
                 *("It rains.<|im_end|>\n", "Bye.<|im_end|>\n"),
             ],
         ),
+        (  # a template that fails where there is neither
+            TOOLS.replace("m.content or ''", "(m.content or '') if m.tool_calls else m.content.strip()"),
+            *(WEATHER[:2], None),
+            ['<tool_call>{"name": "weather", "arguments": {"city": "Oslo"}}</tool_call><|im_end|>\n'],
+        ),
         (MARKED, TALK, None, ["A lamp 💡.<|im_end|>", "Still\na lamp.<|im_end|>"]),
+        (MARKED.replace("{% gen", "{%- gen"), TALK, None, ["A lamp 💡.<|im_end|>", "Still\na lamp.<|im_end|>"]),
+        ("{{ tools }}" + MARKED, TALK, OFFERED, ["A lamp 💡.<|im_end|>", "Still\na lamp.<|im_end|>"]),
         (
             *(MARKED, said(("user", "a"), ("assistant", "<think>b</think>c"), ("user", "d"), ("assistant", "e")), None),
             ["c<|im_end|>", "e<|im_end|>"],  # the template says where they are, though it drops reasoning
@@ -124,7 +149,7 @@ def texts(tokenizer, found: tuple[list[int], list[tuple[int, int]]]) -> list[str
 def test_the_tokens_of_every_turn(template, messages, tools, expected, fast, chat, monkeypatch) -> None:
     tokenizer = chat(template)
     if not fast and "generation %}" not in template:
-        monkeypatch.setattr(type(tokenizer._tokenizer), "is_fast", False)
+        make_slow(type(tokenizer._tokenizer), monkeypatch)
     if expected is None:
         with pytest.raises(InputError, match="here: the chat template writes messages 1 to 2 differently"):
             turns.tokenized(tokenizer, messages, tools, "here")
@@ -141,14 +166,69 @@ def test_a_single_turn_is_what_mask_prompt_trains(template: str, chat) -> None:
     assert turns.tokenized(tokenizer, SYSTEM[:3], None, "here") == (tokens, [(offset, len(tokens))])
 
 
-def test_a_token_with_characters_of_both_sides_is_not_trained(chat) -> None:
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_token_with_characters_of_both_sides_is_not_trained(fast: bool, chat, monkeypatch) -> None:
     tokenizer = chat("{% for m in messages %}{{ m.content }}{% endfor %}")
     word = next(word for word in ("model", "data", "training") if len(tokenizer.encode(word)) == 1)
-    tokens, spans = turns.tokenized(
-        tokenizer, said(("user", "= " + word[:2]), ("assistant", word[2:] + " ="), ("user", "=")), None, "here"
-    )
+    messages = said(("user", "= " + word[:2]), ("assistant", word[2:] + " ="), ("user", "="))
+    if not fast:
+        make_slow(type(tokenizer._tokenizer), monkeypatch)
+        with pytest.raises(InputError, match="here: the tokens of a part of the conversation are not a part"):
+            turns.tokenized(tokenizer, messages, None, "here")
+        return
+    tokens, spans = turns.tokenized(tokenizer, messages, None, "here")
     trained = [tokenizer.decode(tokens[begin:end]) for begin, end in spans]
     assert word in tokenizer.decode(tokens) and len(trained) == 1 and trained[0] in (" =", " ")
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_tokenizer_that_adds_tokens_by_itself(fast: bool, chat, monkeypatch) -> None:
+    """A template writes all special tokens. Those that a tokenizer puts before any text would shift the turns."""
+    tokenizer = chat(CHATML)
+    first = tokenizer.convert_ids_to_tokens(5)
+    tokenizer._tokenizer.backend_tokenizer.post_processor = TemplateProcessing(f"{first} $A", None, [(first, 5)])
+    assert tokenizer.encode("a")[0] == 5
+    if not fast:
+        make_slow(type(tokenizer._tokenizer), monkeypatch)
+    found = turns.tokenized(tokenizer, TALK, None, "here")
+    assert texts(tokenizer, found) == ["A lamp 💡.<|im_end|>\n", "Still\na lamp.<|im_end|>\n"]
+
+
+def test_which_template_of_a_tokenizer_marks_turns(chat) -> None:
+    with_end, without_end = (["A lamp 💡." + end, "Still\na lamp." + end] for end in ("<|im_end|>\n", "<|im_end|>"))
+    both = chat(CHATML)
+    both.chat_template = {"default": CHATML, "tool_use": MARKED}
+    assert texts(both, turns.tokenized(both, TALK, None, "here")) == with_end
+    assert texts(both, turns.tokenized(both, TALK, OFFERED, "here")) == without_end
+    # A function of mlx-lm takes the place of the template.
+    own, chatml = chat(MARKED), chat(CHATML)
+    own._chat_template = lambda *args, **options: chatml.apply_chat_template(*args, tokenize=False, **options)
+    assert texts(own, turns.tokenized(own, TALK, None, "here")) == with_end
+    # mlx-lm lets models that can think do so.
+    thinking = chat(THINKS)
+    thinking._think_start = "<|think|>"
+    tokens, spans = turns.tokenized(thinking, TALK, None, "here")
+    assert thinking.decode(tokens).startswith("<|think|>") and texts(thinking, (tokens, spans)) == without_end
+
+
+class Adds:
+    """A tokenizer that writes one more token after a conversation than its text has."""
+
+    def __init__(self, tokenizer) -> None:
+        self._own, self._tokenizer = tokenizer, tokenizer._tokenizer
+
+    def apply_chat_template(self, *args, tokenize: bool = True, **options):
+        found = self._own.apply_chat_template(*args, tokenize=tokenize, **options)
+        return [*found, 5] if tokenize else found
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [(CHATML, "the tokens of a part of the"), (MARKED, "the tokens that the chat template marks")],
+)
+def test_tokens_that_are_not_those_of_the_text(template: str, message: str, chat) -> None:
+    with pytest.raises(InputError, match=f"here: {message}"):
+        turns.tokenized(Adds(chat(template)), TALK, None, "here")
 
 
 @pytest.mark.parametrize(
@@ -161,6 +241,7 @@ def test_a_token_with_characters_of_both_sides_is_not_trained(chat) -> None:
             ),
             r"line 2: the chat template writes messages 1 to 2 differently .* earlier reasoning, .*--mask-prompt\)",
         ),
+        (BEGINS_REASONING, TALK, "line 2: the chat template writes messages 1 to 2 differently"),
         (EMPTY_REASONING, TALK, "line 2: the chat template writes messages 1 to 2 differently"),
         (CHATML, TALK[1:], r"line 2: message 1 is the assistant's; with assistant_only_loss \(--assistant-only-loss\)"),
         (CHATML, TALK[:1], r"line 2: no message has the role 'assistant', .*; the roles are 'user'$"),

@@ -217,6 +217,25 @@ def test_a_stock_state_can_be_assigned() -> None:
     assert mx.array_equal(state["v"], stock.state["layers"][0]["w"]["v"]) and state["v"].any()
     optimizer.apply_gradients(gradients_of(1), weights)
     assert optimizer.step.item() == 2 and optimizer.traces == 1
+    optimizer.state = copied(stock.state)  # the next update converts it, too
+    optimizer.apply_gradients(gradients_of(1), weights)
+    assert optimizer.step.item() == 2
+
+
+def test_a_number_that_is_assigned_is_no_constant_of_a_trace() -> None:
+    optimizer = ca.Compensated(optim.SGD(0.0))
+    weights = {"a": mx.ones(3)}
+    for rate in (1.0, 2.0):
+        optimizer.state["learning_rate"] = rate
+        weights = optimizer.apply_gradients({"a": mx.ones(3)}, weights)
+    assert weights["a"].tolist() == [-2.0] * 3 and optimizer.traces == 1
+
+
+def test_a_parameter_of_another_shape_gets_a_new_residual() -> None:
+    optimizer = ca.Compensated(optim.SGD(1e-3))
+    for size in (3, 1, 4):  # with momentum MLX's array would stay, and the update would fail
+        optimizer.init({"a": mx.ones(size, mx.bfloat16)})
+        assert optimizer.state["a"]["residual"].shape == (size,)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -344,6 +363,40 @@ class Counts(optim.SGD):
         return parameter
 
 
+class Grows(optim.SGD):
+    def apply_single(self, gradient, parameter, state):
+        state["seen"] = gradient
+        return parameter
+
+
+class Noisy(optim.SGD):
+    """One's own optimizer: it draws random numbers, and has arrays in containers."""
+
+    def init_single(self, parameter, state):
+        state["sums"] = {"gradients": [mx.zeros_like(parameter)]}
+
+    def apply_single(self, gradient, parameter, state):
+        state["sums"] = {"gradients": [state["sums"]["gradients"][0] + gradient]}
+        return parameter + mx.random.normal(parameter.shape)
+
+
+def test_an_optimizer_of_ones_own_may_draw_and_nest_its_state() -> None:
+    optimizer = ca.Compensated(Noisy(1e-3))
+    first, second = (optimizer.apply_gradients({"a": mx.ones(3)}, {"a": mx.zeros(3)})["a"] for _ in range(2))
+    assert optimizer.traces == 1 and not mx.array_equal(first, second)
+    assert optimizer.state["a"]["sums"]["gradients"][0].tolist() == [2.0] * 3
+
+
+def test_the_state_of_other_options_can_be_assigned() -> None:
+    clipped, plain = ca.Compensated(optim.SGD(1e-3), max_grad_norm=1.0), ca.Compensated(optim.SGD(1e-3))
+    for optimizer in (clipped, plain):
+        optimizer.init(tree())
+    clipped.state, plain.state = plain.state, clipped.state
+    for optimizer in (clipped, plain):
+        optimizer.apply_gradients(gradients_of(0), tree())
+    assert clipped.grad_norm.item() > 0 and plain.grad_norm is None
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -383,5 +436,7 @@ def test_wrong_options_and_trees() -> None:
             optimizer.apply_gradients(weights, weights)
         optimizer.init(weights)
         assert optimizer.apply_gradients(weights, weights)["a"].dtype == dtype
+    with pytest.raises(ca.InputError, match="the optimizer changed the structure of its state"):
+        ca.Compensated(Grows(1e-3)).apply_gradients({"a": mx.ones(3)}, {"a": mx.ones(3)})
     with pytest.raises(ca.InputError, match="the optimizer changed 0 in its state"):
         ca.Compensated(Counts(1e-3)).apply_gradients({"a": mx.ones(3)}, {"a": mx.ones(3)})

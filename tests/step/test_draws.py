@@ -16,12 +16,15 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 from compiled_adam.base import InputError
+from compiled_adam.step.draws import without_draws
 from numpy.random import rand
 
 from tests.nets import assert_same, linear_net
 from tests.small_steps import loss_fn
 
 GENERATOR, LOCAL = np.random.default_rng(0), random.Random(0)
+OTHER = np.random.RandomState(np.random.PCG64(0))  # whose state is not NumPy's tuple of old
+SYSTEM = random.SystemRandom()  # which has no state
 DRAWS: list[tuple[str, Callable[[], float]]] = [
     ("Python's random", random.random),
     ("Python's random", lambda: random.randint(1, 5)),
@@ -31,6 +34,7 @@ DRAWS: list[tuple[str, Callable[[], float]]] = [
     ("numpy.random", lambda: rand()),
     ("its Generator", lambda: GENERATOR.normal()),
     ("its Random", lambda: LOCAL.random()),
+    ("its RandomState", lambda: OTHER.rand()),
 ]
 ORIGINAL = np.random.normal
 
@@ -102,3 +106,47 @@ def test_a_profiler_sees_the_trace_undisturbed(monkeypatch: pytest.MonkeyPatch) 
         refused(lambda: np.random.rand(), "numpy.random")
         assert sys.version_info >= (3, 12) or sys.getprofile() is profiler
     assert any("drawing" in str(entry.code) for entry in profiler.getstats())
+
+
+def test_what_is_no_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading states, a generator that the first call makes, NumPy imported by it, one without a state."""
+    made: dict[str, np.random.Generator] = {}
+    numpy = sys.modules["numpy.random"]
+    monkeypatch.delitem(sys.modules, "numpy.random")
+
+    def nothing() -> float:
+        made.setdefault("generator", np.random.default_rng(0))
+        sys.modules["numpy.random"] = numpy
+        return float(all([random.getstate(), np.random.get_state(), SYSTEM]))
+
+    assert step_with(nothing)(mx.ones((3, 4))).updated
+    assert step_with(nothing)(mx.ones((3, 4))).updated  # now with NumPy and the generator from the beginning
+
+
+def test_two_threads_trace_at_the_same_time() -> None:
+    """The second one begins later, ends later, and draws when the first one has ended."""
+    begun, may_end = threading.Event(), threading.Event()
+    errors: list[InputError] = []
+
+    def drawing() -> None:
+        begun.set()
+        may_end.wait()
+        np.random.rand()
+
+    def second() -> None:
+        try:
+            without_draws(drawing, None)
+        except InputError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=second)
+
+    def first() -> None:
+        thread.start()
+        begun.wait()
+
+    without_draws(first, None)
+    assert np.random.uniform(low=5.0, high=6.0) >= 5.0  # this thread's, while the other one is watched
+    may_end.set()
+    thread.join()
+    assert len(errors) == 1 and np.random.normal is ORIGINAL
