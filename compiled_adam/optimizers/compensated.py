@@ -229,7 +229,7 @@ class Compensated(any_optimizer.Wrapping):
         for now, weight, old, own in zip(updated, leaves.parameters, states, mine, strict=True):
             kept = _kept(old, own, keep)
             if residual.applies_to(weight.dtype):
-                weight, kept["residual"] = residual.split(now, weight, old["residual"], keep)
+                weight, kept["residual"] = residual.split(now.astype(mx.float32), weight, old["residual"], keep)
             else:
                 weight = keep(now, weight)
             new.append(weight)
