@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import mlx.core as mx
@@ -57,7 +57,7 @@ def check_numbers(betas: Any, eps: Any, bias_correction: Any) -> None:
 
 def check_betas(name: str, betas: Any) -> None:
     """Raises ValueError unless ``betas`` has two numbers of at least 0 and less than 1."""
-    if not hasattr(betas, "__len__") or isinstance(betas, (str, Mapping)) or len(betas) != 2:
+    if not hasattr(betas, "__len__") or isinstance(betas, (str, Mapping, Set)) or len(betas) != 2:
         raise InputError(f"{name} is {betas!r}; it must be two numbers")
     for i, beta in enumerate(betas):
         if not _is_number(beta, 0.0) or beta >= 1:

@@ -81,10 +81,11 @@ def _saw(name: str) -> None:
 
 @functools.cache
 def _methods(numpy: Any) -> dict[str, tuple[Any, Any]]:
-    """The functions of ``numpy.random`` that change the global generator, each with one that watches it."""
+    """The functions of ``numpy.random`` whose results differ from call to call, each with one that watches it."""
     shared = numpy.mtrand._rand
     found = {name: each for name, each in vars(numpy).items() if getattr(each, "__self__", None) is shared}
-    return {name: (method, _watching(method)) for name, method in found.items() if name != "get_state"}
+    methods = {name: (method, _watching(method)) for name, method in found.items() if name != "get_state"}
+    return methods | {"default_rng": (numpy.default_rng, _watching_seeds(numpy.default_rng))}
 
 
 def _watching(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -93,6 +94,16 @@ def _watching(method: Callable[..., Any]) -> Callable[..., Any]:
         return method(*args, **kwargs)
 
     return draw
+
+
+def _watching_seeds(make: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(make)
+    def made(seed: Any = None) -> Any:
+        if seed is None:  # else it draws the same numbers in every call of a plain loop, too
+            _saw(f"{_NUMPY}.default_rng()")
+        return make(seed)
+
+    return made
 
 
 def _global_states() -> dict[str, Any]:

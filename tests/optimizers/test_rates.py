@@ -87,6 +87,8 @@ def test_a_rate_that_is_traced_has_no_value_to_check() -> None:
         ({"betas": 0.9}, "betas is 0.9; it must be two numbers"),
         ({"betas": None}, "betas is None; it must be two numbers"),
         ({"betas": "ab"}, "betas is 'ab'; it must be two numbers"),
+        ({"betas": {0.9}}, "betas is {0.9}; it must be two numbers"),  # a set has no order
+        ({"betas": frozenset((0.9, 0.99))}, "betas is frozenset.*; it must be two numbers"),
         ({"eps": NAN}, r"eps \(epsilon\) is nan; it must be a finite number of at least 0"),
         ({"eps": INF}, r"eps \(epsilon\) is inf"),
         ({"eps": -1e-8}, r"eps \(epsilon\) is -1e-08"),

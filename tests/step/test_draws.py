@@ -32,6 +32,7 @@ DRAWS: list[tuple[str, Callable[[], float]]] = [
     ("numpy.random", lambda: np.random.rand()),
     ("numpy.random", lambda: np.random.permutation(3)[0].item()),
     ("numpy.random", lambda: rand()),
+    (r"numpy.random.default_rng\(\)", lambda: np.random.default_rng().normal()),
     ("its Generator", lambda: GENERATOR.normal()),
     ("its Random", lambda: LOCAL.random()),
     ("its RandomState", lambda: OTHER.rand()),
@@ -150,3 +151,7 @@ def test_two_threads_trace_at_the_same_time() -> None:
     may_end.set()
     thread.join()
     assert len(errors) == 1 and np.random.normal is ORIGINAL
+
+
+def test_a_generator_with_a_seed_that_loss_fn_makes_repeats_itself_anyway() -> None:
+    assert step_with(lambda: np.random.default_rng(0).random())(mx.ones((3, 4))).updated
