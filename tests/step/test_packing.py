@@ -248,6 +248,11 @@ def test_an_edit_of_a_state_that_was_read_before_is_noticed(edit: Callable[[dict
     compared(run(True), run(False))
 
 
+def test_a_batch_of_weight_zero_has_the_norm_zero() -> None:
+    step = ca.make_step(Many(), lambda model, x: (loss_fn(model, x), 0), optimizer(), weighted=True)
+    assert step(batch(0)).grad_norm.item() == 0
+
+
 def test_one_kernel_for_many_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = []
     evaluate = mx.async_eval
