@@ -133,8 +133,7 @@ class Slot:
 
     def forget(self) -> None:
         """Declares that the arrays now in the tree are those that were written, so that none counts as replaced."""
-        if not self.hidden:
-            self._written = None
+        self._written = None
 
 
 State = tuple[list[Stored], Stored]  # the states of the leaves, and the scalars

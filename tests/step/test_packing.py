@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import gc
 import threading
 from collections.abc import Callable
@@ -220,6 +221,36 @@ def test_an_assigned_state_is_used() -> None:
         return values(model, adam.state)
 
     compared(run(assign_state), run(look))
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda state: state["scales"][2].update(m=mx.full((4,), 0.5)),
+        lambda state: operator.setitem(state["scales"], 2, {"m": mx.full((4,), 0.5), "v": mx.full((4,), 0.25)}),
+        lambda state: state["scales"].pop(),  # of the last parameter, which begins anew
+    ],
+    ids=["moment", "container", "less"],
+)
+def test_an_edit_of_a_state_that_was_read_before_is_noticed(edit: Callable[[dict], None]) -> None:
+    """Packed moments are not in the tree then, and the optimizer does not see who edits it."""
+
+    def run(early: bool) -> dict[str, np.ndarray] | str:
+        model, adam = Many(), optimizer()
+        step = ca.make_step(model, loss_fn, adam)
+        state = adam.state
+        for i in range(4):
+            if i == 2:
+                edit(state if early else adam.state)
+            step(batch(i))
+        return values(model, adam.state)
+
+    compared(run(True), run(False))
+
+
+def test_a_batch_of_weight_zero_has_the_norm_zero() -> None:
+    step = ca.make_step(Many(), lambda model, x: (loss_fn(model, x), 0), optimizer(), weighted=True)
+    assert step(batch(0)).grad_norm.item() == 0
 
 
 def test_one_kernel_for_many_leaves(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,13 +10,13 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from compiled_adam.update import residual
+from compiled_adam.update import SMALL, residual
 from nets import assert_same
 
 from tests.small_steps import loss_fn
 
 
-@pytest.mark.parametrize("size", [8, 40000])
+@pytest.mark.parametrize("size", [8, SMALL + 2])
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
 @pytest.mark.parametrize("many", [False, True])
 def test_a_replaced_weight_starts_with_residual_zero(size: int, dtype: mx.Dtype, many: bool) -> None:
@@ -53,7 +53,22 @@ def test_a_replaced_weight_starts_with_residual_zero(size: int, dtype: mx.Dtype,
     assert np.array_equal(np.array(adam.state["b"]["residual"]), untouched)
 
 
-@pytest.mark.parametrize("size", [8, 40000])
+@pytest.mark.parametrize("size", [8, SMALL + 2])
+def test_a_weight_that_is_replaced_with_its_residual_keeps_both(size: int) -> None:
+    model, adam = nn.Linear(size, 1, bias=False), ca.AdamW(1e-3, weight_decay=0.0)
+    model.set_dtype(mx.bfloat16)
+    step = ca.make_step(model, loss_fn, adam)
+    x = mx.ones((2, size), mx.bfloat16)
+    step(x)
+    weight, rest = model.weight.tolist(), adam.state["weight"]["residual"].tolist()
+    step(x)
+    model.weight, adam.state["weight"]["residual"] = mx.array(weight, mx.bfloat16), mx.array(rest, mx.int16)
+    adam.learning_rate = 0.0
+    step(x)
+    assert (model.weight.tolist(), adam.state["weight"]["residual"].tolist()) == (weight, rest)
+
+
+@pytest.mark.parametrize("size", [8, SMALL + 2])
 @pytest.mark.parametrize("many", [False, True])
 def test_what_is_saved_after_weights_were_replaced_goes_on_like_the_step(size: int, many: bool) -> None:
     class Weights(nn.Module):
