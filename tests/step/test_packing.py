@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import copy
-import operator
 import gc
+import operator
 import threading
 from collections.abc import Callable
 
