@@ -38,7 +38,7 @@ def test_an_incomplete_state_is_none(missing: str) -> None:
 
 @pytest.mark.parametrize("parameters", [{"x": w()}, [w()]])
 def test_a_gradient_without_a_parameter(parameters: Any) -> None:
-    with pytest.raises(InputError, match="there is a gradient for '[xy]', but the parameters have no such path"):
+    with pytest.raises(InputError, match=r"there is a gradient for '[xy]', but the parameters have no such path"):
         Aligned({"x": w(), "y": w()}, parameters, {"x": state(), "y": state()})
 
 
