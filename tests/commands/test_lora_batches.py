@@ -147,6 +147,8 @@ def test_it_changes_defaults_and_explicit_options_win(tmp_path: Path) -> None:
             " skipped (--like-mlx-lm for its results)",
         ),
         (["--like-mlx-lm"], "like mlx_lm.lora"),
+        (["--like-mlx-lm", "--optimizer", "sgd"], "like mlx_lm.lora"),
+        (["--like-mlx-lm", "--chunked-loss"], "like mlx_lm.lora, but for: no loss on padding"),
         (
             ["--like-mlx-lm", "--grad-accumulation-steps", "3", "--skip-nonfinite"],  # of 1000
             "like mlx_lm.lora, but for: updates with NaN skipped, last window applied",

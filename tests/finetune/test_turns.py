@@ -50,6 +50,7 @@ MARKED = (
     "{% generation %}{{ m.content.split('</think>')[-1] }}<|im_end|>{% endgeneration %}"
     "{% else %}{{ m.content }}{% endif %}\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+MARKS_TEXT = MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
 DROPS_REASONING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{{ m.content if loop.last else m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
@@ -134,7 +135,7 @@ def make_slow(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
             ['<tool_call>{"name": "weather", "arguments": {"city": "Oslo"}}</tool_call><|im_end|>\n'],
         ),
         (MARKED, TALK, None, ["A lamp 💡.<|im_end|>", "Still\na lamp.<|im_end|>"]),
-        (MARKED.replace("{% gen", "{%- gen"), TALK, None, ["A lamp 💡.<|im_end|>", "Still\na lamp.<|im_end|>"]),
+        (MARKS_TEXT.replace("{% gen", "{%- gen"), TALK, None, ["A lamp 💡.", "Still\na lamp."]),
         ("{{ tools }}" + MARKED, TALK, OFFERED, ["A lamp 💡.<|im_end|>", "Still\na lamp.<|im_end|>"]),
         (
             *(MARKED, said(("user", "a"), ("assistant", "<think>b</think>c"), ("user", "d"), ("assistant", "e")), None),
@@ -197,9 +198,9 @@ def test_a_tokenizer_that_adds_tokens_by_itself(fast: bool, chat, monkeypatch) -
 def test_which_template_of_a_tokenizer_marks_turns(chat) -> None:
     with_end, without_end = (["A lamp 💡." + end, "Still\na lamp." + end] for end in ("<|im_end|>\n", "<|im_end|>"))
     both = chat(CHATML)
-    both.chat_template = {"default": CHATML, "tool_use": MARKED}
+    both.chat_template = {"default": CHATML, "tool_use": MARKS_TEXT}
     assert texts(both, turns.tokenized(both, TALK, None, "here")) == with_end
-    assert texts(both, turns.tokenized(both, TALK, OFFERED, "here")) == without_end
+    assert texts(both, turns.tokenized(both, TALK, OFFERED, "here")) == ["A lamp 💡.", "Still\na lamp."]
     # A function of mlx-lm takes the place of the template.
     own, chatml = chat(MARKED), chat(CHATML)
     own._chat_template = lambda *args, **options: chatml.apply_chat_template(*args, tokenize=False, **options)

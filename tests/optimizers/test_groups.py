@@ -13,7 +13,8 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from compiled_adam.base import InputError
+from compiled_adam.base import InputError, differences
+from compiled_adam.optimizers import any_optimizer
 from compiled_adam.update import residual
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -274,6 +275,12 @@ def test_a_checkpoint_of_other_groups_is_refused(tmp_path: Any) -> None:
 def test_wrong_groups_are_named(groups: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         ca.AdamW(0.1, groups=groups, learning_rate_multipliers={"b": 2.0}).init({"a": mx.ones(2), "b": mx.ones(2)})
+
+
+def test_the_order_of_a_groups_settings_means_nothing() -> None:
+    settings = {"eps": 1e-6, "betas": (0.5, 0.9)}
+    orders = settings, dict(reversed(settings.items()))
+    assert not differences(*(any_optimizer.description(ca.Adam(1e-3, groups={"a": its})) for its in orders))
 
 
 def test_what_adam_has_no_groups_for() -> None:

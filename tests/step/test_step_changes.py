@@ -231,11 +231,12 @@ def test_what_the_forward_pass_changes_in_place_is_kept(compiled: bool) -> None:
     class InPlace(Two):
         def __init__(self) -> None:
             super().__init__()
-            self.count, self.table = mx.array(0.0), mx.zeros((3,))
-            self.freeze(recurse=False, keys=["count", "table"])
+            self.count, self.table, self.total = mx.array(0.0), mx.zeros((3,)), mx.array(0.0)
+            self.freeze(recurse=False, keys=["count", "table", "total"])
 
         def __call__(self, x: mx.array) -> mx.array:
             self.count += 1
+            self.total = self.total + 1  # another array, beside those that are edited
             self.table[0] = self.table[0] + 2
             self.a *= 0.5
             return super().__call__(x)
@@ -253,6 +254,7 @@ def test_what_the_forward_pass_changes_in_place_is_kept(compiled: bool) -> None:
     finally:
         mx.enable_compile()
     assert (model.count.item(), model.table.tolist(), model.a.tolist()) == (3.0, [6.0, 0.0, 0.0], [0.125, 0.125])
+    assert model.total.item() == 3.0
 
 
 def test_a_window_without_any_token_has_no_gradient() -> None:
@@ -400,6 +402,7 @@ def test_a_bad_loss_is_explained(output, error: type[Exception], message: str) -
     [
         ((), ValueError, r"needs loss_fn to return \(loss, weight"),
         (("3",), TypeError, "str as the weight"),
+        ((True,), TypeError, "bool as the weight"),
         ((mx.ones((2,)),), ValueError, r"weight of shape \(2,\)"),
     ],
 )
