@@ -9,6 +9,8 @@ from mlx.utils import tree_flatten
 
 from tests.nets import batch, masked_error, net
 
+FILES = ["weights.safetensors", "optimizer.safetensors", "window.safetensors", "meta.json"]  # of a checkpoint
+
 
 def weighted_error(model: nn.Module, x: mx.array, y: mx.array) -> tuple[mx.array, mx.array]:
     return masked_error(model, x, y, mx.ones((x.shape[0], 1), x.dtype))

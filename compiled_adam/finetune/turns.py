@@ -69,11 +69,10 @@ def _text(tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Any, pro
 
 def _check_calls(tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Any, place: str) -> None:
     """Raises an error if the template does not write the calls of tools: answers without them would be trained."""
-    whole = _text(tokenizer, messages, tools)
-    for k, message in enumerate(messages):
-        if not message.get("tool_calls"):
-            continue
-        without = {key: value for key, value in message.items() if key != "tool_calls"}
+    calling = [k for k, message in enumerate(messages) if message.get("tool_calls")]
+    whole = _text(tokenizer, messages, tools) if calling else ""
+    for k in calling:
+        without = {key: value for key, value in messages[k].items() if key != "tool_calls"}
         try:
             written = _text(tokenizer, [*messages[:k], without, *messages[k + 1 :]], tools) != whole
         except Exception:
@@ -95,7 +94,8 @@ def _turn(
         )
     try:
         before = _text(tokenizer, messages[:k], tools, prompt=True)
-        through = _text(tokenizer, messages[: k + 1], tools)
+        # The last turn ends the conversation, whose text is there already: templates are slow.
+        through = whole if k + 1 == len(messages) else _text(tokenizer, messages[: k + 1], tools)
     except TemplateError as error:
         raise InputError(
             f"{place}: the chat template refuses the messages up to number {k + 1} alone ({error}), so {_OPTION} cannot"

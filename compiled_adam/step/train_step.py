@@ -242,7 +242,7 @@ class TrainStep:
         """Assigns the results of the forward pass and of the update, and the window, all at once."""
         bound = self._bound
         for index, array in assigned.items():
-            container, key = bound.inputs.places[index]
+            container, key = bound.inputs.containers[index], bound.inputs.keys[index]
             if len(bound.parameters) <= index < len(bound.arrays):
                 self._state.note_buffer(bound.arrays.paths[index], container[key], assignments)
             if update is None or index >= len(bound.parameters):
@@ -260,7 +260,8 @@ class TrainStep:
         rate = any_optimizer.learning_rate(self._optimizer)
         self._remember()  # before the evaluation, because the update overwrites the memory of the old arrays
         state = None if update is None else update.state
-        changed = [self._known[1], state, self._state.window, random_state.get()]
+        _, arrays, *_ = self._known
+        changed = [arrays, state, self._state.window, random_state.get()]
         evaluate(loss, aux, grad_norm, skipped, extra, rate, changed)
         # New array objects, so that editing the arrays of the state in place does not change this result.
         grad_norm, rate = (None if array is None else array[...] for array in (grad_norm, rate))

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import operator
 import threading
 from collections.abc import Callable
 
@@ -14,36 +13,11 @@ import pytest
 from compiled_adam.base.mlx_graph import kernels
 from compiled_adam.optimizers import ForSteps
 from compiled_adam.step import apply_packed
-from compiled_adam.update import packing, residual
+from compiled_adam.update import packing
 from compiled_adam.update.groups import Group
 from compiled_adam.update.leaves import Form
 from mlx.utils import tree_flatten
-
-
-class Many(nn.Module):
-    """Many small parameters of two shapes beside one that is too large to be packed."""
-
-    def __init__(self, dtype: mx.Dtype = mx.float32, count: int = 12) -> None:
-        super().__init__()
-        mx.random.seed(3)
-        self.scales = [mx.random.normal((4,)).astype(dtype) for _ in range(count)]
-        self.tables = [mx.random.normal((3, 4)).astype(dtype) for _ in range(count)]
-        self.large = mx.random.normal((packing.SMALL // 4 + 1, 4)).astype(dtype)
-        self.scalar = mx.array(0.5, dtype)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        for scale, table in zip(self.scales, self.tables, strict=True):
-            x = mx.tanh(x * scale + (x[:, :3] @ table)) * self.scalar
-        return x @ self.large[:7].T + self.large.mean()
-
-
-def loss_fn(model: nn.Module, x: mx.array) -> mx.array:
-    return mx.square(model(x).astype(mx.float32) - 1).mean()
-
-
-def batch(i: int) -> mx.array:
-    return mx.random.normal((5, 4), key=mx.random.key(100 + i))
-
+from packed_steps import Many, batch, compared, eagerly, loss_fn, optimizer, packed, values
 
 OPTIONS: dict[str, dict] = {
     "plain": {},
@@ -58,53 +32,6 @@ OPTIONS: dict[str, dict] = {
 }
 
 
-def optimizer(**options) -> ca.AdamW:
-    return ca.AdamW(**{"learning_rate": 1e-2, "weight_decay": 0.1, "bias_correction": True} | options)
-
-
-def values(model: nn.Module, state: dict) -> dict[str, np.ndarray]:
-    """Everything, as float32; weights that have a residual as what both stand for."""
-    arrays = dict(tree_flatten({"model": model.parameters(), "state": state}))
-    for path in [path for path in arrays if path.endswith(".residual")]:
-        weight = path.replace("state", "model", 1).removesuffix(".residual")
-        arrays[weight] = residual.join(arrays[weight], arrays.pop(path))
-    return {path: np.array(array.astype(mx.float32)) for path, array in arrays.items()}
-
-
-def compared(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    assert found.keys() == expected.keys()
-    for path, array in expected.items():
-        # The norm is summed in another order, and products and sums are contracted in other kernels: a last bit each
-        # time, which Adam divides by the gradient's own size.
-        np.testing.assert_allclose(found[path], array, rtol=2e-5, atol=1e-6, err_msg=path)
-
-
-Edit = Callable[[nn.Module, ca.Adam], None]
-
-
-def eagerly(edits: dict[int, Edit], dtype: mx.Dtype, steps: int = 6, **options) -> dict[str, np.ndarray]:
-    model, adam = Many(dtype), optimizer(**options)
-    value_and_grad = nn.value_and_grad(model, loss_fn)
-    for i in range(steps):
-        if i in edits:
-            edits[i](model, adam)
-        _, gradients = value_and_grad(model, batch(i))
-        adam.update(model, gradients)
-        mx.eval(model.parameters(), adam.state)
-    return values(model, adam.state)
-
-
-def packed(edits: dict[int, Edit], dtype: mx.Dtype, steps: int = 6, **options) -> dict[str, np.ndarray]:
-    model, adam = Many(dtype), optimizer(**options)
-    step = ca.make_step(model, loss_fn, adam)
-    for i in range(steps):
-        if i in edits:
-            edits[i](model, adam)
-        step(batch(i))
-    assert step.traces["update"] == 1
-    return values(model, adam.state)
-
-
 # Not moments rounded at random for bfloat16 weights: a gradient's last bit can round one the other way.
 @pytest.mark.parametrize(
     ("name", "dtype"),
@@ -112,140 +39,6 @@ def packed(edits: dict[int, Edit], dtype: mx.Dtype, steps: int = 6, **options) -
 )
 def test_a_step_is_the_update_that_the_optimizer_makes_alone(name: str, dtype: mx.Dtype) -> None:
     compared(packed({}, dtype, **OPTIONS[name]), eagerly({}, dtype, **OPTIONS[name]))
-
-
-def replace(model: nn.Module, adam: ca.Adam) -> None:
-    model.scales[3] = mx.full((4,), 0.25)
-
-
-def load(model: nn.Module, adam: ca.Adam) -> None:
-    model.update({"scales": [2 * scale for scale in model.scales], "scalar": mx.array(0.75)})
-
-
-def add_in_place(model: nn.Module, adam: ca.Adam) -> None:
-    model.scales[3] += 1.0
-
-
-def twice_in_place(model: nn.Module, adam: ca.Adam) -> None:
-    scale = model.scales[3]
-    for _ in range(2):  # evaluated in between, so that memory of the first result may be that of the second
-        scale += 0.5
-        mx.eval(scale)
-
-
-def set_an_element(model: nn.Module, adam: ca.Adam) -> None:
-    model.tables[5][1, 2] = 3.0
-
-
-def square_in_place(model: nn.Module, adam: ca.Adam) -> None:
-    model.scales[3] *= model.scales[3]  # no array but those that are there: only the operation tells
-
-
-def copy_in_place(model: nn.Module, adam: ca.Adam) -> None:
-    model.scales[3][:] = model.scales[4]  # no operation either: only which is which
-
-
-def swap_in_place(model: nn.Module, adam: ca.Adam) -> None:
-    kept = mx.zeros((4,))
-    kept[...] = model.scales[3]
-    model.scales[3][...] = model.scales[4]
-    model.scales[4][...] = kept
-
-
-def copy_moment_in_place(model: nn.Module, adam: ca.Adam) -> None:
-    mx.eval(adam.state)
-    adam.state["scales"][2]["m"][...] = adam.state["scales"][1]["m"]
-
-
-def replace_moment(model: nn.Module, adam: ca.Adam) -> None:
-    adam.state["scales"][2]["m"] = mx.full((4,), 0.5)
-
-
-def scale_moment_in_place(model: nn.Module, adam: ca.Adam) -> None:
-    adam.state["scales"][2]["v"] *= 4.0
-
-
-def evaluate_state_and_edit(model: nn.Module, adam: ca.Adam) -> None:
-    mx.eval(adam.state)
-    adam.state["tables"][1]["m"][0, 0] = 2.0
-
-
-def look(model: nn.Module, adam: ca.Adam) -> None:
-    mx.eval(adam.state)
-
-
-def assign_state(model: nn.Module, adam: ca.Adam) -> None:
-    adam.state = copy.copy(adam.state)
-
-
-def update_eagerly(model: nn.Module, adam: ca.Adam) -> None:
-    adam.update(model, nn.value_and_grad(model, loss_fn)(model, batch(50))[1])
-
-
-@pytest.mark.parametrize(
-    "edit",
-    [
-        replace,
-        load,
-        add_in_place,
-        twice_in_place,
-        set_an_element,
-        square_in_place,
-        copy_in_place,
-        swap_in_place,
-        copy_moment_in_place,
-        replace_moment,
-        scale_moment_in_place,
-        evaluate_state_and_edit,
-        look,
-        update_eagerly,
-    ],
-)
-def test_what_others_do_to_parameters_and_state_is_noticed(edit: Edit) -> None:
-    edits = {2: edit, 4: edit, 5: edit}
-    found = packed(edits, mx.float32)
-    compared(found, eagerly(edits, mx.float32))
-    if edit is not look:
-        untouched = packed({}, mx.float32)
-        assert any(not np.allclose(found[path], untouched[path], rtol=1e-4) for path in found)
-
-
-def test_an_assigned_state_is_used() -> None:
-    def run(edit: Edit) -> dict[str, np.ndarray]:
-        model, adam = Many(), optimizer()
-        step = ca.make_step(model, loss_fn, adam)
-        for i in range(4):
-            if i == 2:
-                edit(model, adam)
-            step(batch(i))
-        return values(model, adam.state)
-
-    compared(run(assign_state), run(look))
-
-
-@pytest.mark.parametrize(
-    "edit",
-    [
-        lambda state: state["scales"][2].update(m=mx.full((4,), 0.5)),
-        lambda state: operator.setitem(state["scales"], 2, {"m": mx.full((4,), 0.5), "v": mx.full((4,), 0.25)}),
-        lambda state: state["scales"].pop(),  # of the last parameter, which begins anew
-    ],
-    ids=["moment", "container", "less"],
-)
-def test_an_edit_of_a_state_that_was_read_before_is_noticed(edit: Callable[[dict], None]) -> None:
-    """Packed moments are not in the tree then, and the optimizer does not see who edits it."""
-
-    def run(early: bool) -> dict[str, np.ndarray] | str:
-        model, adam = Many(), optimizer()
-        step = ca.make_step(model, loss_fn, adam)
-        state = adam.state
-        for i in range(4):
-            if i == 2:
-                edit(state if early else adam.state)
-            step(batch(i))
-        return values(model, adam.state)
-
-    compared(run(True), run(False))
 
 
 def test_a_batch_of_weight_zero_has_the_norm_zero() -> None:
