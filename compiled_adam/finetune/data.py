@@ -43,7 +43,8 @@ def load(args: types.SimpleNamespace, tokenizer: Any) -> tuple[Any, Any, Any]:
     ):
         if name in needed and not len(found[name]):
             here = sorted(path.name for path in folder.iterdir())[:5] if folder.is_dir() else []
-            has = f": {folder} has no {name}.jsonl, but {', '.join(here) or 'nothing'}" if folder.is_dir() else ""
+            other = f", but {', '.join(here)}" if here else ": it is empty"
+            has = f": {folder} has no {name}.jsonl{other}" if folder.is_dir() else ""
             raise InputError(f"{title} set not found or empty{has}. {why}.")
     if "valid" in needed and not len(found["valid"]):
         print("Warning: Validation set not found or empty. Training will proceed without validation.")

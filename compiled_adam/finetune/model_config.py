@@ -41,8 +41,8 @@ def read(name: str) -> dict[str, Any]:
 
         cached = try_to_load_from_cache(name, "config.json") if name.count("/") == 1 else None
         if not isinstance(cached, str):
-            hint = near(name) or "; name a config.json"
-            raise InputError(f"{name} is no folder, and not in the cache of Hugging Face{hint}")
+            hint = near(name) or "; give a folder that has a config.json"
+            raise InputError(f"{name} does not exist here, and is not in the cache of Hugging Face{hint}")
         file = Path(cached)
     if not file.is_file():
         raise InputError(f"{file} is no file; name a model's folder, or its config.json")

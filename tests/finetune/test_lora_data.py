@@ -227,7 +227,7 @@ def test_what_nobody_expected_is_raised_as_it_is(tokenizer, tmp_path: Path, monk
 
 
 def test_sets_that_are_missing(tokenizer, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"Training set not found or empty: .* has no train.jsonl, but nothing"):
+    with pytest.raises(InputError, match=r"Training set not found or empty: .* has no train.jsonl: it is empty"):
         data.load(job(tmp_path), tokenizer)
     (tmp_path / "valid.jsonl").write_text(text("a"))
     with pytest.raises(InputError, match=r"has no train.jsonl, but valid.jsonl\. Must provide"):
