@@ -13,6 +13,7 @@ import mlx.core as mx
 from ..base import Compiled
 from ..update import (
     STOCHASTIC,
+    TINY,
     Constants,
     DecayFilter,
     Form,
@@ -88,6 +89,7 @@ class LeafUpdate:
         self._optimizer, self.options = optimizer, options
         self.traces = 0
         self._groups: dict[str, Group] = {}
+        self._join = True
         self._compiled: OrderedDict[tuple[str, ...], Compiled] = OrderedDict()
 
     def group(self, path: str, parameter: mx.array) -> Group:
@@ -137,6 +139,14 @@ class LeafUpdate:
         self._compiled.move_to_end(paths)
         return found
 
+    def join_none(self) -> None:
+        """From now on no leaves are joined. Joined leaves are large enough for other kernels, with other last bits.
+
+        Several workers need the same bits from a part of the leaves, which shards the state, and from all of them.
+        """
+        self._join = False
+        self._compiled.clear()
+
     def joined(
         self,
         paths: tuple[str, ...],
@@ -147,17 +157,17 @@ class LeafUpdate:
         constants: tuple[Any, ...],
         part: tuple[Any, ...] | None = None,
     ) -> tuple[list[mx.array], list[Stored], Stored]:
-        """`traced`, with small half-precision leaves joined for the update, and cut apart again.
+        """`traced`, with small leaves joined for the update, and cut apart again.
 
-        Each takes three tasks of MLX's CPU backend, and more time than to copy it. A float32 leaf takes one task only.
+        A half-precision leaf takes three tasks of MLX's CPU backend, and more time than to copy it. A float32 leaf
+        takes one task, and less time than to copy it if it has more than `TINY` elements.
         """
-        leaves = [
-            Leaf(p.size, p.dtype, *self.group_and_form(path, p)) for path, p in zip(paths, parameters, strict=True)
-        ]
-        half = [i for i, leaf in enumerate(leaves) if leaf.form.compensated]
-        rows = [tuple(half[i] for i in row) for row in packs([leaves[i] for i in half])]
+        leaves = [Leaf.of(p, *self.group_and_form(path, p)) for path, p in zip(paths, parameters, strict=True)]
+        small = [i for i, leaf in enumerate(leaves) if leaf.form.compensated or leaf.size <= TINY]
+        rows = [tuple(small[i] for i in row) for row in packs([leaves[i] for i in small])]
         if (
             not rows
+            or not self._join
             or part is not None
             or self.options.lowering != "auto"
             or mx.default_device().type != mx.DeviceType.cpu

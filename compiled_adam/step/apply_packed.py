@@ -12,7 +12,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import accumulate, repeat
 from types import MappingProxyType
 from typing import Any
 
@@ -20,7 +19,7 @@ import mlx.core as mx
 
 from ..base import Assignments, InputError, Places, Structure, Written, along, call_all
 from ..optimizers import Adam, ForSteps
-from ..update import SMALL, Leaf, Stored, counted, flat, norm_of, packs, residual, row_major, strides, sum_of_squares
+from ..update import SMALL, Leaf, Stored, apart, counted, flat, norm_of, packs, residual, row_major, sum_of_squares
 
 
 class Slot:
@@ -37,8 +36,7 @@ class Slot:
         self._watched = watched
         arrays = self._present()
         self._kinds = [(array.shape, array.dtype) for array in arrays]
-        starts = list(accumulate((array.size for array in arrays[:-1]), initial=0))
-        self._layout = [array.shape for array in arrays], [strides(array.shape) for array in arrays], starts
+        self._shapes = [array.shape for array in arrays]
         self.hidden = False
         self._flat: mx.array | None = None
         self._written: Written | None = None  # the arrays that were put into the tree; None: none, or `forget`
@@ -88,7 +86,7 @@ class Slot:
             self._assign_views(array, assignments)
 
     def _assign_views(self, flat: mx.array, assignments: Assignments) -> list[mx.array]:
-        views = list(map(mx.as_strided, repeat(flat), *self._layout))
+        views = apart(flat, self._shapes)
         if self.hidden:
             for container, key, view in zip(self._containers, self._keys, views, strict=True):
                 if key not in container:
@@ -150,7 +148,7 @@ class PackedTrees:
         self._inside = inside = ForSteps(optimizer)
         self._kept = inside.kept
         leaves = [
-            Leaf(p.size, p.dtype, *inside.leaves.group_and_form(path, p))
+            Leaf.of(p, *inside.leaves.group_and_form(path, p))
             for path, p in zip(parameters.paths, parameters.read(), strict=True)
         ]
         packed = packs(leaves, small)

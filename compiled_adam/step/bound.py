@@ -93,8 +93,12 @@ def trees_of(
     shard: Shard | None = None,
 ) -> Trees | PackedTrees:
     """The places of parameters and state, packed if that can be."""
-    # No packing with other workers: the norm and the kernels must be the same to the last bit with and without shards.
-    if isinstance(optimizer, Adam) and not ForSteps(optimizer).has_own_update and settings.group is None:
+    if settings.group is not None:
+        # No packing: the norm and the kernels must be the same to the last bit with and without shards.
+        for part in any_optimizer.parts(optimizer):
+            if isinstance(part, Adam):
+                ForSteps(part).leaves.join_none()
+    elif isinstance(optimizer, Adam) and not ForSteps(optimizer).has_own_update:
         return PackedTrees(optimizer, parameters, template)
     return Trees(model, optimizer, parameters, template, shard)
 

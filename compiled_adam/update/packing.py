@@ -1,14 +1,13 @@
 """Which small leaves (parameter arrays) are packed into flat arrays, and how.
 
 Leaves of up to `SMALL` elements are packed, because starting a kernel for one costs more than its loop. A flat array
-has leaves of the same dtype, group and form. It has up to `FULL` elements, so that it fits into a core's cache with the
-moments, and up to `MANY` leaves. Leaves whose moments are rounded stochastically are not packed: each has a random key.
+has leaves of the same dtype, row (the shape without the first axis), group and form. It has up to `FULL` elements, so
+that it fits into a core's cache with the moments, and up to `MANY` leaves. Leaves whose moments are rounded
+stochastically are not packed: each has a random key.
 """
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Hashable, Sequence
 from itertools import accumulate
 from typing import NamedTuple
@@ -19,8 +18,10 @@ from .groups import Group
 from .leaves import Form
 
 SMALL = 1 << 16
+TINY = 1 << 9
 FULL = 1 << 18
 MANY = 256
+MOST_PARTS = 10
 
 
 class Leaf(NamedTuple):
@@ -28,14 +29,20 @@ class Leaf(NamedTuple):
 
     size: int
     dtype: mx.Dtype
+    row: tuple[int, ...] | None  # the shape without the first axis; None: the shape is ()
     group: Group
     form: Form
+
+    @classmethod
+    def of(cls, parameter: mx.array, group: Group, form: Form) -> Leaf:
+        row = parameter.shape[1:] if parameter.ndim else None
+        return cls(parameter.size, parameter.dtype, row, group, form)
 
 
 def packs(leaves: Sequence[Leaf], small: int = SMALL, full: int = FULL) -> list[tuple[int, ...]]:
     """The indices of the leaves of each flat array (at least two per array), in the order of the leaves.
 
-    >>> leaf = Leaf(3, mx.float32, Group(), Form("float32", False, False))
+    >>> leaf = Leaf(3, mx.float32, (), Group(), Form("float32", False, False))
     >>> packs([leaf, leaf._replace(dtype=mx.bfloat16), leaf, leaf, leaf._replace(size=9), leaf], small=8, full=7)
     [(0, 2), (3, 5)]
     """
@@ -44,7 +51,7 @@ def packs(leaves: Sequence[Leaf], small: int = SMALL, full: int = FULL) -> list[
     for i, leaf in enumerate(leaves):
         if leaf.size > small or leaf.form.stochastic:
             continue
-        kind = leaf.dtype, leaf.group, leaf.form
+        kind = leaf[1:]  # all but the size
         pack, filled = last.get(kind, ([], full))
         if filled + leaf.size > full or len(pack) == MANY:
             pack, filled = [], 0
@@ -55,28 +62,36 @@ def packs(leaves: Sequence[Leaf], small: int = SMALL, full: int = FULL) -> list[
 
 
 def flat(arrays: Sequence[mx.array]) -> mx.array:
-    """All elements in memory order, as one array. It keeps the shape of the rows if all arrays have the same."""
+    """Arrays whose shapes differ at most in the first axis, one after the other along that axis."""
     if len(arrays) == 1:
         return arrays[0]
-    rows = arrays[0].shape[1:]
-    if all(array.ndim and array.shape[1:] == rows for array in arrays):
-        return mx.concatenate(list(arrays))  # saves a task per array that flattens it
-    return mx.concatenate([array.flatten() for array in arrays])
+    return mx.concatenate(list(arrays)) if arrays[0].ndim else mx.stack(list(arrays))
 
 
 def apart(array: mx.array, shapes: Sequence[tuple[int, ...]]) -> list[mx.array]:
     """Arrays of these ``shapes`` from the array that `flat` has made of them.
 
-    >>> [part.shape for part in apart(flat([mx.zeros((2, 3)), mx.zeros(4)]), [(2, 3), (4,)])]
-    [(2, 3), (4,)]
+    >>> [part.shape for part in apart(flat([mx.zeros((2, 3)), mx.zeros((1, 3))]), [(2, 3), (1, 3)])]
+    [(2, 3), (1, 3)]
     """
     if len(shapes) == 1:
         return [array]
-    ends = list(accumulate(math.prod(shape) for shape in shapes))
-    parts = mx.split(array.flatten(), ends[:-1])
-    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+    if not shapes[0]:
+        return [part.reshape(()) for part in _cut(array, [1] * len(shapes))]
+    return _cut(array, [shape[0] for shape in shapes])
 
 
-def strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The strides of a contiguous array, in elements."""
-    return tuple(accumulate(reversed(shape[1:]), operator.mul, initial=1))[::-1] if shape else ()
+def _cut(array: mx.array, lengths: Sequence[int]) -> list[mx.array]:
+    """Parts of these lengths along the first axis.
+
+    MLX makes up to ten parts in one operation, and more parts in an operation each. The CPU needs 5 us for an
+    operation. So the array is cut into ten at most, each part again, and so on.
+    """
+    size = 1
+    while size * MOST_PARTS < len(lengths):
+        size *= MOST_PARTS
+    groups = [lengths[i : i + size] for i in range(0, len(lengths), size)]
+    parts = list(mx.split(array, list(accumulate(map(sum, groups)))[:-1]))
+    if size == 1:
+        return parts
+    return [part for whole, group in zip(parts, groups, strict=True) for part in _cut(whole, group)]

@@ -29,6 +29,8 @@ JOBS: dict[str, dict[str, Any]] = {
     "unfinished": {"accumulate": 3, "batches": 8, "depth": 3},
     "no norm": {"depth": 3, "limit": 300, "optimizer": {"max_grad_norm": None, "skip_nonfinite": False}},
     "bfloat16": {"depth": 3, "dtype": "bfloat16", "reduce_dtype": "param"},
+    # An update that is called joins these leaves, and joined they are large enough for other kernels.
+    "wide bfloat16": {**WIDE, "dtype": "bfloat16"},
     "mixed": {"depth": 3, "dtype": "mixed", "limit": 10},
     "8bit": {**WIDE, "optimizer": {"moments": "8bit"}},
     "bfloat16 moments": {**WIDE, "optimizer": {"moments": "bfloat16"}},

@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from compiled_adam.base.mlx_graph import kernels
+from compiled_adam.base.mlx_graph import kernels, operations
 from compiled_adam.optimizers import ForSteps
 from compiled_adam.step import apply_packed
 from compiled_adam.update import packing
@@ -61,22 +61,38 @@ def test_one_kernel_for_many_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
         step(batch(0))
         step(batch(1))
         counts[count] = sum(n for name, n in graphs[-1].items() if "Sqrt" in name and "Broadcast" in name)
-    assert counts == {12: 2, 24: 2}  # all small leaves together, and the large one
+    assert counts == {12: 3, 24: 3}  # the small leaves of each of two shapes together, and the large one
 
 
 @pytest.mark.parametrize(
     ("shapes", "flat"),
-    [([(2, 3), (4, 3)], (6, 3)), ([(2,), (3,)], (5,)), ([(2, 3), (3, 2)], (12,)), ([(), (2,)], (3,)), ([(), ()], (2,))],
+    [
+        ([(2, 3), (4, 3)], (6, 3)),
+        ([(2,), (3,)], (5,)),
+        ([(), ()], (2,)),
+        ([(4, 3)], (4, 3)),
+        ([(1 + i % 3, 2) for i in range(137)], (273, 2)),
+        ([(0, 2), (3, 2), (0, 2), (1, 2)], (4, 2)),
+    ],
 )
-def test_rows_of_one_shape_are_not_made_flat_first(shapes: list[tuple[int, ...]], flat: tuple[int, ...]) -> None:
+def test_leaves_are_cut_apart_again(shapes: list[tuple[int, ...]], flat: tuple[int, ...]) -> None:
     arrays = [mx.random.normal(shape, key=mx.random.key(i)) for i, shape in enumerate(shapes)]
     found = packing.flat(arrays)
     assert found.shape == flat
-    assert found.reshape(-1).tolist() == [x for array in arrays for x in array.reshape(-1).tolist()]
+    again = packing.apart(found, shapes)
+    assert [a.tolist() for a in again] == [a.tolist() for a in arrays]
+    assert [a.shape for a in again] == shapes
+
+
+@pytest.mark.parametrize(("count", "most"), [(10, 1), (11, 3), (100, 11), (256, 30), (1000, 111)])
+def test_few_operations_cut_many_leaves_apart(count: int, most: int) -> None:
+    array = mx.zeros((count,))
+    mx.eval(array)
+    assert operations(packing.apart(array, [(1,)] * count)) <= most
 
 
 def test_a_leaf_of_the_greatest_small_size_is_packed() -> None:
-    leaf = packing.Leaf(4, mx.float32, Group(), Form("float32", False, False))
+    leaf = packing.Leaf(4, mx.float32, (), Group(), Form("float32", False, False))
     assert packing.packs([leaf] * 2, small=4) == [(0, 1)]
     assert packing.packs([leaf] * 2, small=3) == []
 
@@ -84,7 +100,7 @@ def test_a_leaf_of_the_greatest_small_size_is_packed() -> None:
 def test_leaves_that_differ_in_what_an_update_depends_on_are_not_packed_together() -> None:
     def leaves_of(adam: ca.Adam) -> list[packing.Leaf]:
         kind = ForSteps(adam).leaves.group_and_form
-        return [packing.Leaf(4, mx.float32, *kind(path, mx.zeros((4,)))) for path in ("a1", "a2", "b1", "b2")]
+        return [packing.Leaf.of(array := mx.zeros((4,)), *kind(path, array)) for path in ("a1", "a2", "b1", "b2")]
 
     multipliers = {"a": 2.0}
     stochastic = optimizer(learning_rate_multipliers=multipliers, moments="8bit")
@@ -93,6 +109,9 @@ def test_leaves_that_differ_in_what_an_update_depends_on_are_not_packed_together
     assert packing.packs(leaves) == [(0, 1), (2, 3)]
     assert packing.packs(leaves[:3]) == [(0, 1)]
     assert packing.packs(leaves, small=3) == []
+    kind = leaves[0].group, leaves[0].form
+    shapes = [(), (4,), (2, 2), (4, 1), (2,), (1, 2), ()]
+    assert packing.packs([packing.Leaf.of(mx.zeros(shape), *kind) for shape in shapes]) == [(0, 6), (1, 4), (2, 5)]
     many = [leaves[0]] * (packing.MANY + 2)
     assert [len(pack) for pack in packing.packs(many)] == [packing.MANY, 2]
     assert [len(pack) for pack in packing.packs(many[:9], full=16)] == [4, 4]
