@@ -308,8 +308,8 @@ class ForSteps:
     ) -> tuple[list[mx.array], list[Stored], Stored]:
         """Returns the new parameters, states and ``scalars`` (the rest of the state). Call it while tracing.
 
-        If the ``weight`` is 0, the gradients count as 0.
+        The new scalars always have ``grad_norm``. If the ``weight`` is 0, the gradients count as 0.
         """
         leaves = self.leaves
         scalars = scalars | leaves.scheduled(scalars["step"])
-        return leaves.traced(paths, gradients, parameters, states, scalars, leaves.constants(), None, weight)
+        return leaves.traced(paths, gradients, parameters, states, scalars, leaves.constants(), None, weight, True)

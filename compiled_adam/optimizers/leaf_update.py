@@ -212,6 +212,7 @@ class LeafUpdate:
         constants: tuple[Any, ...],
         part: tuple[Any, ...] | None = None,
         weight: mx.array | None = None,
+        measured: bool = False,
     ) -> tuple[list[mx.array], list[Stored], Stored]:
         """`update` of leaves. It finds the groups and forms of storage, once per trace.
 
@@ -224,7 +225,7 @@ class LeafUpdate:
         groups = [self.group(path, p) for path, p in zip(paths, parameters, strict=True)]
         numbers = Constants(*constants)
         common = Part(*part) if part else None
-        return update(gradients, parameters, states, scalars, groups, forms, numbers, common, weight)
+        return update(gradients, parameters, states, scalars, groups, forms, numbers, common, weight, measured)
 
     def __getstate__(self) -> dict[str, Any]:
         # Compiled functions can be neither copied nor pickled; a copy traces its own.

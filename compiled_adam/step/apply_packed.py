@@ -19,7 +19,7 @@ import mlx.core as mx
 
 from ..base import Assignments, InputError, Places, Structure, Written, along, call_all
 from ..optimizers import Adam, ForSteps
-from ..update import SMALL, Leaf, Stored, apart, counted, flat, norm_of, packs, residual, row_major, sum_of_squares
+from ..update import SMALL, Leaf, Stored, apart, flat, packs, residual, row_major
 
 
 class Slot:
@@ -301,17 +301,7 @@ class PackedTrees:
         ``weight`` of 0 the gradients count as 0.
         """
         states, scalars = state
-        packed, squares, own_norm = [], [], "grad_norm" in scalars
-        for gradient, stream in zip(gradients, self._inside.leaves.streams([p.size for p in parameters]), strict=True):
-            with mx.stream(stream):  # the stream of this pack's update, so that no stream waits for another
-                gradient = row_major(gradient, stream)
-                if not own_norm:
-                    squares.append(sum_of_squares(gradient))
-                    # Read right before the update, or all gradients would stay in memory until the last was updated.
-                    (gradient,) = mx.depends([gradient], [squares[-1]])
-                packed.append(gradient)
-        new = self._inside.update_leaves(self._paths, packed, parameters, states, scalars, weight)
-        if own_norm:  # the update has computed it, because it clips or skips
-            return new[0], new[1:], new[2]["grad_norm"]
-        norm = norm_of(squares)
-        return new[0], new[1:], norm if weight is None else counted(norm, weight)
+        streams = self._inside.leaves.streams([p.size for p in parameters])
+        gradients = [row_major(g, stream) for g, stream in zip(gradients, streams, strict=True)]
+        new, states, found = self._inside.update_leaves(self._paths, gradients, parameters, states, scalars, weight)
+        return new, (states, {name: found[name] for name in scalars}), found["grad_norm"]

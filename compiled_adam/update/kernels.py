@@ -91,6 +91,7 @@ class Runner(Generic[T]):
     def __init__(self, shared: T, copy: Callable[[T], T], parameters: Sequence[mx.array]) -> None:
         self._copy = copy
         self._shared = {False: shared}  # key: whether the arrays are for the second stream
+        self._last: dict[bool, mx.array] = {}  # the weight that was updated last, by the same key
         # MLX merges two broadcasts of a constant to the same shape, also on different streams. A kernel cannot fuse an
         # array of another stream: it would wait for the constant, read it as a strided array, and be twice as slow.
         # So on the second stream all shapes begin with additional axes of length one, and are never the same.
@@ -106,9 +107,13 @@ class Runner(Generic[T]):
     ) -> tuple[mx.array, Stored]:
         """Runs ``leaf(shared, gradient, parameter, state)``. The new parameter and state keep the old shapes."""
         front = self._front if how.second else ()
+        in_turn = how.inplace and parameter.size >= LARGE
         with mx.stream(how.stream):
             if how.second not in self._shared:
                 self._shared[how.second] = self._copy(self._shared[False])
+            if in_turn and how.second in self._last:
+                # The moments are in the cache when the weight's kernel reads them. MLX would compute all moments first.
+                (gradient,) = mx.depends([gradient], [self._last[how.second]])
             new, stored = leaf(
                 self._shared[how.second],
                 gradient.reshape((*front, *gradient.shape)),
@@ -116,7 +121,10 @@ class Runner(Generic[T]):
                 {name: array.reshape((*front, *array.shape)) for name, array in state.items()},
             )
             stored = {name: array.reshape(state[name].shape) for name, array in stored.items()}
-            return new.reshape(parameter.shape), stored
+            new = new.reshape(parameter.shape)
+        if in_turn:
+            self._last[how.second] = new
+        return new, stored
 
 
 def in_place(moments: Callable[[mx.array], tuple[mx.array, mx.array]], gradient: mx.array) -> tuple[mx.array, mx.array]:

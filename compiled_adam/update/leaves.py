@@ -5,7 +5,7 @@ A leaf is one parameter array. The guard is the check of ``skip_nonfinite``, whi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from . import moments, residual, rule
 from .groups import Group
 from .kernels import Runner, in_place, of_leaves, square_root, unfused
 from .moments import Stored
-from .norm import clip_factor, global_norm
+from .norm import clip_factor, global_norm, norm_of, sum_of_squares
 from .residual import Keep
 from .window import counted
 
@@ -131,6 +131,9 @@ class Shared(NamedTuple):
         return Shared(copies, None if self.finite is None else unfused(self.finite))
 
 
+LeafRule = Callable[[Shared, mx.array, mx.array, Stored], tuple[mx.array, Stored]]
+
+
 def update(
     gradients: Sequence[mx.array],
     parameters: Sequence[mx.array],
@@ -141,12 +144,14 @@ def update(
     constants: Constants,
     part: Part | None = None,
     weight: mx.array | None = None,
+    measured: bool = False,
 ) -> tuple[list[mx.array], list[Stored], Stored]:
     """Returns new parameters, states and scalars, all in the order and form of the old.
 
     ``scalars`` has ``step``, ``learning_rate`` (already the value for this step), ``rounding_key`` with stochastic
     rounding, and ``grad_norm`` and ``skipped`` with clipping or the guard. With ``part`` the results are the same as
-    from an update of all parameters at once. If the ``weight`` is 0, the gradients count as 0.
+    from an update of all parameters at once. If the ``weight`` is 0, the gradients count as 0. ``measured``: the new
+    scalars have the norm of the gradients as ``grad_norm``, whether or not the old have it.
     """
     lowerings = of_leaves(constants.lowering, [p.size for p in parameters])
     new = {**scalars, "step": scalars["step"] + 1}
@@ -163,25 +168,37 @@ def update(
 
     shared = Shared(coefficients, finite)
     runner = Runner(shared, Shared.copy, parameters)
+    squares: list[mx.array] = []
     updated = []
     leaves = zip(gradients, parameters, states, forms, groups, keys, lowerings, strict=True)
     for gradient, parameter, state, form, group, key, how in leaves:
-        leaf = partial(
-            update_leaf,
-            form=form,
-            group=group,
-            betas=constants.of(group).betas,
-            key=key,
-            inplace=how.inplace,
-            heron=how.heron,
+        betas = constants.of(group).betas
+        leaf: LeafRule = partial(
+            update_leaf, form=form, group=group, betas=betas, key=key, inplace=how.inplace, heron=how.heron
         )
+        if measured and "grad_norm" not in new:
+            leaf = _after_its_square(leaf, squares)
         updated.append(runner.run(how, leaf, gradient, parameter, state))
+    if squares:
+        new["grad_norm"] = norm_of(squares) if weight is None else counted(norm_of(squares), weight)
     if finite is not None:
         new["skipped"] = scalars["skipped"] + mx.logical_not(finite)
     for name in ("step", "rounding_key"):
         if name in new:
             new[name] = shared.keep(new[name], scalars[name])
     return [p for p, _ in updated], [state for _, state in updated], new
+
+
+def _after_its_square(leaf: LeafRule, squares: list[mx.array]) -> LeafRule:
+    """``leaf`` that first adds the sum of the squares of its gradient to ``squares``."""
+
+    def run(shared: Shared, gradient: mx.array, parameter: mx.array, state: Stored) -> tuple[mx.array, Stored]:
+        squares.append(sum_of_squares(gradient))
+        # Read right before the update, or all gradients would stay in memory until the last was updated.
+        (gradient,) = mx.depends([gradient], [squares[-1]])
+        return leaf(shared, gradient, parameter, state)
+
+    return run
 
 
 def guard(norm: mx.array, learning_rates: Sequence[mx.array]) -> mx.array:

@@ -9,6 +9,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from compiled_adam.base.mlx_graph import kernels as kernels_of
+from compiled_adam.base.mlx_graph import reached
 from compiled_adam.step import apply_packed
 from compiled_adam.update import SMALL, global_norm, kernels, residual
 from mlx.utils import tree_flatten
@@ -249,3 +250,13 @@ def test_small_leaves_are_joined_in_a_called_update(
     for (path, one), (_, other) in zip(*found, strict=True):
         assert one.shape == other.shape and mx.array_equal(one, other), path
     assert used[0] < used[1] if joined else used[0] == used[1]  # although the copies into a flat array count
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_large_leaves_of_a_stream_are_updated_one_after_the_other() -> None:
+    parameters = {str(i): mx.ones((kernels.LARGE,)) for i in range(4)} | {"small": mx.ones((3,))}
+    new = ca.AdamW(1e-3).apply_gradients(parameters, parameters)
+    weights = [new[str(i)] for i in range(4)]
+    assert reached([weights[2]], weights) == [True, False, False, False]  # the other two are on the second stream
+    assert reached([weights[3]], weights) == [False, True, False, False]
+    assert reached([new["small"]], weights) == [False] * 4
