@@ -120,7 +120,7 @@ class Bench:
         bandwidth = self.record["bandwidth"] = {}
         names = named(self.arguments.contender)
         return Part(
-            update.stages(self._workloads(), self._dtypes(DTYPES), names, seconds, bandwidth),
+            update.stages(self._workloads(), self._dtypes(DTYPES), names, seconds, bandwidth, 1 if self.quick else 3),
             lambda rows, environment: update.table(rows, environment, bandwidth),
         )
 

@@ -6,10 +6,11 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 from compiled_adam.base.mlx_graph import kernels
+from compiled_adam.update.kernels import LARGE, of_leaves
 
 from .contenders import COMPILED, EAGER, NOT_MEASURED, Contender, Make, OnMLX, Tree, Unavailable
 
@@ -20,7 +21,20 @@ NOISY = (
     f"noisy: the p10-p90 range of a ratio is wider than {100 * WIDE:.0f} % of it, or its medians over the first and the"
     f" second half of the rounds are more than {100 * DRIFT:.0f} % apart"
 )
-__all__ = ["NOISY", "Row", "Stage", "bandwidth", "compare", "kernels", "noisy", "ratios", "resources", "spread"]
+__all__ = [
+    "NOISY",
+    "Here",
+    "Row",
+    "Runner",
+    "Stage",
+    "bandwidth",
+    "compare",
+    "kernels",
+    "noisy",
+    "ratios",
+    "resources",
+    "spread",
+]
 
 
 class Stage(NamedTuple):
@@ -30,29 +44,76 @@ class Stage(NamedTuple):
     rows: Callable[[], list[Row]]
 
 
+class Runner(Protocol):
+    """A contender that has done three updates."""
+
+    figures: Row  # those of `resources`
+
+    def time(self) -> float:
+        """The seconds of one update."""
+
+    def traces(self) -> int | None:
+        """How often the Python of the update was traced so far; None where nothing is."""
+
+    def close(self) -> None:
+        """Frees what it holds."""
+
+
+class Here:
+    """A contender in this process. The ``parameters`` become its own."""
+
+    def __init__(self, make: Make, parameters: Tree, gradients: Tree, clock: Clock = time.perf_counter) -> None:
+        self._clock = clock
+        self._contender, self.figures = resources(make, parameters, gradients, clock)
+
+    def time(self) -> float:
+        begin = self._clock()
+        self._contender.update()
+        seconds = self._clock() - begin
+        if not isinstance(self._contender, OnMLX):
+            settle()
+        return seconds
+
+    def traces(self) -> int | None:
+        return self._contender.traces
+
+    def close(self) -> None:
+        del self._contender
+
+
 def compare(
-    contenders: Mapping[str, Make],
-    parameters: Callable[[], Tree],
-    gradients: Tree,
+    contenders: Mapping[str, Callable[[], Runner]],
     seconds: float,
+    times_anew: int = 1,
     clock: Clock = time.perf_counter,
 ) -> dict[str, Row]:
     """Measures one update of each contender: for each, a dictionary of figures by name.
+
+    All are made ``times_anew`` times, and each time measured for a part of the ``seconds``: two processes of the same
+    contender differ by a tenth, because their memory lies elsewhere.
 
     Of a contender that cannot be made the only figure is why (`NOT_MEASURED`). Of the others: those of `resources`;
     ``median_ms``, ``p10_ms``, ``p90_ms``, ``rounds``; ``ratio``, ``ratio_p10``, ``ratio_p90`` and ``ratio_noisy`` of
     the ratios within a round to stock MLX called eagerly (or the first contender, if that is not among them), and
     ``compiled_ratio`` and so on to it under ``mx.compile``; ``traces`` after all.
     """
-    running: dict[str, Contender] = {}
     figures: dict[str, Row] = {}
-    for name, make in contenders.items():
+    times: dict[str, list[float]] = {}
+    for _ in range(times_anew):
+        running: dict[str, Runner] = {}
         try:
-            running[name], figures[name] = resources(make, parameters(), gradients, clock)
-        except Unavailable as error:
-            figures[name] = {NOT_MEASURED: str(error)}
-    times = _in_turn(running, seconds, clock)
-    references = {"ratio": times.get(EAGER, times[next(iter(running))])}
+            for name, make in contenders.items():
+                try:
+                    running[name] = make()
+                except Unavailable as error:
+                    figures[name] = {NOT_MEASURED: str(error)}
+            for name, taken in _in_turn(running, seconds / times_anew, clock).items():
+                times.setdefault(name, []).extend(taken)
+                figures[name] = {**running[name].figures, "traces": running[name].traces()}
+        finally:
+            for runner in running.values():
+                runner.close()
+    references = {"ratio": times.get(EAGER, times[next(iter(times))])}
     if COMPILED in times:
         references["compiled_ratio"] = times[COMPILED]
     for name, values in times.items():
@@ -62,11 +123,10 @@ def compare(
             within = ratios(values, reference)
             p10, median, p90 = spread(within)
             figures[name] |= {key: median, f"{key}_p10": p10, f"{key}_p90": p90, f"{key}_noisy": noisy(within)}
-        figures[name]["traces"] = running[name].traces
     return figures
 
 
-def _in_turn(running: Mapping[str, Contender], seconds: float, clock: Clock) -> dict[str, list[float]]:
+def _in_turn(running: Mapping[str, Runner], seconds: float, clock: Clock) -> dict[str, list[float]]:
     """The times of updates that take turns until ``seconds`` have passed and at least five rounds.
 
     Each round has a new order: whatever slows the machine meets all, and so does what another contender left behind.
@@ -78,11 +138,7 @@ def _in_turn(running: Mapping[str, Contender], seconds: float, clock: Clock) -> 
     while clock() - start < seconds or len(times[names[0]]) < 5:
         shuffle(names)
         for name in names:
-            begin = clock()
-            running[name].update()
-            times[name].append(clock() - begin)
-            if not isinstance(running[name], OnMLX):
-                settle()
+            times[name].append(running[name].time())
     return times
 
 
@@ -151,26 +207,27 @@ def _extra_bytes(contender: OnMLX) -> int:
 def bandwidth(size: int = 1 << 25, rounds: int = 3, chain: int = 4) -> dict[str, float]:
     """Bytes per second that kernels of MLX move between memory and themselves, on arrays of ``size`` float32.
 
+    They are divided among the streams that an update uses: a core alone moves half of what two do.
     "scale" is ``a = -a`` (one read, one write) and "triad" ``a = a + b / 2`` (two and one), both in place, so that no
     new memory is asked for; the best of the rounds, and "best" of the two. ``chain`` of them are evaluated together:
     a GPU needs about as long for one as its launch takes, and a bandwidth that is too low makes all look good.
     """
-    a, b = mx.ones((size,)), mx.ones((size,))
-    mx.eval(a, b)
+    streams = list(dict.fromkeys(how.stream for how in of_leaves("auto", [LARGE, LARGE])))
+    parts = [(mx.ones((size // len(streams),)), mx.ones((size // len(streams),))) for _ in streams]
+    mx.eval(parts)
     triad = mx.compile(lambda a, b: a + 0.5 * b)
     found = {"scale": 0.0, "triad": 0.0}
+    kernels_and_reads = {"scale": (lambda a, b: -a, 2), "triad": (triad, 3)}
     for _ in range(rounds + 1):
-        begin = time.perf_counter()
-        for _ in range(chain):
-            a = -a
-        mx.eval(a)
-        middle = time.perf_counter()
-        for _ in range(chain):
-            a = triad(a, b)
-        mx.eval(a)
-        end = time.perf_counter()
-        found["scale"] = max(found["scale"], chain * 2 * a.nbytes / (middle - begin))
-        found["triad"] = max(found["triad"], chain * 3 * a.nbytes / (end - middle))
+        for name, (kernel, moved) in kernels_and_reads.items():
+            begin = time.perf_counter()
+            for _ in range(chain):
+                for i, stream in enumerate(streams):
+                    with mx.stream(stream):
+                        parts[i] = kernel(*parts[i]), parts[i][1]
+            mx.eval(parts)
+            nbytes = chain * moved * sum(a.nbytes for a, _ in parts)
+            found[name] = max(found[name], nbytes / (time.perf_counter() - begin))
     return {**found, "best": max(found.values())}
 
 

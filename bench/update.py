@@ -8,31 +8,45 @@ from functools import partial
 import mlx.core as mx
 from rich.table import Table
 
-from . import measure, tables
+from . import apart, measure, tables
 from .contenders import COMPILED, EAGER, NOT_MEASURED, SAME, selected
 from .environment import memory_bytes
 from .measure import NOISY, Row, Stage
-from .workloads import DTYPES, Shapes, Workloads, arrays, needed, parameter_count
+from .workloads import DTYPES, Shapes, Workloads, needed, parameter_count
 
 
 def stages(
-    workloads: Workloads, dtypes: Sequence[str], names: list[str], seconds: float, bandwidth: dict[str, float]
+    workloads: Workloads,
+    dtypes: Sequence[str],
+    names: list[str],
+    seconds: float,
+    bandwidth: dict[str, float],
+    times_anew: int = 1,
 ) -> list[Stage]:
-    """One stage that measures the ``bandwidth``, then one for each workload and dtype; its rows are the contenders."""
+    """One stage that measures the ``bandwidth``, then one for each workload and dtype; its rows are the contenders.
+
+    Each contender is measured in ``times_anew`` processes of its own, for ``seconds`` together.
+    """
 
     def first() -> list[Row]:
         bandwidth.update(measure.bandwidth())
         return []
 
     return [Stage("memory bandwidth", first)] + [
-        Stage(f"{workload}, {dtype}", partial(_rows, workload, shapes(), dtype, names, seconds, bandwidth))
+        Stage(f"{workload}, {dtype}", partial(_rows, workload, shapes(), dtype, names, seconds, times_anew, bandwidth))
         for workload, shapes in workloads.items()
         for dtype in dtypes
     ]
 
 
 def _rows(
-    workload: str, shapes: Shapes, dtype: str, names: list[str], seconds: float, bandwidth: Mapping[str, float]
+    workload: str,
+    shapes: Shapes,
+    dtype: str,
+    names: list[str],
+    seconds: float,
+    times_anew: int,
+    bandwidth: Mapping[str, float],
 ) -> list[Row]:
     """A row for each contender; of what cannot be measured here, a row that says why."""
     chosen, left_out = selected(names, DTYPES[dtype])
@@ -43,21 +57,21 @@ def _rows(
         why = f"{len(chosen)} contenders need {bytes_needed / 1e9:.1f} GB here; choose fewer with --contender"
         figures |= {name: {NOT_MEASURED: why} for name in chosen}
     else:
-        gradients = arrays(shapes, DTYPES[dtype], 1e-3, seed=1)
-        found = measure.compare(chosen, lambda: arrays(shapes, DTYPES[dtype], 0.02, seed=0), gradients, seconds)
+        found = measure.compare(
+            {name: partial(apart.Apart, name, shapes, dtype) for name in chosen}, seconds, times_anew
+        )
         for name, row in found.items():
-            figures[name] = row if NOT_MEASURED in row else derived(row, size, gradients, bandwidth["best"])
+            figures[name] = row if NOT_MEASURED in row else derived(row, size, DTYPES[dtype], bandwidth["best"])
     place = {"workload": workload, "dtype": dtype}
     return [{**place, "contender": name, **size, **figures[name]} for name in names]
 
 
-def derived(row: Row, size: dict[str, int], gradients: dict[str, mx.array], bandwidth: float) -> Row:
+def derived(row: Row, size: dict[str, int], dtype: mx.Dtype, bandwidth: float) -> Row:
     """A row with what follows from it: times and state per parameter, and the share of the bandwidth.
 
     ``required_bytes`` must move whatever the algorithm: gradients are read, parameters and state read and written.
     """
-    gradient_bytes = sum(g.nbytes for g in gradients.values())  # the parameters' dtype is the same
-    required = 3 * gradient_bytes + 2 * row["state_bytes"]
+    required = 3 * size["parameters"] * dtype.size + 2 * row["state_bytes"]
     return row | {
         "ns_per_parameter": 1e6 * row["median_ms"] / size["parameters"],
         "us_per_tensor": 1e3 * row["median_ms"] / size["tensors"],
@@ -70,7 +84,8 @@ def derived(row: Row, size: dict[str, int], gradients: dict[str, mx.array], band
 def table(found: list[Row], environment: Row, bandwidth: Mapping[str, float]) -> Table:
     made = tables.table(
         f"One AdamW update, MLX {environment['mlx']}, {environment['device']}, {environment['cores']} cores",
-        f"{SAME}. Median over interleaved rounds. to eager, to compiled: ratio to {EAGER} and {COMPILED},"
+        f"{SAME}. Each in processes of its own, which take turns. Median over interleaved rounds."
+        f" to eager, to compiled: ratio to {EAGER} and {COMPILED},"
         f" median (p10-p90) of the ratios within a round; {NOISY}. bandwidth: bytes that must move (gradients once,"
         f" parameters and state twice) per time, of the {bandwidth['best'] / 1e9:.1f} GB/s that kernels of MLX reach on"
         " large arrays in this run. trace: the first update built, not computed",

@@ -62,5 +62,5 @@ def parameter_count(shapes: Shapes) -> int:
 
 
 def needed(parameters: int, dtype: mx.Dtype, contenders: int) -> int:
-    """Bytes: weights, two float32 moments and a residual each, gradients twice, and three arrays during an update."""
-    return parameters * (contenders * (dtype.size + 8 + 2) + 2 * dtype.size + 3 * dtype.size)
+    """Bytes: weights, gradients, two float32 moments and a residual each, and three arrays during an update."""
+    return parameters * (contenders * (2 * dtype.size + 8 + 2) + 3 * dtype.size)

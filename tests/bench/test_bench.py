@@ -13,9 +13,9 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 
-from bench import contenders, measure, numerics, quality, update
+from bench import apart, contenders, measure, numerics, quality, update
 from bench.contenders import CONTENDERS, DEFAULT
-from bench.workloads import arrays
+from bench.workloads import DTYPES, arrays
 
 
 class Fake:
@@ -36,8 +36,15 @@ class Fake:
 
 
 def compared(**costs: tuple[float, ...]) -> dict:
-    makers = {name: lambda p, g, cost=cost: Fake(*cost) for name, cost in costs.items()}
-    return measure.compare(makers, dict, {}, 0.1, clock=lambda: Fake.now)
+    return measure.compare({name: fake(lambda cost=cost: Fake(*cost)) for name, cost in costs.items()}, 0.1, clock=now)
+
+
+def now() -> float:
+    return Fake.now
+
+
+def fake(made: Callable[[], Fake]) -> Callable[[], measure.Runner]:
+    return lambda: measure.Here(lambda p, g: made(), {}, {}, now)
 
 
 def test_a_contender_that_is_three_times_slower_is_reported_so() -> None:
@@ -177,7 +184,7 @@ def test_named_contenders_come_with_the_references() -> None:
 @pytest.mark.parametrize("chain", [1, 8])
 def test_bandwidth_is_bytes_by_seconds(chain: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel takes a second of this clock, two in the first round, which is the one that traces."""
-    marks = itertools.accumulate([0, 2, 2, *[0, 1, 1] * 3])
+    marks = itertools.accumulate([0, 2] * 2 + [0, 1] * 2 * 3)
     monkeypatch.setattr(measure.time, "perf_counter", lambda: chain * next(marks))
     found = measure.bandwidth(size=1 << 10, chain=chain)
     assert found == {"scale": 2 * 4096, "triad": 3 * 4096, "best": 3 * 4096}
@@ -188,9 +195,8 @@ def test_bandwidth_is_that_of_some_memory() -> None:
 
 
 def test_what_follows_from_the_time_of_an_update() -> None:
-    gradients = {"a": mx.zeros((100,), mx.bfloat16), "b": mx.zeros((900,), mx.bfloat16)}
     row = {"median_ms": 2.0, "state_bytes": 8000}
-    found = update.derived(row, {"tensors": 2, "parameters": 1000}, gradients, bandwidth=1e8)
+    found = update.derived(row, {"tensors": 2, "parameters": 1000}, mx.bfloat16, bandwidth=1e8)
     assert found["ns_per_parameter"] == 2e6 / 1000 and found["us_per_tensor"] == 2e3 / 2
     assert found["state_bytes_per_parameter"] == 8
     # Gradients are read; parameters and state are read and written.
@@ -198,17 +204,12 @@ def test_what_follows_from_the_time_of_an_update() -> None:
     assert found["bandwidth_percent"] == pytest.approx(100 * (22_000 / 2e-3) / 1e8)
 
 
-def test_gradients_have_the_dtype_of_the_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_have_the_dtype_of_the_parameters(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given = []
-
-    def compare(contenders: dict, parameters: Callable, gradients: dict, seconds: float) -> dict:
-        given.append({array.dtype for tree in (parameters(), gradients) for array in tree.values()})
-        return {name: {update.NOT_MEASURED: "not now"} for name in contenders}
-
-    monkeypatch.setattr(measure, "compare", compare)
-    for dtype in ("float32", "bfloat16"):
-        update._rows("w", {"a": (4,)}, dtype, list(DEFAULT), 0.0, {})
-    assert given == [{mx.float32}, {mx.bfloat16}]
+    monkeypatch.setattr(apart, "Here", lambda make, *trees: given.append({a.dtype for t in trees for a in t.values()}))
+    apart.here("compiled_adam", {"a": (4,)}, dtype)
+    assert given == [{DTYPES[dtype]}]
 
 
 def test_at_least_five_rounds_and_the_last_count_of_traces() -> None:
@@ -217,9 +218,38 @@ def test_at_least_five_rounds_and_the_last_count_of_traces() -> None:
         def traces(self) -> int:  # type: ignore[override]
             return self.updates
 
-    figures = measure.compare({"slow": lambda p, g: Retraces(10.0)}, dict, {}, 0.1, clock=lambda: Fake.now)
+    figures = measure.compare({"slow": fake(lambda: Retraces(10.0))}, 0.1, clock=now)
     assert figures["slow"]["rounds"] == 5
     assert figures["slow"]["traces"] == 3 + 5  # three before, which do not count
+
+
+def test_all_contenders_are_made_anew_and_share_the_seconds() -> None:
+    made: dict[str, list[Fake]] = {"fast": [], "slow": []}
+
+    def kept(name: str, cost: float) -> Callable[[], measure.Runner]:
+        return fake(lambda: made[name].append(Fake(cost)) or made[name][-1])
+
+    begin = now()
+    figures = measure.compare({"fast": kept("fast", 0.001), "slow": kept("slow", 0.003)}, 0.12, 3, clock=now)
+    assert [len(each) for each in made.values()] == [3, 3]
+    assert figures["slow"]["rounds"] == 3 * 10 and figures["slow"]["ratio"] == pytest.approx(3)
+    assert now() - begin == pytest.approx(0.12 + 3 * 3 * 0.004)  # three updates of each before
+
+
+def test_a_contender_in_a_process_of_its_own_does_the_same() -> None:
+    made = [kind("compiled_adam", {"a": (8, 3)}, "float32") for kind in (apart.Apart, apart.here)]
+    times = [[runner.time() for _ in range(2)] for runner in made]
+    assert min(map(min, times)) > 0
+    assert [runner.traces() for runner in made] == [1, 1]
+    same = ("kernels", "state_bytes", "peak_extra_bytes", "traces")
+    assert [{name: runner.figures[name] for name in same} for runner in made[:1]] == [
+        {name: made[1].figures[name] for name in same}
+    ]
+    process = made[0]._process
+    assert process.is_alive()
+    for runner in made:
+        runner.close()
+    assert not process.is_alive()
 
 
 def test_numerics_measures_movement_and_decay() -> None:

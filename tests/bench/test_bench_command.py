@@ -50,7 +50,7 @@ def test_schema_of_a_record(bench, small, tmp_path: Path) -> None:
     code, _, _ = bench("--seconds", "0", "--json", str(tmp_path / "record.json"))
     assert code == 0
     record = json.loads((tmp_path / "record.json").read_text())
-    assert record["schema"] == environment.SCHEMA == 2
+    assert record["schema"] == environment.SCHEMA == 3
     assert record.keys() == {"schema", "command", "environment", "complete", "bandwidth", "update"}
     assert record["complete"] is True
     assert record["environment"].keys() >= {

@@ -23,12 +23,12 @@ ROOT = Path(__file__).parents[2]
 
 def ends_early(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     """The second dtype cannot be measured."""
-    compare = measure.compare
+    compare, calls = measure.compare, itertools.count()
 
-    def compared(makers: Any, parameters: Any, gradients: Any, seconds: float) -> Any:
-        if gradients["a"].dtype != measure.mx.float32:
+    def compared(*arguments: Any) -> Any:
+        if next(calls):
             raise error
-        return compare(makers, parameters, gradients, seconds)
+        return compare(*arguments)
 
     monkeypatch.setattr(measure, "compare", compared)
 
@@ -125,11 +125,11 @@ def test_ctrl_c_in_a_process(start, tmp_path: Path) -> None:
     program = """
 import sys
 from bench import __main__ as command, measure
-resources = measure.resources
-def measuring(*arguments, **options):
+in_turn = measure._in_turn
+def measuring(*arguments):
     print("measuring", file=sys.stderr, flush=True)
-    return resources(*arguments, **options)
-measure.resources = measuring
+    return in_turn(*arguments)
+measure._in_turn = measuring
 sys.exit(command.main())
 """
     process = start("60", "-c", program)
@@ -205,10 +205,10 @@ def test_mlx_is_never_measured_right_after_another_framework(monkeypatch: pytest
         made.update = lambda: (happened.append("mlx"), update())  # type: ignore[method-assign]
         return made
 
-    def tree() -> Any:
-        return {"a": measure.mx.ones((8, 8))}
+    def runner(make: Any) -> Callable[[], measure.Runner]:
+        return lambda: measure.Here(make, {"a": measure.mx.ones((8, 8))}, {"a": measure.mx.ones((8, 8))})
 
-    measure.compare({"mlx eager": stock, "foreign": lambda p, g: Foreign()}, tree, tree(), 0.05)
+    measure.compare({"mlx eager": runner(stock), "foreign": runner(lambda p, g: Foreign())}, 0.05)
     turns = happened[happened.index("settle") - 1 :]
     after = {b for a, b in pairs(turns) if a == "foreign"}
     before = {a for a, b in pairs(turns) if b == "foreign"}

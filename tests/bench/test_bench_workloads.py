@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from bench import memory, models, update
+from bench import apart, memory, models, update
 from bench.workloads import QUICK, WORKLOADS, needed, parameter_count
 
 
@@ -52,7 +52,8 @@ def test_what_does_not_fit_into_memory_is_not_measured(monkeypatch: pytest.Monke
     for enough in (True, False):
         most = needed(4, mx.float32, 2) / 0.6 + (1 if enough else -1)
         monkeypatch.setattr(update, "memory_bytes", lambda most=most: most)
-        rows = update._rows("w", {"a": (4,)}, "float32", references, 0.0, {"best": 1e9})
+        monkeypatch.setattr(apart, "Apart", apart.here)
+        rows = update._rows("w", {"a": (4,)}, "float32", references, 0.0, 1, {"best": 1e9})
         assert [update.NOT_MEASURED in row for row in rows] == [not enough] * 2
     assert rows[0][update.NOT_MEASURED] == "2 contenders need 0.0 GB here; choose fewer with --contender"
     monkeypatch.setattr(memory, "memory_bytes", lambda: 1)
