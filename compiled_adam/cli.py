@@ -109,12 +109,8 @@ class _Interrupts:
     def _end(self, number: int, _: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
         error = sys.exc_info()[1]
-        if error is None or while_handling(error, _ends_a_training) is None:
+        if error is None or not while_handling(error, lambda each: isinstance(each, TrainingStopped) or is_lost(each)):
             raise SystemExit(143)
-
-
-def _ends_a_training(error: BaseException) -> bool:
-    return isinstance(error, TrainingStopped) or is_lost(error)
 
 
 def _is_told(error: Exception) -> bool:
@@ -206,9 +202,7 @@ def _without_command(arguments: argparse.Namespace) -> int:
     if arguments.print_completion is None:
         _parser().print_help(sys.stderr)
         return 2
-    with needed("completion of lora's options", "mlx-lm", "lm"):
-        from .commands import lora_options  # noqa: F401
-    from .commands import completion  # outside of `needed`, because it says itself that shtab is missing
+    from .commands import completion
 
     print(completion.script(_parser(), arguments.print_completion))
     return 0

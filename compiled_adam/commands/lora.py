@@ -24,7 +24,7 @@ from mlx_lm.tuner.datasets import CacheDataset
 from mlx_lm.tuner.trainer import TrainingArgs
 
 from ..base import InputError, fingerprint
-from ..checkpoint import check_exists
+from ..checkpoint import OtherRun, check_exists
 from ..distributed import Workers, join
 from ..finetune import attention, data, model_files, padding, samples
 from ..finetune.adapters import check_folder, load_adapters, load_weights, other_scale, read_arrays, trained_dtype
@@ -63,8 +63,10 @@ def main(argv: Sequence[str]) -> None:
     args = settings(argv)
     args.typed = argv
     if join(args.worker_timeout).rank() == 0:
-        with resuming.told(argv):
+        try:
             run(args)
+        except OtherRun as error:
+            raise InputError(resuming.message(error, argv)) from error
     else:
         args.report, args.report_to = False, None
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):

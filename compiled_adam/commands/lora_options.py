@@ -1,4 +1,4 @@
-"""The options of ``compiled-adam lora``: mlx-lm's own, and the ones that only this command has."""
+"""The options of ``compiled-adam lora``, which are mlx-lm's own and ours, and of ``compiled-adam plan``."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "workers, which mlx.launch starts and which share each batch": ("reduce_dtype", "shard_state", "worker_timeout"),
 }
-# The options that mlx-lm does not have.
+# The options that mlx-lm does not have. A new one is in `GROUPS`, `_KINDS` and `_HELP`.
 SWITCHES = (
     *("assistant_only_loss", "group_by_length", "chunked_loss", "like_mlx_lm", "skip_nonfinite", "bias_correction"),
     *("decay_matrices_only", "save_best", "report", "shard_state"),
@@ -159,6 +159,18 @@ examples:
 After Ctrl-C or SIGTERM the run finishes its step and saves. The folder of the
 adapters also has log.jsonl, with a line for each step, and checkpoints.
 --resume continues from a checkpoint exactly."""
+_PLAN_EXAMPLES = """\
+examples:
+  # LoRA with the defaults, on this machine
+  compiled-adam plan my_model
+  # full fine-tuning with small moments, on a machine of 16 GB
+  compiled-adam plan my_model --fine-tune-type full --moments 8bit --memory 16
+  # four machines that share each batch and the state of the optimizer
+  compiled-adam plan my_model --workers 4 --batch-size 8 --shard-state
+
+The memory is that of the largest batch: --batch-size examples of
+--max-seq-length tokens. If the job does not fit, the last line has options with
+which it does. The exit code is 1 if there are none, and else 0."""
 
 
 def settings(argv: Sequence[str], made: Parser | None = None) -> types.SimpleNamespace:
@@ -206,6 +218,35 @@ def parser() -> Parser:
                 _describe(group.add_argument(f"--{name.replace('_', '-')}", **_KINDS[name]), defaults[name])
             elif name in theirs:  # mlx-lm 0.31 lacks some
                 _describe(group._add_action(theirs[name]), defaults.get(name))
+    return made
+
+
+def plan_parser() -> Parser:
+    made = parser()
+    made.prog = "compiled-adam plan"
+    made.usage = "compiled-adam plan MODEL [options]"
+    made.description = (
+        "Computes the memory and communication that a job needs. Reads only the model's\n"
+        "config.json. Takes the options of compiled-adam lora."
+    )
+    made.epilog = _PLAN_EXAMPLES
+    ours = made.add_argument_group("planning")
+    ours.add_argument(
+        "planned", metavar="MODEL", help="A folder with a config.json, the file itself, or the name of a cached model."
+    )
+    ours.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="How many processes share each batch. Default: %(default)s."
+    )
+    ours.add_argument(
+        "--link",
+        type=float,
+        default=5.0,
+        metavar="GB/S",
+        help="The bandwidth between workers in each direction. Default: %(default)g (Thunderbolt 4).",
+    )
+    ours.add_argument(
+        "--memory", type=float, metavar="GB", help="The memory of each worker. Default: the memory of this machine."
+    )
     return made
 
 

@@ -31,8 +31,7 @@ from ..update import POLICIES
 from . import fitting
 from .like_mlx_lm import options_of_adam
 from .lora import make_optimizer, make_trainable
-from .lora_options import settings
-from .plan_options import plan_parser
+from .lora_options import plan_parser, settings
 
 GB = 1e9
 MOST_WORKERS = 1 << 16
