@@ -157,13 +157,13 @@ def train_model(
     if args.resume_adapter_file is not None:
         _begin_with(args, model)
     cached = CacheDataset(train_set)
+    tokenize(cached, quiet=join(args.worker_timeout).rank() > 0)
     make_batches = _batches(args, args.bucket)
     if args.epochs is not None:
         args.iters = _iterations(args, cached, make_batches)
         check_rates(args)
         for note in short_schedule(args):
             print(f"note: {note}")
-    tokenize(cached, quiet=join(args.worker_timeout).rank() > 0)
     valid = CacheDataset(valid_set)
     forecast = None if args.bucket is None else _forecast(args, cached)
     options = _options(args, base, valid_set)
@@ -208,8 +208,6 @@ def _iterations(args: types.SimpleNamespace, dataset: CacheDataset, make_batches
     """The iterations of ``args.epochs``."""
     world = join(args.worker_timeout)
     made = make_batches(dataset, args.batch_size, args.max_seq_length, loop=True, comm_group=world)
-    if made.grouped:
-        tokenize(dataset, quiet=world.rank() > 0)
     if (iterations := args.epochs * made.per_epoch) > sys.maxsize:
         raise InputError(f"{called('epochs')} is {args.epochs:g}, which no run can finish; give fewer")
     return max(1, math.ceil(iterations))
@@ -267,10 +265,9 @@ def _report(args: types.SimpleNamespace) -> None:
     if args.report and (folder / LOG).exists():
         try:
             report.write([folder], folder / REPORT)
+            print(f"report -> {folder / REPORT}")
         except (InputError, OSError) as error:
             print(f"warning: there is no report: {error}")
-        else:
-            print(f"report -> {folder / REPORT}")
 
 
 def _test(args: types.SimpleNamespace, model: nn.Module, test_set: Any) -> None:
