@@ -8,7 +8,6 @@ batches: in bfloat16 by stock AdamW and by ours, and in float32. After that it c
 from __future__ import annotations
 
 import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -33,6 +32,7 @@ from rich.table import Table
 from ..base import InputError
 from ..finetune.adapters import read_arrays
 from ..finetune.batches import Batches
+from ..finetune.console import make_console
 from ..finetune.names import LOG, REPORT, WEIGHTS
 from ..finetune.trainable import cast
 from ..finetune.trainer import train
@@ -113,7 +113,7 @@ def run(folder: Path, pretraining: int, iterations: int, seed: int) -> None:
     Raises ValueError for a folder that holds something else, and for numbers out of range.
     """
     _check(folder, pretraining, iterations, seed)
-    console = Console(file=sys.stdout, highlight=False)  # and not where `_fine_tune` sends the lines of steps
+    console = make_console()
     say, stage = partial(_say, console), partial(_stage, console)
     start = time.perf_counter()
     mx.random.seed(seed)
