@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,12 +68,8 @@ def _thinned(points: Points) -> Points:
     size = -(-2 * len(ordered) // _MOST)
     if size <= 2:
         return ordered
-    parts = (ordered[i : i + size] for i in range(0, len(ordered), size))
-    return [each for part in parts for each in sorted({min(part, key=_value), max(part, key=_value)})]
-
-
-def _value(point: tuple[int, float]) -> float:
-    return point[1]
+    parts, value = (ordered[i : i + size] for i in range(0, len(ordered), size)), itemgetter(1)
+    return [each for part in parts for each in sorted({min(part, key=value), max(part, key=value)})]
 
 
 def _smoothed(points: Points) -> Points:
