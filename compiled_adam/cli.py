@@ -239,7 +239,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
     out = arguments.out or arguments.folders[0] / "report.html"
     if arguments.watch:
-        report.watch(arguments.folders, out, print)
+        report.watch(arguments.folders, out)
     else:
         report.write(arguments.folders, out)
     print(f"wrote {out}")

@@ -123,9 +123,9 @@ def test_the_markup_is_balanced(tmp_path: Path) -> None:
     assert parser.open == []
 
 
-def test_a_watch_follows_a_run_to_its_end(tmp_path: Path) -> None:
+def test_a_watch_follows_a_run_to_its_end(tmp_path: Path, capsys) -> None:
     """And waits for its first step. The page loads itself again only while there is more to come."""
-    folder, out, said, refreshes = tmp_path / "run", tmp_path / "page.html", [], []
+    folder, out, refreshes = tmp_path / "run", tmp_path / "page.html", []
 
     def begin() -> None:
         make_run(folder, 10)
@@ -142,12 +142,13 @@ def test_a_watch_follows_a_run_to_its_end(tmp_path: Path) -> None:
         refreshes.append(out.exists() and "refresh" in out.read_text() and out.stat().st_mtime_ns)
         happens.pop(0)()
 
-    report.watch([folder], out, said.append, wait)
+    report.watch([folder], out, wait)
+    said = capsys.readouterr().out.splitlines()
     assert not happens and len(said) == 2 and said[0] == "waiting for the first step" and str(out) in said[1]
     assert refreshes[:2] == [False, False] and all(refreshes[2:])
     assert refreshes[2] == refreshes[3] < refreshes[4]  # written again when there is something new
     assert 'http-equiv="refresh"' not in out.read_text() and "<dt>iterations</dt><dd>11</dd>" in out.read_text()
-    report.watch([folder], out, said.append, lambda _: pytest.fail("the run is over"))
+    report.watch([folder], out, lambda _: pytest.fail("the run is over"))
 
 
 def test_a_watch_ends_with_a_killed_run_and_with_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
