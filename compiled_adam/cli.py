@@ -50,7 +50,9 @@ def _run(argv: Sequence[str] | None, interrupts: _Interrupts) -> int:
             # Ctrl-C ends every process of a terminal, as the compiler that MLX is waiting for: its failure came first.
             _tell("interrupted")
             return 130
-        if debug or not _is_told(error):
+        # A user can mend the cause of these: the message is enough. That of a missing package says what to install.
+        missing_package = isinstance(error, ImportError) and "install" in str(error)
+        if debug or not (missing_package or isinstance(error, (InputError, OSError, TrainingStopped))):
             raise
         _tell(str(error))
         return 1 if isinstance(error, TrainingStopped) else 2
@@ -111,12 +113,6 @@ class _Interrupts:
         error = sys.exc_info()[1]
         if error is None or not while_handling(error, lambda each: isinstance(each, TrainingStopped) or is_lost(each)):
             raise SystemExit(143)
-
-
-def _is_told(error: Exception) -> bool:
-    """Whether a user can mend the cause of an error, so that its message is shown without a traceback."""
-    missing_package = isinstance(error, ImportError) and "install" in str(error)  # the message says what to install
-    return isinstance(error, (InputError, OSError, TrainingStopped)) or missing_package
 
 
 def _tell(message: str) -> None:

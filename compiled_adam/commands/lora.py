@@ -198,14 +198,12 @@ def _options(args: types.SimpleNamespace, base: Any, valid_set: Any) -> TrainOpt
 
 
 def _batches(args: types.SimpleNamespace, bucket: float | None) -> partial[Batches]:
-    """`Batches` with the options of a job."""
     grouped = like_mlx_lm.is_grouped(args)
     lengths = padding.chosen(bucket, grouped, cuda=False if args.like_mlx_lm else None)
     return partial(Batches, padding=lengths, group_by_length=grouped, batch_tokens=args.batch_tokens)
 
 
 def _iterations(args: types.SimpleNamespace, dataset: CacheDataset, make_batches: partial[Batches]) -> int:
-    """The iterations of ``args.epochs``."""
     world = join(args.worker_timeout)
     made = make_batches(dataset, args.batch_size, args.max_seq_length, loop=True, comm_group=world)
     if (iterations := args.epochs * made.per_epoch) > sys.maxsize:

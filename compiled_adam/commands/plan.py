@@ -233,9 +233,10 @@ def main(argv: Sequence[str]) -> int:
 
 def describe(made: Plan, link: float) -> list[str]:
     """Lines about the needs that are the same for all policies; ``link`` is in GB/s."""
+    layers = "the last layer" if made.layers == 1 else f"the last {made.layers} layers"
     lines = [
         f"{_count(made.parameters)} parameters, {made.dtype} where not quantized; {_count(made.trainable)} trained,"
-        f" in {_layers(made.layers)}",
+        f" in {layers}",
         f"weights {_gb(made.weights)}, gradients {_gb(made.gradients)}"
         + (f", accumulated {_gb(made.window)}" if made.window else "")
         + (f", exchanged {_gb(made.exchange)}" if made.exchange else ""),
@@ -305,10 +306,6 @@ def table(made: Plan, memory: float, name: str) -> Table:
         fits = _gb(left) if left >= 0 else f"does not fit, {_gb(-left)} too much"
         rows.add_row(policy, _gb(state.moments), _gb(state.residuals), _gb(made.total(policy)), fits)
     return rows
-
-
-def _layers(count: int) -> str:
-    return "the last layer" if count == 1 else f"the last {count} layers"
 
 
 def _calls(nbytes: Sequence[int]) -> str:
