@@ -253,10 +253,11 @@ def _quality(model: nn.Module, data: Data) -> Quality:
     loss = evaluate(
         model, data.valid, batch_size=BATCH, num_batches=-1, loss=losses.next_token, iterate_batches=data.batches
     )
-    answers = [
-        (model(mx.array([tokens[:start]]))[0, -1].argmax().item(), tokens[start]) for tokens, start in data.valid
-    ]
-    return Quality(loss, sum(given == right for given, right in answers))
+    return Quality(loss, sum(_next_token(model, tokens[:start]) == tokens[start] for tokens, start in data.valid))
+
+
+def _next_token(model: nn.Module, tokens: list[int]) -> int:
+    return int(model(mx.array([tokens]))[0, -1].argmax().item())
 
 
 def _answer(model: nn.Module, tokenizer: Any, prompt: str) -> str:
@@ -264,7 +265,7 @@ def _answer(model: nn.Module, tokenizer: Any, prompt: str) -> str:
     tokens = tokenizer.encode(prompt)
     start = len(tokens)
     while len(tokens) < start + 5 and tokens[-1] != tokenizer.eos_token_id:
-        tokens.append(model(mx.array([tokens]))[0, -1].argmax().item())
+        tokens.append(_next_token(model, tokens))
     return str(tokenizer.decode([token for token in tokens[start:] if token != tokenizer.eos_token_id])).strip()
 
 
