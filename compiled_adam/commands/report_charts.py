@@ -66,8 +66,6 @@ def _thinned(points: Points) -> Points:
     """At most about `_MOST` points in order, one an iteration: the least and the greatest of each stretch stay."""
     ordered = sorted(dict(points).items())
     size = -(-2 * len(ordered) // _MOST)
-    if size <= 2:
-        return ordered
     parts, value = (ordered[i : i + size] for i in range(0, len(ordered), size)), itemgetter(1)
     return [each for part in parts for each in sorted({min(part, key=value), max(part, key=value)})]
 

@@ -121,7 +121,7 @@ def _best(run: Run) -> list[str]:
 
 def _end(run: Run) -> str:
     session, wanted = run.session, run.settings.get("iters")
-    of = f" of {wanted}" if isinstance(wanted, int) and not isinstance(wanted, bool) else ""
+    of = f" of {wanted}" if isinstance(wanted, int) else ""
     if session is None:
         return f"The log ends at iteration {run.last}{of}."
     if not run.is_over:

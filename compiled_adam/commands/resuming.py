@@ -13,7 +13,7 @@ import numpy as np
 
 from ..base import InputError, table
 from ..checkpoint import COLUMNS, OtherRun
-from .lora_options import effective_defaults, parser, settings
+from .lora_options import parser, settings
 
 _OPTIONS = {"accumulate": "grad_accumulation_steps"}  # options that have another name in a checkpoint
 _FOLLOW = ("decays", "weighted")  # from other settings
@@ -94,7 +94,6 @@ def _typed(action: argparse.Action, value: Any) -> list[str]:
 
 def _has(found: types.SimpleNamespace, name: str, value: Any) -> bool:
     given = getattr(found, name)
-    given = effective_defaults().get(name) if given is None else given
     if isinstance(given, float) and isinstance(value, (int, float)):
         return math.isclose(given, value, rel_tol=1e-6)  # float32
     return given == value or not (given or value)

@@ -89,6 +89,7 @@ def test_runs_are_compared_in_the_same_charts_and_what_differs_comes_first(tmp_p
     lines = lines_of(text)
     for folder in folders:
         assert f"{folder.name}: training" in lines and f"{folder.name}: validation" in lines
+    assert not any("clipped" in label or "skipped" in label for label in lines)  # details of a single run
     assert "<td>iterations</td><td>40</td><td>20</td>" in text and text.count("<h1>") == 2
     differing, alike = re.search(r"Settings that differ(.*)<figure>.*Settings that are alike(.*)", text).groups()
     assert "<td>seed</td><td>1</td><td>2</td>" in differing and "<td>extra</td><td>-</td><td>true</td>" in differing
@@ -153,6 +154,13 @@ def test_a_watch_follows_a_run_to_its_end(tmp_path: Path, capsys) -> None:
 
 def test_a_watch_ends_with_a_killed_run_and_with_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, out = make_run(tmp_path / "run", 10), tmp_path / "run" / "report.html"
+
+    def at_once(_: float) -> None:
+        raise KeyboardInterrupt
+
+    for unknown in (tmp_path, folder):  # no run yet, and one of which nobody knows how long it is
+        with pytest.raises(KeyboardInterrupt):
+            report.watch([unknown], out, at_once)
     Record(folder / "run.json", 0, 1, pytest.fail)
 
     def interrupt(_: float) -> None:
