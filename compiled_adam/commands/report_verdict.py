@@ -110,7 +110,7 @@ def _failures(run: Run) -> list[str]:
 
 
 def _best(run: Run) -> list[str]:
-    if len(run.losses) < 2 or run.best is None or run.losses[-1][1] - run.best[1] <= _RISE * abs(run.best[1]):
+    if run.best is None or run.losses[-1][1] - run.best[1] <= _RISE * abs(run.best[1]):
         return []
     if run.settings.get("save_best"):
         return [f"The folder best/ has the weights with the lowest validation loss, of iteration {run.best[0]}."]

@@ -159,12 +159,10 @@ def test_the_whole_page_is_what_is_computed() -> None:
 @pytest.mark.usefixtures("on_cpu")
 def test_command(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = str(tiny_model / "config.json")
-    assert (
-        cli.main(["plan", "--batch-size", "2", config, "--workers", "2", "--memory", "0.0001", "--num-layers", "1"])
-        == 1
-    )
+    job = ["plan", config, "--workers", "2", "--num-layers", "1"]
+    assert cli.main([*job, "--batch-size", "2", "--memory", "0.0001"]) == 1
     out = capsys.readouterr().out
-    assert cli.main(["plan", config, "--workers", "2", "--num-layers", "1", "--shard-state"]) == 0
+    assert cli.main([*job, "--shard-state"]) == 0
     assert "and 1 call of together" in (gathers := capsys.readouterr().out) and "of new weights" in gathers
     assert "2 workers: 1 call of together" in out and "at 5 GB/s" in out and "does not fit" in out
     assert all(policy in out for policy in POLICIES)

@@ -69,6 +69,7 @@ def test_the_lines_are_those_of_the_log(tmp_path: Path) -> None:
         finite,
         pytest.approx([4 / i + 1 for i in finite], rel=1e-5),
     )  # so short that all count
+    assert "one step" not in lines
     assert lines["validation"] == ([1, 21], [6.0, 1.2381]) and lines["best, 1.2381 at 21"][0] == [21]
     assert lines["clipped (10)"][0] == list(range(1, 41, 4)) and lines["skipped (4)"][0] == [10, 20, 30, 40]
     assert lines["traces"] == (list(range(1, 41)), [min(i, 3) for i in range(1, 41)])
@@ -307,10 +308,17 @@ def test_what_is_no_file_is_not_read(tmp_path: Path, capsys) -> None:
         assert f"adapter_config.json is {message}" in capsys.readouterr().err
 
 
-def test_a_run_whose_steps_took_no_time(tmp_path: Path) -> None:
-    (tmp_path / "log.jsonl").write_text(json.dumps(STEP | {"seconds": 0, "grad_norm": 0}) + "\n")
+@pytest.mark.parametrize("norm", [0, None])  # None: of an optimizer that does not compute it
+def test_a_run_whose_steps_took_no_time(norm: float | None, tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text(json.dumps(STEP | {"seconds": 0, "grad_norm": norm}) + "\n")
     report.write([tmp_path], tmp_path / "report.html")
-    assert "<dt>tokens/s</dt><dd>-</dd>" in (tmp_path / "report.html").read_text()
+    text = (tmp_path / "report.html").read_text()
+    assert "<dt>tokens/s</dt><dd>-</dd>" in text and "Settings that differ" not in text
+
+
+def test_samples_without_answers_are_not_shown(tmp_path: Path) -> None:
+    record = {"sessions": [], "samples": [{"iteration": 0, "answers": []}]}
+    assert "<h2>Samples" not in page([report.load(make_run(tmp_path / "run"))._replace(record=record)])
 
 
 @pytest.mark.parametrize(
