@@ -50,7 +50,9 @@ def _run(argv: Sequence[str] | None, interrupts: _Interrupts) -> int:
             # Ctrl-C ends every process of a terminal, as the compiler that MLX is waiting for: its failure came first.
             _tell("interrupted")
             return 130
-        if debug or not _is_told(error):
+        # A user can mend the cause of these: the message is enough. That of a missing package says what to install.
+        missing_package = isinstance(error, ImportError) and "install" in str(error)
+        if debug or not (missing_package or isinstance(error, (InputError, OSError, TrainingStopped))):
             raise
         _tell(str(error))
         return 1 if isinstance(error, TrainingStopped) else 2
@@ -109,18 +111,8 @@ class _Interrupts:
     def _end(self, number: int, _: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
         error = sys.exc_info()[1]
-        if error is None or while_handling(error, _ends_a_training) is None:
+        if error is None or not while_handling(error, lambda each: isinstance(each, TrainingStopped) or is_lost(each)):
             raise SystemExit(143)
-
-
-def _ends_a_training(error: BaseException) -> bool:
-    return isinstance(error, TrainingStopped) or is_lost(error)
-
-
-def _is_told(error: Exception) -> bool:
-    """Whether a user can mend the cause of an error, so that its message is shown without a traceback."""
-    missing_package = isinstance(error, ImportError) and "install" in str(error)  # the message says what to install
-    return isinstance(error, (InputError, OSError, TrainingStopped)) or missing_package
 
 
 def _tell(message: str) -> None:
@@ -206,9 +198,7 @@ def _without_command(arguments: argparse.Namespace) -> int:
     if arguments.print_completion is None:
         _parser().print_help(sys.stderr)
         return 2
-    with needed("completion of lora's options", "mlx-lm", "lm"):
-        from .commands import lora_options  # noqa: F401
-    from .commands import completion  # outside of `needed`, because it says itself that shtab is missing
+    from .commands import completion
 
     print(completion.script(_parser(), arguments.print_completion))
     return 0
@@ -245,7 +235,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
     out = arguments.out or arguments.folders[0] / "report.html"
     if arguments.watch:
-        report.watch(arguments.folders, out, print)
+        report.watch(arguments.folders, out)
     else:
         report.write(arguments.folders, out)
     print(f"wrote {out}")

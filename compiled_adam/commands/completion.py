@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 
 from ..finetune.packages import needed
-from . import lora_options, plan_options, schedule
+from . import schedule
 from .parsing import commands_of
 
+with needed("completion of lora's options", "mlx-lm", "lm"):
+    from . import lora_options
 with needed("completion", "shtab", "completion"):
     import shtab
 
@@ -18,7 +20,7 @@ _FOLDERS = ("model", "planned", "data", "adapter_path", "resume", "folders")
 def script(parser: argparse.ArgumentParser, shell: str) -> str:
     """The script for a ``shell``; ``parser`` is that of the whole command."""
     commands = commands_of(parser)
-    commands["lora"], commands["plan"] = lora_options.parser(), plan_options.plan_parser()
+    commands["lora"], commands["plan"] = lora_options.parser(), lora_options.plan_parser()
     names = commands["schedule"] = schedule.parser()
     chosen = names.add_subparsers()
     for name in schedule.SCHEDULES:

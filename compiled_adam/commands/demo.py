@@ -8,7 +8,6 @@ batches: in bfloat16 by stock AdamW and by ours, and in float32. After that it c
 from __future__ import annotations
 
 import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -30,15 +29,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from ..base import InputError, lenient
+from ..base import InputError
 from ..finetune.adapters import read_arrays
 from ..finetune.batches import Batches
-from ..finetune.names import LOG, WEIGHTS
+from ..finetune.console import make_console
+from ..finetune.names import LOG, REPORT, WEIGHTS
 from ..finetune.trainable import cast
 from ..finetune.trainer import train
 from ..optimizers import AdamW
 from ..step import losses, make_step
-from . import capitals
+from . import capitals, report
 from .small_model import CONFIG, make_model, save_weights
 
 MARKER = ".compiled-adam-demo"
@@ -107,60 +107,49 @@ class Quality(NamedTuple):
     right: int
 
 
-def run(folder: Path, pretraining: int = 200, iterations: int = 200, seed: int = 0) -> dict[str, Quality]:
+def run(folder: Path, pretraining: int, iterations: int, seed: int) -> None:
     """Writes a model, the runs of the `CONTENDERS` and report.html into ``folder``.
 
-    Returns the quality of the model before the fine-tuning ("before") and after each, by the name of its folder.
-
-    Raises ValueError for a folder that holds something else, and for too few iterations.
+    Raises ValueError for a folder that holds something else, and for numbers out of range.
     """
     _check(folder, pretraining, iterations, seed)
-    console = Console(file=lenient(sys.stdout), highlight=False)
+    console = make_console()
+    say, stage = partial(_say, console), partial(_stage, console)
     start = time.perf_counter()
     mx.random.seed(seed)
     sentences = capitals.before(seed)
-    with _stage(console, "1. make a tokenizer and a small language model"):
+    with stage("1. make a tokenizer and a small language model"):
         make_model(folder / "model", "\n".join(islice(sentences, 1000)), MODEL)
         model, tokenizer, *_ = load(str(folder / "model"))
     data, prompt, weights = _data(tokenizer), capitals.ASKED, get_total_parameters(model)
-    what = (
-        f"2. train it, {weights:,} float32 weights, on {BATCH * pretraining:,} sentences: cities, and random capitals"
-    )
-    with _stage(console, what, pretraining) as advance:
+    what = f"{weights:,} float32 weights, on {BATCH * pretraining:,} sentences: cities, and random capitals"
+    with stage(f"2. train it, {what}", pretraining) as advance:
         tokens = ([*tokenizer.encode(text), tokenizer.eos_token_id] for text in sentences)
         _pretrain(model, tokens, data.longest + 2, pretraining, advance)  # the end of the sentence, and of the text
         cast(model, "bfloat16")
         save_weights(model, folder / "model")
     found, said = {"before": _quality(model, data)}, {"before": _answer(model, tokenizer, prompt)}
     for number, each in enumerate(CONTENDERS, start=3):
-        with _stage(
-            console,
-            f"{number}. fine-tune it on {len(data.train)} facts: {each.dtype}, {each.package}.AdamW",
-            iterations,
-        ) as advance:
+        what = f"{len(data.train)} facts: {each.dtype}, {each.package}.AdamW"
+        with stage(f"{number}. fine-tune it on {what}", iterations) as advance:
             model = _fine_tune(each, folder, data, iterations, seed, advance)
             found[each.folder], said[each.folder] = _quality(model, data), _answer(model, tokenizer, prompt)
-    with _stage(console, f"{number + 1}. draw the runs"):
-        report = _draw(folder)
-    console.print(f"   {time.perf_counter() - start:.0f} s in all\n")
-    _say(console, f"validation loss and right answers, about {capitals.HELD_OUT} countries without facts")
+    with stage(f"{number + 1}. draw the runs"):
+        drawn = _draw(folder)
+    say(f"   {time.perf_counter() - start:.0f} s in all\n")
+    say(f"validation loss and right answers, about {capitals.HELD_OUT} countries without facts")
     console.print(bars(found, len(data.valid)))
     stock, ours = (changed(folder / "model", folder / each.folder) for each in CONTENDERS[:2])
-    _say(console, f"bfloat16 weights that have changed: stock {stock:.0%}, ours {ours:.0%}")
-    _say(
-        console,
-        "Most updates are below a step of bfloat16: stock rounds them away, ours keeps what rounding cuts off.\n",
-    )
+    say(f"bfloat16 weights that have changed: stock {stock:.0%}, ours {ours:.0%}")
+    say("Most updates are below a step of bfloat16: stock rounds them away, ours keeps what rounding cuts off.\n")
     for name, answer in (("before", said["before"]), ("after", said[OURS.folder])):
-        _say(console, f"{name:<8}{prompt} -> {answer}")
-    _say(console, report)
+        say(f"{name:<8}{prompt} -> {answer}")
+    say(drawn)
     paths = f"--model {shlex.quote(str(folder / 'model'))} --adapter-path {shlex.quote(str(folder / OURS.folder))}"
-    console.print(f"try     mlx_lm.generate {paths} --prompt {shlex.quote(prompt)} -m 5", markup=False, soft_wrap=True)
-    return found
+    print(f"try     mlx_lm.generate {paths} --prompt {shlex.quote(prompt)} -m 5")
 
 
 def _check(folder: Path, pretraining: int, iterations: int, seed: int) -> None:
-    """Makes the folder; raises ValueError for one that holds something else, and for numbers out of range."""
     for name, value in (("pretraining", pretraining), ("iters", iterations)):
         if value < 1:
             raise InputError(f"{name} is {value}; it must be at least 1")
@@ -202,15 +191,12 @@ def _pretrain(
 
 
 def _data(tokenizer: Any) -> Data:
-    train_set, valid_set = (
-        [
-            ([*tokenizer.encode(prompt), *tokenizer.encode(answer)], len(tokenizer.encode(prompt)))
-            for prompt, answer in some
-        ]
-        for some in capitals.facts()
-    )
-    longest = max(len(tokens) for tokens, _ in [*train_set, *valid_set])
-    return Data(train_set, valid_set, longest)
+    def example(fact: capitals.Fact) -> Example:
+        prompt = tokenizer.encode(fact.prompt)
+        return [*prompt, *tokenizer.encode(fact.answer)], len(prompt)
+
+    train_set, valid_set = ([example(fact) for fact in some] for some in capitals.facts())
+    return Data(train_set, valid_set, max(len(tokens) for tokens, _ in [*train_set, *valid_set]))
 
 
 class _Advance(TrainingCallback):
@@ -267,10 +253,11 @@ def _quality(model: nn.Module, data: Data) -> Quality:
     loss = evaluate(
         model, data.valid, batch_size=BATCH, num_batches=-1, loss=losses.next_token, iterate_batches=data.batches
     )
-    answers = [
-        (model(mx.array([tokens[:start]]))[0, -1].argmax().item(), tokens[start]) for tokens, start in data.valid
-    ]
-    return Quality(loss, sum(given == right for given, right in answers))
+    return Quality(loss, sum(_next_token(model, tokens[:start]) == tokens[start] for tokens, start in data.valid))
+
+
+def _next_token(model: nn.Module, tokens: list[int]) -> int:
+    return int(model(mx.array([tokens]))[0, -1].argmax().item())
 
 
 def _answer(model: nn.Module, tokenizer: Any, prompt: str) -> str:
@@ -278,7 +265,7 @@ def _answer(model: nn.Module, tokenizer: Any, prompt: str) -> str:
     tokens = tokenizer.encode(prompt)
     start = len(tokens)
     while len(tokens) < start + 5 and tokens[-1] != tokenizer.eos_token_id:
-        tokens.append(model(mx.array([tokens]))[0, -1].argmax().item())
+        tokens.append(_next_token(model, tokens))
     return str(tokenizer.decode([token for token in tokens[start:] if token != tokenizer.eos_token_id])).strip()
 
 
@@ -290,14 +277,11 @@ def changed(model: Path, run: Path) -> float:
 
 def _draw(folder: Path) -> str:
     """Writes report.html, and says so, or why not: the runs are there without it."""
-    out = folder / "report.html"
     try:
-        from . import report
-
-        report.write([folder / each.folder for each in CONTENDERS], out)
-    except (ImportError, InputError, OSError) as error:
+        report.write([folder / each.folder for each in CONTENDERS], folder / REPORT)
+        return f"report  {folder / REPORT}"
+    except (InputError, OSError) as error:
         return f"there is no report: {error}"
-    return f"report  {out}"
 
 
 def bars(found: Mapping[str, Quality], asked: int) -> Table:

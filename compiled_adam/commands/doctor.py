@@ -10,12 +10,13 @@ import shutil
 import statistics
 import tempfile
 import time
+import timeit
 from collections.abc import Callable
-from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
+from unittest.mock import patch
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -141,7 +142,8 @@ def _compile() -> Finding:
     x = mx.array([0.0, 0.25]) + mx.array([0.0, 0.25])
     mx.eval(x)  # before the first evaluation of a process, MLX would trace once more
     start = time.perf_counter()
-    with _empty_kernel_cache():
+    # MLX keeps the kernels of the CPU in the system's temporary folder, which it asks for at each new kernel.
+    with tempfile.TemporaryDirectory() as empty, patch.dict(os.environ, TMPDIR=empty):
         values = cast(list[float], [compiled(x).tolist() for _ in range(2)][-1])
     seconds = time.perf_counter() - start
     if values[0] != 0.0 or not math.isclose(values[1], math.tanh(1.5) - 0.25, abs_tol=1e-5):
@@ -159,21 +161,6 @@ def _compile() -> Finding:
         )
     why = "unset MLX_DISABLE_COMPILE" if "MLX_DISABLE_COMPILE" in os.environ else "see whether g++ --version works"
     return Finding("mx.compile", "advice", "compiles nothing; steps are slower", why)
-
-
-@contextmanager
-def _empty_kernel_cache() -> Any:
-    """MLX keeps the kernels of the CPU in the system's temporary folder, which it asks for at each new kernel."""
-    before = os.environ.get("TMPDIR")
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["TMPDIR"] = folder
-        try:
-            yield
-        finally:
-            if before is None:
-                del os.environ["TMPDIR"]
-            else:
-                os.environ["TMPDIR"] = before
 
 
 def _kernels() -> Finding:
@@ -224,12 +211,7 @@ def _matmul() -> Finding:
     n = 512
     a = mx.random.normal((n, n), key=mx.random.key(0))
     mx.eval(a @ a)
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        mx.eval(a @ a)
-        seconds.append(time.perf_counter() - start)
-    speed = 2 * n**3 / min(seconds) / 1e9
+    speed = 2 * n**3 / min(timeit.repeat(lambda: mx.eval(a @ a), repeat=5, number=1)) / 1e9
     found = f"{speed:.0f} GFLOP/s in float32 ({blas.used()})"
     if not blas.is_slow():
         return Finding("matmul", "ok", found)

@@ -50,11 +50,9 @@ def remedies(args: types.SimpleNamespace, workers: int) -> Iterator[dict[str, An
         yield {"moments": "8bit"}
     accumulated, length = args.grad_accumulation_steps, args.max_seq_length
     if args.batch_tokens is None:
-        size, least = args.batch_size, workers
-        name = "batch_size"
+        name, size, least = "batch_size", args.batch_size, workers
     else:
-        size, least = args.batch_tokens, workers * length
-        name = "batch_tokens"
+        name, size, least = "batch_tokens", args.batch_tokens, workers * length
     while size % 2 == 0 and size // 2 >= least and size // 2 % workers == 0:
         size, accumulated = size // 2, 2 * accumulated
         yield {name: size, "grad_accumulation_steps": accumulated}
@@ -69,10 +67,9 @@ def flags(values: Mapping[str, Any]) -> str:
     >>> flags({"grad_checkpoint": True, "batch_size": 2})
     '--grad-checkpoint --batch-size 2'
     """
-    words = (
-        [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])] for name, value in values.items()
+    return " ".join(
+        f"--{name.replace('_', '-')}{'' if value is True else f' {value}'}" for name, value in values.items()
     )
-    return " ".join(word for option in words for word in option)
 
 
 def _together(remedies: list[dict[str, Any]]) -> dict[str, Any]:

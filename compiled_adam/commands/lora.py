@@ -24,7 +24,7 @@ from mlx_lm.tuner.datasets import CacheDataset
 from mlx_lm.tuner.trainer import TrainingArgs
 
 from ..base import InputError, fingerprint
-from ..checkpoint import check_exists
+from ..checkpoint import OtherRun, check_exists
 from ..distributed import Workers, join
 from ..finetune import attention, data, model_files, padding, samples
 from ..finetune.adapters import check_folder, load_adapters, load_weights, other_scale, read_arrays, trained_dtype
@@ -63,8 +63,10 @@ def main(argv: Sequence[str]) -> None:
     args = settings(argv)
     args.typed = argv
     if join(args.worker_timeout).rank() == 0:
-        with resuming.told(argv):
+        try:
             run(args)
+        except OtherRun as error:
+            raise InputError(resuming.message(error, argv)) from error
     else:
         args.report, args.report_to = False, None
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
@@ -155,13 +157,13 @@ def train_model(
     if args.resume_adapter_file is not None:
         _begin_with(args, model)
     cached = CacheDataset(train_set)
+    tokenize(cached, quiet=join(args.worker_timeout).rank() > 0)
     make_batches = _batches(args, args.bucket)
     if args.epochs is not None:
         args.iters = _iterations(args, cached, make_batches)
         check_rates(args)
         for note in short_schedule(args):
             print(f"note: {note}")
-    tokenize(cached, quiet=join(args.worker_timeout).rank() > 0)
     valid = CacheDataset(valid_set)
     forecast = None if args.bucket is None else _forecast(args, cached)
     options = _options(args, base, valid_set)
@@ -196,18 +198,14 @@ def _options(args: types.SimpleNamespace, base: Any, valid_set: Any) -> TrainOpt
 
 
 def _batches(args: types.SimpleNamespace, bucket: float | None) -> partial[Batches]:
-    """`Batches` with the options of a job."""
     grouped = like_mlx_lm.is_grouped(args)
     lengths = padding.chosen(bucket, grouped, cuda=False if args.like_mlx_lm else None)
     return partial(Batches, padding=lengths, group_by_length=grouped, batch_tokens=args.batch_tokens)
 
 
 def _iterations(args: types.SimpleNamespace, dataset: CacheDataset, make_batches: partial[Batches]) -> int:
-    """The iterations of ``args.epochs``."""
     world = join(args.worker_timeout)
     made = make_batches(dataset, args.batch_size, args.max_seq_length, loop=True, comm_group=world)
-    if made.grouped:
-        tokenize(dataset, quiet=world.rank() > 0)
     if (iterations := args.epochs * made.per_epoch) > sys.maxsize:
         raise InputError(f"{called('epochs')} is {args.epochs:g}, which no run can finish; give fewer")
     return max(1, math.ceil(iterations))
@@ -265,10 +263,9 @@ def _report(args: types.SimpleNamespace) -> None:
     if args.report and (folder / LOG).exists():
         try:
             report.write([folder], folder / REPORT)
+            print(f"report -> {folder / REPORT}")
         except (InputError, OSError) as error:
             print(f"warning: there is no report: {error}")
-        else:
-            print(f"report -> {folder / REPORT}")
 
 
 def _test(args: types.SimpleNamespace, model: nn.Module, test_set: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ def generate(args: types.SimpleNamespace, examples: Any) -> str:
     return f"mlx_lm.generate {' '.join(f'{flag} {shlex.quote(str(word))}' for flag, word in words.items())}"
 
 
-def prompt(example: Any) -> str:
+def prompt(example: Mapping[str, Any]) -> str:
     """The words that a user would type to get an example: the first message, the prompt, or how a text begins.
 
     >>> prompt({"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Who are you?"}]})
@@ -72,7 +72,6 @@ def prompt(example: Any) -> str:
     >>> prompt({"text": "To fine-tune a model\\nuse the command that is described below."})
     'To fine-tune a model use the'
     """
-    example = example if isinstance(example, dict) else {}
     asked = [m.get("content") for m in example.get("messages") or () if m.get("role") == "user"]
     found = next((text for text in (*asked, example.get("prompt")) if isinstance(text, str)), None)
     if found is None:

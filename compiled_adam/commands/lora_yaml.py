@@ -11,7 +11,7 @@ import yaml
 from mlx_lm import lora as mlx_lm_lora
 
 from ..base import InputError, did_you_mean
-from ..finetune.lora_values import FEATURES, OPTIMIZERS
+from ..finetune.lora_values import FEATURES
 
 YAML_ONLY = {"hf_dataset", *FEATURES}  # keys without a flag
 
@@ -52,49 +52,41 @@ def read(file: str, known: Set[str], actions: Sequence[argparse.Action]) -> dict
             raise InputError(f"{file}: {key} is {given[key]!r}; it must be a mapping")
     for action in actions:
         if action.dest in given:
-            value = given[action.dest]
-            try:
-                given[action.dest] = _parsed(action, value)
-            except _WrongValue as wrong:
-                raise InputError(f"{file}: {action.dest} is {value!r}; it must be {wrong}") from None
-    return {key: value for key, value in given.items() if value is not None}
+            given[action.dest] = _parsed(file, action, given[action.dest])
+    return given
 
 
-class _WrongValue(Exception):
-    """A value that the command line would refuse; the message says what it must be."""
-
-
-def _parsed(action: argparse.Action, value: Any) -> Any:
-    """A value of YAML as the parser would have made it. Raises `_WrongValue`."""
+def _parsed(file: str, action: argparse.Action, value: Any) -> Any:
+    """A value of YAML as the parser would have made it. Raises InputError for one that it would refuse."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    found = value
     if action.dest == "resume" and isinstance(value, bool):
         return "auto" if value else None
     if action.dest == "allow_change":
-        return [value] if isinstance(value, str) else _kept(value, isinstance(value, list), "a list of names")
-    if action.dest == "clear_cache_threshold":
+        found = [value] if isinstance(value, str) else value
+        fits, kind = isinstance(found, list), "a list of names"
+    elif action.dest == "clear_cache_threshold":
         try:
-            return size(str(value))
+            found, fits = size(str(value)), True
         except argparse.ArgumentTypeError:
-            raise _WrongValue("a size such as 500MB or 4GB") from None
-    if action.nargs == 0:
-        return _kept(value, isinstance(value, bool), "true or false")
-    if action.type is int:
-        return int(_kept(value, number and math.isfinite(value) and value == int(value), "a whole number"))
-    if action.type is float:
-        quoted = isinstance(value, str) and _is_float(value)
-        return _kept(value, number, "a number, without quotes" if quoted else "a number")
-    if action.dest == "optimizer" and isinstance(value, str) and value.lower() in OPTIMIZERS:
-        return value.lower()  # as mlx-lm does
-    if action.choices is not None:
+            fits = False
+        kind = "a size such as 500MB or 4GB"
+    elif action.nargs == 0:
+        fits, kind = isinstance(value, bool), "true or false"
+    elif action.type is int:
+        fits, kind = number and math.isfinite(value) and value == int(value), "a whole number"
+        found = int(value) if fits else value
+    elif action.type is float:
+        fits, kind = number, "a number, without quotes" if isinstance(value, str) and _is_float(value) else "a number"
+    elif action.choices is not None:
+        found = value.lower() if action.dest == "optimizer" and isinstance(value, str) else value  # as mlx-lm does
         choices = list(action.choices)
-        return _kept(value, value in choices, f"one of {', '.join(map(str, choices))}")
-    return _kept(value, isinstance(value, str), "text")
-
-
-def _kept(value: Any, fits: bool, kind: str) -> Any:
+        fits, kind = found in choices, f"one of {', '.join(map(str, choices))}"
+    else:
+        fits, kind = isinstance(value, str), "text"
     if not fits:
-        raise _WrongValue(kind)
-    return value
+        raise InputError(f"{file}: {action.dest} is {value!r}; it must be {kind}")
+    return found
 
 
 def size(text: str) -> int:

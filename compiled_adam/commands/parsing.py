@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from ..base import InputError, did_you_mean
@@ -63,17 +63,17 @@ class Parser(argparse.ArgumentParser):
         return self.prog.removeprefix(f"{PROGRAM} ")
 
     def _sentence(self, action: argparse.Action, message: str) -> str:
-        name = _name(action)
+        name, choices = _name(action), ", ".join(map(str, action.choices or ()))
         if found := re.match(r"invalid choice: (.*?) \(", message):
-            given, choices = found[1], [str(choice) for choice in action.choices or ()]
             if isinstance(action, argparse._SubParsersAction):
-                near = did_you_mean(given.strip("'"), choices)
-                return f"there is no command {given}{near or f'; the commands are {_listed(choices)}'}"
-            return f"{name} is {given}; it must be one of {_listed(choices)}"
+                near = did_you_mean(found[1].strip("'"), action.choices)
+                return f"there is no command {found[1]}{near or f'; the commands are {choices}'}"
+            return f"{name} is {found[1]}; it must be one of {choices}"
         if found := re.match(r"invalid (\w+) value: (.*)", message):
             return f"{name} is {found[2]}; it must be {_KINDS.get(found[1], found[1])}"
         if message.startswith("expected"):
-            return f"{name} needs {_needed(action)}"
+            what = choices or _KINDS.get(getattr(action.type, "__name__", ""))
+            return f"{name} needs a value{f': {what}' if what else ''}"
         if message.startswith("ignored explicit argument"):
             return f"{name} is a switch; give it without a value"
         return f"{name}: {message}"
@@ -93,14 +93,3 @@ def _name(action: argparse.Action) -> str:
 
 def _argparse_name(action: argparse.Action) -> str:
     return "/".join(action.option_strings) or str(action.metavar or action.dest)
-
-
-def _needed(action: argparse.Action) -> str:
-    if action.choices:
-        return f"a value: {_listed(map(str, action.choices))}"
-    kind = getattr(action.type, "__name__", "")
-    return f"a value: {_KINDS[kind]}" if kind in _KINDS else "a value"
-
-
-def _listed(words: Iterable[str]) -> str:
-    return ", ".join(words)

@@ -6,10 +6,10 @@ any size takes seconds and almost no memory.
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -29,10 +29,9 @@ from ..optimizers import Adam, ForSteps, any_optimizer
 from ..step import losses
 from ..update import POLICIES
 from . import fitting
-from .like_mlx_lm import options_of_adam
+from .like_mlx_lm import is_grouped, options_of_adam
 from .lora import make_optimizer, make_trainable
-from .lora_options import settings
-from .plan_options import plan_parser
+from .lora_options import plan_parser, settings
 
 GB = 1e9
 MOST_WORKERS = 1 << 16
@@ -61,7 +60,7 @@ class Plan(NamedTuple):
     gathers: list[int]  # what all workers have after each all_gather of new weights; none unless state is sharded
     workers: int
     batch: Pass | None = None  # a forward and backward pass, if that was asked for
-    updates: Mapping[str, int] = MappingProxyType({})  # at most during an update, by policy, gradients included
+    updates: Mapping[str, int] = {}  # at most during an update, by policy, gradients included
 
     def total(self, policy: str) -> int:
         """The most bytes at once: in the backward pass, when its gradients are exchanged, or in the update."""
@@ -70,8 +69,7 @@ class Plan(NamedTuple):
         return self.weights + self.window + most + sum(self.states[policy])
 
     def traffic(self) -> float:
-        """Bytes that each worker sends per update, and receives, in a ring: all but one part of the weights that are
-        gathered, and twice that of the gradients that are summed."""
+        """Bytes that each worker sends and receives per update: in a ring, all but one part; of gradients, twice."""
         return (self.workers - 1) / self.workers * (2 * sum(self.calls) + sum(self.gathers))
 
     def seconds(self, link: float) -> float:
@@ -92,6 +90,8 @@ def plan(config: Mapping[str, Any], args: types.SimpleNamespace, workers: int = 
 
 
 class _Built(NamedTuple):
+    """A lazy model with what the job trains, and the settings for it."""
+
     args: types.SimpleNamespace
     model: nn.Module
     parameters: int  # before adapters and quantization
@@ -99,7 +99,6 @@ class _Built(NamedTuple):
 
 
 def _built(config: Mapping[str, Any], args: types.SimpleNamespace) -> _Built:
-    """The model of a ``config`` with what the job trains, and the settings for it."""
     args = types.SimpleNamespace(**vars(args))
     model, parameters, dtype = model_config.build(config)
     if "num_layers" not in (*args.given, *args.in_file):
@@ -110,50 +109,43 @@ def _built(config: Mapping[str, Any], args: types.SimpleNamespace) -> _Built:
 
 def _of_model(built: _Built, workers: int) -> Plan:
     args, model, parameters, dtype = built
-    trainable = _arrays(model.trainable_parameters())
-    count = sum(p.size for p in trainable.values())
-    many = workers > 1
-    dtypes = [reduce.DTYPES[args.reduce_dtype] or p.dtype for p in trainable.values()]
-    sizes = [p.size for p in trainable.values()]
-    buffers = reduce.buffers(sizes, dtypes) if many else []
+    trainable = _arrays(model.trainable_parameters()).values()
+    sizes, dtypes = [p.size for p in trainable], [p.dtype for p in trainable]
+    count, many = sum(sizes), workers > 1
+    sent = [reduce.DTYPES[args.reduce_dtype] or dtype for dtype in dtypes]
     sharded = many and args.shard_state
-    rounds = shard.rounds(sizes, [p.dtype for p in trainable.values()], workers) if sharded else []
     return Plan(
         parameters,
         count,
         len(model.layers) if args.num_layers == -1 else args.num_layers,
         dtype,
         weights=_bytes(model.parameters()),
-        gradients=_bytes(trainable),
+        gradients=_bytes(model.trainable_parameters()),
         window=4 * count if args.grad_accumulation_steps > 1 else 0,
         exchange=4 * count if many else 0,
         states=_states(args, model.trainable_parameters(), workers if sharded else 1),
-        calls=[buffer.nbytes for buffer in buffers],
-        gathers=[call.nbytes for call in rounds],
+        calls=[buffer.nbytes for buffer in reduce.buffers(sizes, sent)] if many else [],
+        gathers=[call.nbytes for call in shard.rounds(sizes, dtypes, workers)] if sharded else [],
         workers=workers,
     )
 
 
 def of_batch(args: types.SimpleNamespace, workers: int) -> Batch:
     """The largest batch of a worker: with examples of ``max_seq_length`` tokens, all of which are targets."""
-    grouped = args.group_by_length or args.batch_tokens is not None
-    length = args.max_seq_length if grouped else args.max_seq_length - 1  # mlx-lm's last token is only a target
+    length = args.max_seq_length if is_grouped(args) else args.max_seq_length - 1  # mlx-lm's last is only a target
     rows = args.batch_size // workers
     if args.batch_tokens is not None:
         length = min(length, max(1, args.batch_tokens // workers))
-        rows = args.batch_tokens // (length * workers)
+        rows = max(1, args.batch_tokens // (length * workers))
     loss = losses.like_mlx_lm if args.like_mlx_lm else losses.next_token
-    return Batch(
-        max(1, rows), max(1, length), bool(args.grad_checkpoint), args.chunked_loss, loss, not args.like_mlx_lm
-    )
+    return Batch(rows, length, bool(args.grad_checkpoint), args.chunked_loss, loss, not args.like_mlx_lm)
 
 
 def _states(args: types.SimpleNamespace, trainable: dict, workers: int) -> dict[str, State]:
-    name = args.optimizer.lower()
     leaves = _arrays(trainable)
     owners = dict(zip(leaves, shard.owners([p.size for p in leaves.values()], workers), strict=True))
     found = {}
-    for policy in POLICIES if name in ("adam", "adamw") else (name,):
+    for policy in POLICIES if args.optimizer in ("adam", "adamw") else (args.optimizer,):
         optimizer = _optimizer(args, policy, trainable)
         shared, parts = 0, [[0, 0] for _ in range(workers)]  # of each worker, bytes of moments and of residuals
         states = [_arrays(state) for state in any_optimizer.states(optimizer)]
@@ -169,7 +161,7 @@ def _states(args: types.SimpleNamespace, trainable: dict, workers: int) -> dict[
 
 
 def _optimizer(args: types.SimpleNamespace, policy: str, trainable: dict) -> optim.Optimizer:
-    """The optimizer of a job with this policy, and with a state that has shapes but takes no memory."""
+    """The optimizer of a job, with a state that has shapes but takes no memory."""
     optimizer = make_optimizer(fitting.changed(args, {"moments": policy} if policy in POLICIES else {}))
     if isinstance(optimizer, Adam):
         ForSteps(optimizer).lay_out(trainable)
@@ -198,32 +190,29 @@ def main(argv: Sequence[str]) -> int:
     args = settings(argv, plan_parser())
     for name in ("workers", "link", "memory"):
         value = getattr(args, name)
-        if value is not None and not 0 < value < float("inf"):
+        if value is not None and not 0 < value < math.inf:
             raise InputError(f"{name} is {value!r}; it must be above 0")
     if args.workers > MOST_WORKERS:
         raise InputError(f"workers is {args.workers}; it must be at most {MOST_WORKERS}")
     if args.batch_size % args.workers:
         raise InputError(f"batch_size is {args.batch_size}; it must be divisible by the {args.workers} workers")
-    console = Console()
-    if not console.is_terminal:
-        console.width = 120
     built = _built(model_config.read(args.planned), args)
     own, empty = built.args, _of_model(built, args.workers)
     try:
-        passed, updated = _followed(built, args.workers)
+        followed = _followed(built, args.workers)
     except InputError as error:
-        console.print(
-            f"{error}; the total is without the batch and the update", highlight=False, markup=False, soft_wrap=True
-        )
-        passed = updated = _unknown
-
-    def planned(args: types.SimpleNamespace, *policies: str) -> Plan:
-        accumulate = min(2, args.grad_accumulation_steps)
-        updates = {policy: updated(policy, accumulate) or 0 for policy in policies}
-        return without(args)._replace(batch=passed(of_batch(args, args.workers)), updates=updates)
+        print(f"{error}; the total is without the batch and the update")
+        followed = None
 
     def without(args: types.SimpleNamespace) -> Plan:
         return empty._replace(window=4 * empty.trainable if args.grad_accumulation_steps > 1 else 0)
+
+    def planned(args: types.SimpleNamespace, *policies: str) -> Plan:
+        if followed is None:
+            return without(args)
+        passed, updated = followed
+        updates = {policy: updated(policy, min(2, args.grad_accumulation_steps)) for policy in policies}
+        return without(args)._replace(batch=passed(of_batch(args, args.workers)), updates=updates)
 
     def fits(args: types.SimpleNamespace) -> bool:
         policy = _policy(args)
@@ -232,19 +221,22 @@ def main(argv: Sequence[str]) -> int:
 
     memory, where = (args.memory * GB, "") if args.memory else (machine_memory(), " of this machine")
     made = planned(own, *empty.states)
-    for line in describe(made, args.link) + describe_batch(made, own):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    print(*describe(made, args.link), *describe_batch(made, own), sep="\n")
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120
     console.print(table(made, memory, f"{memory / GB:.3g} GB{where}"))
     remedy = fitting.found(own, args.workers, fits)
-    console.print(advice(made, own, memory, remedy), highlight=False, markup=False, soft_wrap=True)
+    print(advice(made, own, memory, remedy))
     return 1 if remedy is None else 0
 
 
 def describe(made: Plan, link: float) -> list[str]:
     """Lines about the needs that are the same for all policies; ``link`` is in GB/s."""
+    layers = "the last layer" if made.layers == 1 else f"the last {made.layers} layers"
     lines = [
         f"{_count(made.parameters)} parameters, {made.dtype} where not quantized; {_count(made.trainable)} trained,"
-        f" in {_layers(made.layers)}",
+        f" in {layers}",
         f"weights {_gb(made.weights)}, gradients {_gb(made.gradients)}"
         + (f", accumulated {_gb(made.window)}" if made.window else "")
         + (f", exchanged {_gb(made.exchange)}" if made.exchange else ""),
@@ -258,7 +250,7 @@ def describe(made: Plan, link: float) -> list[str]:
     return lines
 
 
-def _followed(built: _Built, workers: int) -> tuple[Callable[[Batch], Pass | None], Callable[[str, int], int | None]]:
+def _followed(built: _Built, workers: int) -> tuple[Callable[[Batch], Pass], Callable[[str, int], int]]:
     """Functions that follow a forward and backward pass, and an update with a policy. Both remember what they found."""
     args, model, _, _ = built
     passed: Callable[[Batch], Pass] = cache(partial(activations.of_pass, model))
@@ -271,10 +263,6 @@ def _followed(built: _Built, workers: int) -> tuple[Callable[[Batch], Pass | Non
 
     updated(_policy(args), 1)
     return passed, updated
-
-
-def _unknown(*_: Any) -> None:
-    """The memory of a model that cannot be traced."""
 
 
 def describe_batch(made: Plan, args: types.SimpleNamespace) -> list[str]:
@@ -318,10 +306,6 @@ def table(made: Plan, memory: float, name: str) -> Table:
         fits = _gb(left) if left >= 0 else f"does not fit, {_gb(-left)} too much"
         rows.add_row(policy, _gb(state.moments), _gb(state.residuals), _gb(made.total(policy)), fits)
     return rows
-
-
-def _layers(count: int) -> str:
-    return "the last layer" if count == 1 else f"the last {count} layers"
 
 
 def _calls(nbytes: Sequence[int]) -> str:

@@ -29,9 +29,7 @@ def write(folders: Sequence[Path], out: Path, live: bool = False) -> list[Run]:
     return runs
 
 
-def watch(
-    folders: Sequence[Path], out: Path, say: Callable[[str], None], wait: Callable[[float], None] = time.sleep
-) -> None:
+def watch(folders: Sequence[Path], out: Path, wait: Callable[[float], None] = time.sleep) -> None:
     """Writes the report again whenever a log has grown, until all runs are over.
 
     After Ctrl-C, which raises KeyboardInterrupt, the page no longer loads itself again. ``wait`` is called between two
@@ -47,11 +45,11 @@ def watch(
             stamps = [_stamp(folder / name) for folder in folders for name in (LOG, RECORD, CONFIG)]
             if stamps != seen and all(_has_steps(folder) for folder in folders):
                 if not runs:
-                    say(f"{out} shows the runs, and loads itself again; Ctrl-C ends the watch")
+                    print(f"{out} shows the runs, and loads itself again; Ctrl-C ends the watch")
                 runs, seen = write(folders, out, live=True), stamps
             elif not runs and not told:
                 told = True
-                say("waiting for the first step")
+                print("waiting for the first step")
             # Of a run that is killed no file changes, but its process is gone.
             if runs and all(run.is_over for run in runs):
                 break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,14 +66,8 @@ def _thinned(points: Points) -> Points:
     """At most about `_MOST` points in order, one an iteration: the least and the greatest of each stretch stay."""
     ordered = sorted(dict(points).items())
     size = -(-2 * len(ordered) // _MOST)
-    if size <= 2:
-        return ordered
-    parts = (ordered[i : i + size] for i in range(0, len(ordered), size))
-    return [each for part in parts for each in sorted({min(part, key=_value), max(part, key=_value)})]
-
-
-def _value(point: tuple[int, float]) -> float:
-    return point[1]
+    parts, value = (ordered[i : i + size] for i in range(0, len(ordered), size)), itemgetter(1)
+    return [each for part in parts for each in sorted({min(part, key=value), max(part, key=value)})]
 
 
 def _smoothed(points: Points) -> Points:

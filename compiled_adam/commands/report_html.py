@@ -78,7 +78,7 @@ def _loss_of(step: dict[str, Any]) -> str:
 
 def _summaries(runs: Sequence[Run]) -> str:
     if len(runs) > 1:
-        return f"<section><h2>Compared</h2>{_table(runs, [summary(run) for run in runs])}</section>"
+        return _table("Compared", runs, [summary(run) for run in runs])
     cards = (f"<div><dt>{name}</dt><dd>{html.escape(value)}</dd></div>" for name, value in summary(runs[0]).items())
     return f'<dl class="cards">{"".join(cards)}</dl>'
 
@@ -119,16 +119,12 @@ def _settings(runs: Sequence[Run]) -> tuple[str, str]:
     """The settings that differ, where there are several runs, and those that do not."""
     names = sorted({name for run in runs for name in run.settings})
     texts = [{name: _said(run.settings.get(name)) for name in names} for run in runs]
-    differing = [name for name in names if len({column[name] for column in texts}) > 1]
-    alike = [name for name in names if name not in differing]
-    first = [{name: column[name] for name in differing} for column in texts]
-    then = [{name: texts[0][name] for name in alike}]
-    return (
-        f"<section><h2>Settings that differ</h2>{_table(runs, first)}</section>" if differing else "",
-        f"<section><h2>Settings{' that are alike' if len(runs) > 1 else ''}</h2>{_table(runs[:1], then)}</section>"
-        if alike
-        else "",
-    )
+    differing = [
+        {name: text for name, text in column.items() if any(other[name] != text for other in texts)} for column in texts
+    ]
+    alike = {name: text for name, text in texts[0].items() if name not in differing[0]}
+    title = "Settings that are alike" if len(runs) > 1 else "Settings"
+    return _table("Settings that differ", runs, differing), _table(title, runs[:1], [alike])
 
 
 def _said(value: Any) -> str:
@@ -138,11 +134,13 @@ def _said(value: Any) -> str:
     return json.dumps(value)
 
 
-def _table(runs: Sequence[Run], columns: Sequence[Mapping[str, str]]) -> str:
+def _table(title: str, runs: Sequence[Run], columns: Sequence[Mapping[str, str]]) -> str:
+    """A section with a row for each name in ``columns``; nothing if there are none."""
     rows = [["", *short_names([run.name for run in runs])]] if len(runs) > 1 else []
     rows += [[name, *(column[name] for column in columns)] for name in columns[0]]
     cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
-    return f'<div class="scroll"><table>{"".join(f"<tr>{row}</tr>" for row in cells)}</table></div>'
+    table = "".join(f"<tr>{row}</tr>" for row in cells)
+    return f'<section><h2>{title}</h2><div class="scroll"><table>{table}</table></div></section>' if columns[0] else ""
 
 
 def _origin(run: Run) -> str:

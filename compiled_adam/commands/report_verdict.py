@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
+from statistics import fmean
 from typing import NamedTuple
 
-from .report_run import Points, Run
+from .report_run import Run
 
 # A loss that changes by less, as a part of itself, is called the same.
 _SAME = 0.005
@@ -52,9 +52,8 @@ def _of_validations(run: Run) -> tuple[str, str]:
         end = "is not a finite number" if run.validations[-1]["val_loss"] is None else f"is {last:.4f}"
         return "bad", f"Diverged: the validation loss was {first:.4f} at first and {end} at the end"
     if _gain(first, best) < _SAME:
-        same = abs(_gain(first, last)) < _SAME
         said = f"from {first:.4f} to {last:.4f}"
-        if same:
+        if abs(_gain(first, last)) < _SAME:
             return "unclear", f"No clear change: the validation loss went {said}"
         return "bad", f"Worse: the validation loss rose {said}"
     fell = f"the validation loss fell by {_percent(first, best)}, from {first:.4f} to {best:.4f}"
@@ -66,7 +65,9 @@ def _of_validations(run: Run) -> tuple[str, str]:
 
 
 def _of_training(run: Run) -> tuple[str, str]:
-    (first, last), why = _ends(run.column("loss")), "there were no two validations to compare"
+    values, why = [value for _, value in run.column("loss")], "there were no two validations to compare"
+    tenth = max(1, len(values) // 10)
+    first, last = fmean(values[:tenth]), fmean(values[-tenth:])
     if last - first > _DIVERGED * abs(first):
         return "bad", f"Diverged: the training loss rose from {first:.4f} to {last:.4f}"
     if abs(_gain(first, last)) < _SAME:
@@ -79,23 +80,9 @@ def _of_training(run: Run) -> tuple[str, str]:
 
 def _falls_after(run: Run, iteration: int) -> bool:
     """Whether the training loss still fell after ``iteration``, as it does when a model learns its data by heart."""
-    before, after = _split(run.column("loss"), iteration)
-    return bool(before and after) and _mean(after) < _mean(before[-len(after) :])
-
-
-def _split(points: Points, iteration: int) -> tuple[list[float], list[float]]:
-    return [v for i, v in points if i < iteration], [v for i, v in points if i >= iteration]
-
-
-def _ends(points: Points) -> tuple[float, float]:
-    """The means of the first and of the last tenth."""
-    values = [value for _, value in points]
-    count = max(1, len(values) // 10)
-    return _mean(values[:count]), _mean(values[-count:])
-
-
-def _mean(values: list[float]) -> float:
-    return math.fsum(value / len(values) for value in values)
+    before = [value for i, value in run.column("loss") if i < iteration]
+    after = [value for i, value in run.column("loss") if i >= iteration]
+    return bool(before and after) and fmean(after) < fmean(before[-len(after) :])
 
 
 def _gain(before: float, after: float) -> float:
@@ -123,7 +110,7 @@ def _failures(run: Run) -> list[str]:
 
 
 def _best(run: Run) -> list[str]:
-    if len(run.losses) < 2 or run.best is None or run.losses[-1][1] - run.best[1] <= _RISE * abs(run.best[1]):
+    if run.best is None or run.losses[-1][1] - run.best[1] <= _RISE * abs(run.best[1]):
         return []
     if run.settings.get("save_best"):
         return [f"The folder best/ has the weights with the lowest validation loss, of iteration {run.best[0]}."]
@@ -134,7 +121,7 @@ def _best(run: Run) -> list[str]:
 
 def _end(run: Run) -> str:
     session, wanted = run.session, run.settings.get("iters")
-    of = f" of {wanted}" if isinstance(wanted, int) and not isinstance(wanted, bool) else ""
+    of = f" of {wanted}" if isinstance(wanted, int) else ""
     if session is None:
         return f"The log ends at iteration {run.last}{of}."
     if not run.is_over:

@@ -6,31 +6,22 @@ import argparse
 import math
 import shlex
 import types
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..base import InputError, table
 from ..checkpoint import COLUMNS, OtherRun
-from .lora_options import effective_defaults, parser, settings
+from .lora_options import parser, settings
 
 _OPTIONS = {"accumulate": "grad_accumulation_steps"}  # options that have another name in a checkpoint
 _FOLLOW = ("decays", "weighted")  # from other settings
 _DIGESTS = ("model", "data")  # options whose settings are not what a user types
 
 
-@contextmanager
-def told(argv: Sequence[str]) -> Iterator[None]:
-    """A context for the job of the command line ``argv``: an `OtherRun` names flags, and the commands that work."""
-    try:
-        yield
-    except OtherRun as error:
-        raise InputError(_message(error, argv)) from error
-
-
-def _message(error: OtherRun, argv: Sequence[str]) -> str:
+def message(error: OtherRun, argv: Sequence[str]) -> str:
+    """What to tell the user of the command line ``argv``: the flags that differ, and the commands that work."""
     flags = {action.dest: action.option_strings[0] for action in parser()._actions if action.dest not in _DIGESTS}
     rows = [(flags.get(_OPTIONS.get(name, name), name), here, there) for name, here, there in error.settings]
     lines = [f"{error.folder} was saved by another run:", table(COLUMNS, rows)]
@@ -103,7 +94,6 @@ def _typed(action: argparse.Action, value: Any) -> list[str]:
 
 def _has(found: types.SimpleNamespace, name: str, value: Any) -> bool:
     given = getattr(found, name)
-    given = effective_defaults().get(name) if given is None else given
     if isinstance(given, float) and isinstance(value, (int, float)):
         return math.isclose(given, value, rel_tol=1e-6)  # float32
     return given == value or not (given or value)

@@ -8,7 +8,7 @@ import io
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from .. import schedulers
 from ..base import InputError, did_you_mean
@@ -27,14 +27,7 @@ SCHEDULES: dict[str, Callable[..., schedulers.Schedule]] = {
     )
 }
 UPDATES = 1000  # what is drawn of a schedule that has no end
-
-
-class Drawn(NamedTuple):
-    """A schedule to draw, its title, and the last update."""
-
-    schedule: schedulers.Schedule
-    label: str
-    until: int
+Drawn = tuple[schedulers.Schedule, str, int]  # a schedule to draw, its title, and the last update
 
 
 def main(argv: Sequence[str]) -> None:
@@ -44,33 +37,34 @@ def main(argv: Sequence[str]) -> None:
             "schedule needs a name and its arguments, such as `compiled-adam schedule cosine 1e-4 1000`, or --config"
             f" FILE; the names are {', '.join(SCHEDULES)}"
         )
-    name = argv[0] if not argv[0].startswith("-") else None
-    if name is None:
+    name = argv[0]
+    if name.startswith("-"):
         arguments = parser().parse_args(argv)
-        drawn = _from_file(arguments.config)
+        schedule, label, end = _from_file(arguments.config)
     elif name in SCHEDULES:
         arguments = parser(name).parse_args(argv[1:])
-        drawn = _from_arguments(name, vars(arguments))
+        schedule, label, end = _from_arguments(name, vars(arguments))
     else:
         near = did_you_mean(name, SCHEDULES) or f"; there are {', '.join(SCHEDULES)}"
         raise InputError(f"there is no schedule {name!r}{near}")
-    until = drawn.until if arguments.until is None else arguments.until
+    until = end if arguments.until is None else arguments.until
     if until < 1:
         raise InputError(f"until is {until}; it must be at least 1")
     out: Path | None = arguments.out
     if out is not None and out.suffix not in (".svg", ".png"):
         raise InputError(f"out is {str(out)!r}; its name must end in .svg or .png")
-    steps, rates = picture.curve(drawn.schedule, until)
-    marks = arguments.at or _interesting(steps, rates)
+    steps, rates = picture.curve(schedule, until)
+    peak = steps[rates.index(max(rates))]  # the first of the highest rates, where the warmup ends
+    marks = arguments.at or sorted({0, peak, (peak + until) // 2, until})
     if out is not None:  # first, because it may say that matplotlib is missing
-        figure = picture.figure({drawn.label: drawn.schedule}, until, [mark for mark in marks if mark <= until])
+        figure = picture.figure({label: schedule}, until, [mark for mark in marks if mark <= until])
         drawing, form = io.BytesIO(), out.suffix.removeprefix(".")
         figure.savefig(drawing, format=form, metadata={"Date": None} if form == "svg" else None)
         output.write(out, drawing.getvalue())
-    print(drawn.label)
+    print(label)
     print("\n".join(picture.text(rates, until, blocks=_blocks())))
     print(f"{'update':>10}  learning rate")
-    for mark, rate in zip(marks, picture.at(drawn.schedule, marks), strict=True):
+    for mark, rate in zip(marks, picture.at(schedule, marks), strict=True):
         print(f"{mark:>10}  {rate:.6g}")
     if out is not None:
         print(f"wrote {out}")
@@ -78,19 +72,17 @@ def main(argv: Sequence[str]) -> None:
 
 def parser(name: str | None = None) -> Parser:
     """The options of one schedule, which are the parameters of its function; without a name, those of ``--config``."""
-    made = Parser(
-        prog=f"compiled-adam schedule{f' {name}' if name else ''}",
-        description=(inspect.getdoc(SCHEDULES[name]) or "").split("\n\n")[0].replace("``", "")
-        if name
-        else "Draws the learning rate of a schedule, or of the lr_schedule in a YAML file for lora.",
-        usage=None if name else "compiled-adam schedule [-h] (NAME ARGUMENTS... | --config FILE) [options]",
-        epilog=None
-        if name
-        else f"NAME is one of {', '.join(SCHEDULES)}; compiled-adam schedule NAME --help lists its arguments.",
-    )
     if name is None:
+        made = Parser(
+            prog="compiled-adam schedule",
+            description="Draws the learning rate of a schedule, or of the lr_schedule in a YAML file for lora.",
+            usage="compiled-adam schedule [-h] (NAME ARGUMENTS... | --config FILE) [options]",
+            epilog=f"NAME is one of {', '.join(SCHEDULES)}; compiled-adam schedule NAME --help lists its arguments.",
+        )
         made.add_argument("--config", type=Path, required=True, metavar="FILE", help="a YAML file with an lr_schedule")
     else:
+        description = (inspect.getdoc(SCHEDULES[name]) or "").split("\n\n")[0].replace("``", "")
+        made = Parser(prog=f"compiled-adam schedule {name}", description=description)
         hints = get_type_hints(SCHEDULES[name])
         for parameter in inspect.signature(SCHEDULES[name]).parameters.values():
             kind = int if int in (hints[parameter.name], *get_args(hints[parameter.name])) else float
@@ -122,7 +114,7 @@ def _from_arguments(name: str, arguments: dict[str, Any]) -> Drawn:
     given = {key: arguments[key] for key in parameters}
     label = ", ".join(f"{key}={value:g}" for key, value in given.items() if value != parameters[key].default)
     warmup = given["warmup"] or 0
-    return Drawn(function(**given), f"{name}({label})", given.get("steps") or max(UPDATES, 4 * warmup))
+    return function(**given), f"{name}({label})", given.get("steps") or max(UPDATES, 4 * warmup)
 
 
 def _from_file(file: Path) -> Drawn:
@@ -135,13 +127,7 @@ def _from_file(file: Path) -> Drawn:
     words = [f"{key}={value}" for key, value in found.lr_schedule.items() if key != "name"]
     # Schedules count updates, mlx-lm's iterations are micro-batches.
     updates = -(-found.iters // found.grad_accumulation_steps)
-    return Drawn(schedule, f"{found.lr_schedule['name']}({', '.join(words)}) of {file}, {updates} updates", updates)
-
-
-def _interesting(steps: Sequence[int], rates: Sequence[float]) -> list[int]:
-    """The first step, where the warmup ends (the first of the highest rates), the middle of what follows, the last."""
-    peak = steps[rates.index(max(rates))]
-    return sorted({0, peak, (peak + steps[-1]) // 2, steps[-1]})
+    return schedule, f"{found.lr_schedule['name']}({', '.join(words)}) of {file}, {updates} updates", updates
 
 
 def _blocks() -> str:

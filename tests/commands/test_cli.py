@@ -23,10 +23,8 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path: Path, capsys, monk
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "thesis.txt").write_text("mine")
     assert main(DEMO[2:]) == 2
-    assert (
-        capsys.readouterr().err
-        == "compiled-adam: demo exists and is not a demo's folder; name another one with --out\n"
-    )
+    said = "compiled-adam: demo exists and is not a demo's folder; name another one with --out\n"
+    assert capsys.readouterr().err == said
     assert os.listdir(tmp_path / "demo") == ["thesis.txt"]
 
 

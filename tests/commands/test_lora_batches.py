@@ -15,18 +15,15 @@ import pytest
 from compiled_adam.commands import like_mlx_lm, lora_options
 from compiled_adam.commands import lora as lora_command
 
+from tests.commands.test_lora_command import of_many_lengths, reported_losses
+
 Lora = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
 def lora(tiny_model: Path, data: Path, command, tmp_path: Path) -> Lora:
     """Trains on 23 texts of 20 to 100 characters."""
-    folder = tmp_path / "lengths"
-    folder.mkdir()
-    for name in ("train", "valid"):
-        rows = [json.loads(line)["text"] for line in (data / f"{name}.jsonl").read_text().splitlines()]
-        rows = [text[: 20 + 27 * i % 81] for i, text in enumerate(rows[:23])]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+    folder = of_many_lengths(data, tmp_path / "lengths")
 
     def lora(out: str, *more: str) -> subprocess.CompletedProcess[str]:
         fixed = ["--model", str(tiny_model), "--data", str(folder), "--adapter-path", out, "--num-layers", "2"]
@@ -36,9 +33,9 @@ def lora(tiny_model: Path, data: Path, command, tmp_path: Path) -> Lora:
     return lora
 
 
-def losses(done: subprocess.CompletedProcess[str]) -> list[str]:
+def losses(done: subprocess.CompletedProcess[str]) -> list[float]:
     assert done.returncode == 0, done.stderr
-    return re.findall(r"^iter +\d+  loss (\S+)", done.stdout, re.M)
+    return reported_losses(done.stdout)
 
 
 def test_epochs_instead_of_iterations(lora: Lora) -> None:

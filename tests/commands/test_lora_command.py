@@ -49,7 +49,7 @@ def of_many_lengths(data: Path, folder: Path) -> Path:
     folder.mkdir()
     for name in ("train", "valid"):
         rows = [json.loads(line)["text"] for line in (data / f"{name}.jsonl").read_text().splitlines()]
-        rows = [text[: 20 + 27 * i % 81] for i, text in enumerate(rows[: 23 if name == "train" else 8])]
+        rows = [text[: 20 + 27 * i % 81] for i, text in enumerate(rows[:23])]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
     return folder
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from compiled_adam.commands import lora_options, plan_options
+from compiled_adam.commands import lora_options
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_without_arguments_there_is_a_short_help(command) -> None:
     assert all(f"\n    {name} " in done.stderr for name in ("init", "demo", "lora", "plan", "report", "doctor"))
 
 
-@pytest.mark.parametrize("parser", [lora_options.parser, plan_options.plan_parser], ids=["lora", "plan"])
+@pytest.mark.parametrize("parser", [lora_options.parser, lora_options.plan_parser], ids=["lora", "plan"])
 def test_help_has_groups_defaults_and_examples(parser, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     made = parser()

@@ -159,12 +159,10 @@ def test_the_whole_page_is_what_is_computed() -> None:
 @pytest.mark.usefixtures("on_cpu")
 def test_command(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = str(tiny_model / "config.json")
-    assert (
-        cli.main(["plan", "--batch-size", "2", config, "--workers", "2", "--memory", "0.0001", "--num-layers", "1"])
-        == 1
-    )
+    job = ["plan", config, "--workers", "2", "--num-layers", "1"]
+    assert cli.main([*job, "--batch-size", "2", "--memory", "0.0001"]) == 1
     out = capsys.readouterr().out
-    assert cli.main(["plan", config, "--workers", "2", "--num-layers", "1", "--shard-state"]) == 0
+    assert cli.main([*job, "--shard-state"]) == 0
     assert "and 1 call of together" in (gathers := capsys.readouterr().out) and "of new weights" in gathers
     assert "2 workers: 1 call of together" in out and "at 5 GB/s" in out and "does not fit" in out
     assert all(policy in out for policy in POLICIES)
@@ -182,6 +180,7 @@ def test_the_batch_is_the_largest_of_the_job() -> None:
     assert batch("--no-group-by-length", "--max-seq-length", "65") == (4, 64, False, True)
     assert batch("--batch-tokens", "8192", "--max-seq-length", "1000", workers=2) == (4, 1000, False, True)
     assert batch("--batch-tokens", "100") == (1, 100, False, True)
+    assert batch("--batch-tokens", "2", workers=4) == (1, 1, False, True)
     like = plan.of_batch(options("--like-mlx-lm"), 1)
     assert like[:4] == (4, 2047, False, False) and like.loss is losses.like_mlx_lm
 
@@ -353,7 +352,10 @@ def test_what_is_no_file_is_not_read(tmp_path: Path, capsys) -> None:
         assert "config.json is no file; name a model's folder" in capsys.readouterr().err
 
 
-def test_arguments_that_cannot_be_used(tiny_model: Path, capsys) -> None:
+def test_arguments_that_cannot_be_used(tiny_model: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "job.yaml").write_text("memory: 16 GB\n")
+    assert cli.main(["plan", str(tiny_model), "-c", str(tmp_path / "job.yaml")]) == 2
+    assert "memory is '16 GB'; it must be a number" in capsys.readouterr().err
     assert cli.main(["plan", "no/such"]) == 2
     assert "not in the cache of Hugging Face" in capsys.readouterr().err
     assert cli.main(["plan", str(tiny_model), "--workers", "0"]) == 2

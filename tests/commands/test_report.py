@@ -69,6 +69,7 @@ def test_the_lines_are_those_of_the_log(tmp_path: Path) -> None:
         finite,
         pytest.approx([4 / i + 1 for i in finite], rel=1e-5),
     )  # so short that all count
+    assert "one step" not in lines
     assert lines["validation"] == ([1, 21], [6.0, 1.2381]) and lines["best, 1.2381 at 21"][0] == [21]
     assert lines["clipped (10)"][0] == list(range(1, 41, 4)) and lines["skipped (4)"][0] == [10, 20, 30, 40]
     assert lines["traces"] == (list(range(1, 41)), [min(i, 3) for i in range(1, 41)])
@@ -89,6 +90,7 @@ def test_runs_are_compared_in_the_same_charts_and_what_differs_comes_first(tmp_p
     lines = lines_of(text)
     for folder in folders:
         assert f"{folder.name}: training" in lines and f"{folder.name}: validation" in lines
+    assert not any("clipped" in label or "skipped" in label for label in lines)  # details of a single run
     assert "<td>iterations</td><td>40</td><td>20</td>" in text and text.count("<h1>") == 2
     differing, alike = re.search(r"Settings that differ(.*)<figure>.*Settings that are alike(.*)", text).groups()
     assert "<td>seed</td><td>1</td><td>2</td>" in differing and "<td>extra</td><td>-</td><td>true</td>" in differing
@@ -123,9 +125,9 @@ def test_the_markup_is_balanced(tmp_path: Path) -> None:
     assert parser.open == []
 
 
-def test_a_watch_follows_a_run_to_its_end(tmp_path: Path) -> None:
+def test_a_watch_follows_a_run_to_its_end(tmp_path: Path, capsys) -> None:
     """And waits for its first step. The page loads itself again only while there is more to come."""
-    folder, out, said, refreshes = tmp_path / "run", tmp_path / "page.html", [], []
+    folder, out, refreshes = tmp_path / "run", tmp_path / "page.html", []
 
     def begin() -> None:
         make_run(folder, 10)
@@ -142,16 +144,24 @@ def test_a_watch_follows_a_run_to_its_end(tmp_path: Path) -> None:
         refreshes.append(out.exists() and "refresh" in out.read_text() and out.stat().st_mtime_ns)
         happens.pop(0)()
 
-    report.watch([folder], out, said.append, wait)
+    report.watch([folder], out, wait)
+    said = capsys.readouterr().out.splitlines()
     assert not happens and len(said) == 2 and said[0] == "waiting for the first step" and str(out) in said[1]
     assert refreshes[:2] == [False, False] and all(refreshes[2:])
     assert refreshes[2] == refreshes[3] < refreshes[4]  # written again when there is something new
     assert 'http-equiv="refresh"' not in out.read_text() and "<dt>iterations</dt><dd>11</dd>" in out.read_text()
-    report.watch([folder], out, said.append, lambda _: pytest.fail("the run is over"))
+    report.watch([folder], out, lambda _: pytest.fail("the run is over"))
 
 
 def test_a_watch_ends_with_a_killed_run_and_with_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, out = make_run(tmp_path / "run", 10), tmp_path / "run" / "report.html"
+
+    def at_once(_: float) -> None:
+        raise KeyboardInterrupt
+
+    for unknown in (tmp_path, folder):  # no run yet, and one of which nobody knows how long it is
+        with pytest.raises(KeyboardInterrupt):
+            report.watch([unknown], out, at_once)
     Record(folder / "run.json", 0, 1, pytest.fail)
 
     def interrupt(_: float) -> None:
@@ -298,10 +308,17 @@ def test_what_is_no_file_is_not_read(tmp_path: Path, capsys) -> None:
         assert f"adapter_config.json is {message}" in capsys.readouterr().err
 
 
-def test_a_run_whose_steps_took_no_time(tmp_path: Path) -> None:
-    (tmp_path / "log.jsonl").write_text(json.dumps(STEP | {"seconds": 0, "grad_norm": 0}) + "\n")
+@pytest.mark.parametrize("norm", [0, None])  # None: of an optimizer that does not compute it
+def test_a_run_whose_steps_took_no_time(norm: float | None, tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text(json.dumps(STEP | {"seconds": 0, "grad_norm": norm}) + "\n")
     report.write([tmp_path], tmp_path / "report.html")
-    assert "<dt>tokens/s</dt><dd>-</dd>" in (tmp_path / "report.html").read_text()
+    text = (tmp_path / "report.html").read_text()
+    assert "<dt>tokens/s</dt><dd>-</dd>" in text and "Settings that differ" not in text
+
+
+def test_samples_without_answers_are_not_shown(tmp_path: Path) -> None:
+    record = {"sessions": [], "samples": [{"iteration": 0, "answers": []}]}
+    assert "<h2>Samples" not in page([report.load(make_run(tmp_path / "run"))._replace(record=record)])
 
 
 @pytest.mark.parametrize(

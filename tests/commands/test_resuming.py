@@ -18,6 +18,8 @@ from compiled_adam.commands.resuming import with_values
         ("--num-layers=-1 --train", {"num_layers": 2}, "--train --num-layers 2"),
         ("--num-layers -1 --train", {"num_layers": 2}, "--train --num-layers 2"),
         ("--bucket 1.5 --train", {"bucket": None}, "--train"),
+        ("--bucket --train", {"bucket": None}, "--train"),
+        ("-c bucket.yaml --train", {"bucket": None}, None),  # the file would win
         ("--mask-prompt --train", {"mask_prompt": False}, "--train"),
         ("--train", {"mask_prompt": True}, "--train --mask-prompt"),
         ("--no-group-by-length", {"group_by_length": True}, "--group-by-length"),
@@ -32,7 +34,11 @@ from compiled_adam.commands.resuming import with_values
         ("--data a", {"data": "rows 82a4e9c3b64fcf69"}, None),
     ],
 )
-def test_the_command_with_the_values_of_a_checkpoint(typed: str, settings: dict, works: str | None) -> None:
+def test_the_command_with_the_values_of_a_checkpoint(
+    typed: str, settings: dict, works: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bucket.yaml").write_text("bucket: 1.5")
     assert with_values(typed.split(), settings) == (None if works is None else works.split())
 
 

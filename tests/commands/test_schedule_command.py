@@ -32,6 +32,9 @@ def test_a_schedule_by_its_parameters_names(capsys) -> None:
     assert rates == {step: pytest.approx(schedule(step).item(), rel=1e-5) for step in (0, 100, 550, 1000)}
     _, rates = printed(capsys, "cosine", "1e-3", "1000", "--at", "3,2000")
     assert list(rates) == [3, 2000] and rates[2000] == 0
+    out, _ = printed(capsys, "linear", "1", "50")
+    assert out.count("\n         0  ") == 1  # also the highest of all
+    assert max(printed(capsys, "inverse_sqrt", "1", "--warmup", "3000")[1]) == 12_000
 
 
 REQUIRED = {
@@ -73,11 +76,15 @@ def test_a_yaml_file_of_mlx_lm(tmp_path: Path, capsys) -> None:
     assert rates == {0: 0, 10: 1e-3, 55: pytest.approx(5e-4, rel=1e-5), 100: 0}
 
 
-def test_pictures(tmp_path: Path, capsys) -> None:
+def test_pictures(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, start in (("a.svg", b"<?xml"), ("a.png", b"\x89PNG")):
         out, _ = printed(capsys, "linear", "1", "30000", "--out", str(tmp_path / name))
         assert out.endswith(f"wrote {tmp_path / name}\n")
         assert (tmp_path / name).read_bytes().startswith(start) and (tmp_path / name).stat().st_size > 5000
+    drawn: list[list[int]] = []
+    monkeypatch.setattr(picture, "figure", lambda *given: drawn.append(given[2]) or picture.canvas())
+    printed(capsys, "linear", "1", "50", "--at", "3,99", "--out", str(tmp_path / "a.svg"))
+    assert drawn == [[3]]  # the others would make the axis longer
 
 
 @pytest.mark.parametrize(
