@@ -159,6 +159,7 @@ examples:
 After Ctrl-C or SIGTERM the run finishes its step and saves. The folder of the
 adapters also has log.jsonl, with a line for each step, and checkpoints.
 --resume continues from a checkpoint exactly."""
+_PLANNED = {"workers": 1, "link": 5}  # defaults of `plan` alone
 _PLAN_EXAMPLES = """\
 examples:
   # LoRA with the defaults, on this machine
@@ -184,7 +185,7 @@ def settings(argv: Sequence[str], made: Parser | None = None) -> types.SimpleNam
     made = made or parser()
     found = vars(made.parse_args(argv))
     given = sorted(name for name in found if found[name] is not None)
-    defaults = {**mlx_lm_lora.CONFIG_DEFAULTS, **OURS}
+    defaults = {**mlx_lm_lora.CONFIG_DEFAULTS, **OURS, **(_PLANNED if "planned" in found else {})}
     known = {*defaults, *found, *YAML_ONLY} - {"config"}
     config = read(found["config"], known, made._actions) if found["config"] else {}
     like = config.get("like_mlx_lm") if found["like_mlx_lm"] is None else found["like_mlx_lm"]
@@ -235,14 +236,16 @@ def plan_parser() -> Parser:
         "planned", metavar="MODEL", help="A folder with a config.json, the file itself, or the name of a cached model."
     )
     ours.add_argument(
-        "--workers", type=int, default=1, metavar="N", help="How many processes share each batch. Default: %(default)s."
+        "--workers",
+        type=int,
+        metavar="N",
+        help=f"How many processes share each batch. Default: {_PLANNED['workers']}.",
     )
     ours.add_argument(
         "--link",
         type=float,
-        default=5.0,
         metavar="GB/S",
-        help="The bandwidth between workers in each direction. Default: %(default)g (Thunderbolt 4).",
+        help=f"The bandwidth between workers in each direction. Default: {_PLANNED['link']} (Thunderbolt 4).",
     )
     ours.add_argument(
         "--memory", type=float, metavar="GB", help="The memory of each worker. Default: the memory of this machine."

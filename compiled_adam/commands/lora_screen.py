@@ -72,7 +72,9 @@ def prompt(example: Mapping[str, Any]) -> str:
     >>> prompt({"text": "To fine-tune a model\\nuse the command that is described below."})
     'To fine-tune a model use the'
     """
-    asked = [m.get("content") for m in example.get("messages") or () if m.get("role") == "user"]
+    messages = example.get("messages")  # in a data set of prompts they may be anything
+    turns = [each for each in messages if isinstance(each, dict)] if isinstance(messages, list) else []
+    asked = [turn.get("content") for turn in turns if turn.get("role") == "user"]
     found = next((text for text in (*asked, example.get("prompt")) if isinstance(text, str)), None)
     if found is None:
         text = example.get("text")

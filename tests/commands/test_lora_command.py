@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from compiled_adam.base import differences
 from compiled_adam.commands import lora as lora_command
-from compiled_adam.commands import lora_options
+from compiled_adam.commands import lora_options, lora_screen
 from compiled_adam.optimizers import any_optimizer
 from mlx.utils import tree_flatten
 from mlx_lm import lora as mlx_lm_lora
@@ -397,3 +397,16 @@ def test_another_model_or_other_data_is_not_resumed(tiny_model: Path, data: Path
         assert done.returncode == 2 and re.search(rf"^  {name} ", done.stderr, re.M), done.stderr
     done = lora(tiny_model, data, "--resume", "--val-batches", "1")
     assert done.returncode == 2 and re.search(r"^  --val-batches +1 +2$", done.stderr, re.M)
+
+
+@pytest.mark.parametrize(
+    ("example", "asked"),
+    [
+        ({"messages": "no list", "prompt": "of  the example"}, "of the example"),
+        ({"messages": ["no dictionary", {"role": "user", "content": "a question"}]}, "a question"),
+        ({"messages": [{"role": "user", "content": ["parts"]}]}, "Hello"),
+        ({}, "Hello"),
+    ],
+)
+def test_the_line_after_a_run_has_a_prompt_whatever_the_data_are(example: dict, asked: str) -> None:
+    assert lora_screen.prompt(example) == asked

@@ -352,6 +352,21 @@ def test_what_is_no_file_is_not_read(tmp_path: Path, capsys) -> None:
         assert "config.json is no file; name a model's folder" in capsys.readouterr().err
 
 
+def test_a_yaml_file_has_the_options_of_plan_too(tiny_model: Path, tmp_path: Path, capsys) -> None:
+    printed = []
+    options = {"workers": 2, "link": 1.5, "memory": 3}
+    (tmp_path / "job.yaml").write_text("".join(f"{name}: {value}\n" for name, value in options.items()))
+    for words in (
+        ["-c", str(tmp_path / "job.yaml")],
+        [f"--{name}={value}" for name, value in options.items()],
+        [],
+    ):
+        cli.main(["plan", str(tiny_model), *words])
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] != printed[2]
+    assert "2 workers" in printed[0]
+
+
 def test_arguments_that_cannot_be_used(tiny_model: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "job.yaml").write_text("memory: 16 GB\n")
     assert cli.main(["plan", str(tiny_model), "-c", str(tmp_path / "job.yaml")]) == 2
