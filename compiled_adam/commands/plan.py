@@ -10,6 +10,7 @@ import math
 import types
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -60,7 +61,7 @@ class Plan(NamedTuple):
     gathers: list[int]  # what all workers have after each all_gather of new weights; none unless state is sharded
     workers: int
     batch: Pass | None = None  # a forward and backward pass, if that was asked for
-    updates: Mapping[str, int] = {}  # at most during an update, by policy, gradients included
+    updates: Mapping[str, int] = MappingProxyType({})  # at most during an update, by policy, gradients included
 
     def total(self, policy: str) -> int:
         """The most bytes at once: in the backward pass, when its gradients are exchanged, or in the update."""
