@@ -82,10 +82,6 @@ class Trees:
         """The places of the state's arrays in the trees that users see, as (container, key, array)."""
         return [(container, key, container[key]) for container, key in self._state.places]
 
-    def forget(self) -> None:
-        """Declares that the present weights belong to the present residuals, so that `read` resets none."""
-        self._written = {}
-
     def write(self, parameters: list[mx.array], state: list[mx.array]) -> None:
         """Assigns the arrays that `update` has returned."""
         assignments = Assignments()

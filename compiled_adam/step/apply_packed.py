@@ -39,7 +39,7 @@ class Slot:
         self._shapes = [array.shape for array in arrays]
         self.hidden = False
         self._flat: mx.array | None = None
-        self._written: Written | None = None  # the arrays that were put into the tree; None: none, or `forget`
+        self._written: Written | None = None  # the arrays that were put into the tree; None: none
 
     def _present(self) -> list[Any]:
         return list(map(operator.getitem, self._containers, self._keys))  # in C, because a step reads thousands
@@ -128,10 +128,6 @@ class Slot:
     def places(self) -> list[tuple[Any, Any, mx.array]]:
         """The places of the arrays, as (container, key, array). Empty while they are hidden."""
         return [] if self.hidden else list(zip(self._containers, self._keys, self._present(), strict=True))
-
-    def forget(self) -> None:
-        """Declares that the arrays now in the tree are those that were written, so that none counts as replaced."""
-        self._written = None
 
 
 State = tuple[list[Stored], Stored]  # the states of the leaves, and the scalars
@@ -228,12 +224,6 @@ class PackedTrees:
         self._known = [place for slots in self._states for slot in slots.values() for place in slot.places()]
         self._known += self._kept.places()
         return self._known
-
-    def forget(self) -> None:
-        """Declares that the present weights belong to the present residuals, so that `read` resets none."""
-        for slot, slots in zip(self._parameters, self._states, strict=True):
-            for each in (slot, *slots.values()):
-                each.forget()
 
     def _hide(self) -> None:
         """Takes the moments out of the tree. `Adam.state` puts them back when a caller reads it."""

@@ -93,7 +93,6 @@ class StepState:
         elif filled:
             sums = window.from_dict(state["window"], bound.parameters.paths)
         self.assign_window(sums, filled, assignments)
-        bound.trees.forget()
         call_all([assignments.ready(), random_state.assignment(state["random"]["key"])])
 
     def _load_optimizer(self, state: dict[str, mx.array], convert: bool, assignments: Assignments) -> None:
