@@ -23,7 +23,8 @@ import mlx.nn as nn
 import numpy as np
 from compiled_adam.base.errors import InputError
 from compiled_adam.optimizers import any_optimizer
-from compiled_adam.update import moments, residual
+from compiled_adam.step import apply_packed
+from compiled_adam.update import moments, packing, residual
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from mlx.utils import tree_flatten, tree_map
@@ -58,6 +59,7 @@ ours = st.fixed_dictionaries(
         "groups": st.booleans(),
         "decay_filter": st.booleans(),
         "schedule": st.booleans(),
+        "small": st.sampled_from([packing.SMALL, 8]),  # 8: large leaves stand beside packed ones
         "lowering": st.sampled_from(["auto", "fused", "inplace"]),
         "bias_correction": st.booleans(),
         "betas": st.sampled_from([(0.9, 0.999), (0.8, 0.95), (0.0, 0.9)]),
@@ -96,6 +98,7 @@ class TrainStepMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         shutil.rmtree(self.folder)
+        apply_packed.packs = packing.packs
 
     # What there is.
 
@@ -110,6 +113,7 @@ class TrainStepMachine(RuleBasedStateMachine):
         self, shape: models.Shape, options: dict[str, Any], accumulate: int, weighted: bool, max_traces: int
     ) -> None:
         self.is_ours = options["name"].startswith("ours")
+        apply_packed.packs = lambda leaves, small: packing.packs(leaves, options.get("small", small))
         if not self.is_ours:
             # The reference cannot tell shared parameters apart, nor MLX's MultiOptimizer keys of digits from a list.
             without = {"shared"} | ({"digits"} if " and " in options["name"] else set())
