@@ -29,44 +29,40 @@ class StepReader:
         ready = self._read()
         # The time since the step before was put is this one's, whether the device has begun with it (CUDA, Metal) or
         # is nearly done, as on the CPU, whose queue is short.
-        self._waiting = iteration, result, self._step.traces["grad"], self._lap()
+        self._waiting = iteration, result, self._step.traces["grad"], self.restart_clock()
         return ready
 
     def drain(self) -> list[dict[str, Any]]:
         """The numbers of the step that was put last, unless they were given already. Waits for it."""
         ready = self._read()
         for entry in ready:
-            entry["seconds"] += self._lap()
+            entry["seconds"] += self.restart_clock()
         return ready
 
     def _read(self) -> list[dict[str, Any]]:
         if self._waiting is None:
             return []
         (iteration, result, traces, seconds), self._waiting = self._waiting, None
-        votes = {} if result.extra is None else {"votes": result.extra.item()}
         tokens = _number(result.aux[0])  # a loss of one's own may count in Python
         return [
             {
                 "iteration": iteration,
                 "loss": result.loss.item() if tokens > 0 else math.nan,  # the mean of nothing
                 "tokens": tokens,
-                "grad_norm": None if result.grad_norm is None else result.grad_norm.item(),
-                "learning_rate": None if result.learning_rate is None else result.learning_rate.item(),
+                "grad_norm": _number(result.grad_norm),
+                "learning_rate": _number(result.learning_rate),
                 "skipped": result.skipped.item(),
                 "traces": traces,
                 "seconds": seconds,
                 "memory": mx.get_peak_memory(),
-                **votes,
+                "votes": _number(result.extra),
             }
         ]
 
-    def _lap(self) -> float:
+    def restart_clock(self) -> float:
+        """The seconds since the last call. To be called after a validation or a save, whose time is not a step's."""
         before, self._clock = self._clock, time.perf_counter()
         return self._clock - before
-
-    def restart_clock(self) -> None:
-        """After a validation or a save, whose time is not a step's."""
-        self._lap()
 
 
 class Report:

@@ -56,7 +56,7 @@ class Reporting:
 
     def _take(self, entries: list[dict[str, Any]]) -> None:
         for entry in entries:
-            self.asked.count(entry.pop("votes", 0.0))
+            self.asked.count(entry.pop("votes") or 0.0)
             self.unaccounted.append(entry)
             # Workers exchange their losses for many steps at once. But a step that failed is accounted for soon; all
             # workers know it from the norm of the gradient.
@@ -67,10 +67,13 @@ class Reporting:
         entries, self.unaccounted = self.workers.mean_steps(self.unaccounted), []
         for entry in entries:
             self.sums.add(entry)
-            self.history.add(entry)
-            if self.log is not None:
-                self.log.write(entry)
+            self._record(entry)
             self.failures = failures(self.failures, entry)
+
+    def _record(self, entry: dict[str, Any]) -> None:
+        self.history.add(entry)
+        if self.log is not None:
+            self.log.write(entry)
 
     def report(self) -> None:
         """Reports the sums since the last report."""
@@ -106,10 +109,7 @@ class Reporting:
         else:
             self.screen.validation(iteration, loss, seconds, best)
         known = math.nan if loss is None else loss
-        entry = {"iteration": iteration, "val_loss": known, "seconds": seconds}
-        self.history.add(entry)
-        if self.log is not None:
-            self.log.write(entry)
+        self._record({"iteration": iteration, "val_loss": known, "seconds": seconds})
         self.callback.on_val_loss_report({"iteration": iteration - 1, "val_loss": known, "val_time": seconds})
 
     def state(self) -> dict[str, Any]:
