@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, closing, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -157,7 +157,7 @@ class Job:
             settings = self._settings(batches, durable, workers.first)
             workers.check_alike(self._alike(settings, resume is not None))
             if options.log or durable:
-                stack.enter_context(workers.all_do(partial(_lock, self.folder, workers.first)))
+                workers.first_does(lambda: stack.enter_context(locked(self.folder)))
             asked = stack.enter_context(asked_to_stop(workers.many))
             progress = stack.enter_context(TrainingProgress(args.iters, quiet=not workers.first))
             screen = RunScreen(progress, batches.per_epoch if isinstance(batches, Batches) else None)
@@ -308,11 +308,3 @@ def in_epochs(iterations: int, batches: Batches) -> str:
     rows, (shapes, overhead) = batches.rows_in_epoch(), batches.forecast()
     examples = f"{min(rows)} to {max(rows)} examples" if min(rows) < max(rows) else f"{rows[0]} examples"
     return f"{said} of {examples} of similar length; {shapes} shapes, {100 * overhead:.1f} % padding"
-
-
-def _lock(folder: Path, first: bool) -> AbstractContextManager[object]:
-    """The lock of the folder, which only the first worker takes."""
-    lock = ExitStack()
-    if first:
-        lock.enter_context(locked(folder))
-    return lock
