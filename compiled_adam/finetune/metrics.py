@@ -71,33 +71,37 @@ class Report:
     def __init__(self) -> None:
         # Only what JSON can hold: checkpoints have it, so that a resumed run reports what it would have reported.
         self.sums: dict[str, Any] = {"trained_tokens": 0, "grad_norm": None}
+        self.last: dict[str, Any] = {}  # step
         self._open()
 
     def _open(self) -> None:
         self.sums |= {"loss": 0.0, "losses": 0, "tokens": 0, "iterations": 0, "seconds": 0.0}
 
     def add(self, entry: dict[str, Any]) -> None:
-        if entry["tokens"] > 0:  # otherwise there is no loss
-            self.sums["loss"] += entry["loss"]
+        """Adds a step. A line of a log may lack some numbers."""
+        tokens, loss, norm = entry.get("tokens", 0), entry.get("loss"), entry.get("grad_norm")
+        if tokens > 0:  # otherwise there is no loss
+            self.sums["loss"] += math.nan if loss is None else loss
             self.sums["losses"] += 1
-        for name in ("tokens", "seconds"):
-            self.sums[name] += entry[name]
+        self.sums["tokens"] += tokens
+        self.sums["trained_tokens"] += tokens
+        self.sums["seconds"] += entry.get("seconds", 0.0)
         self.sums["iterations"] += 1
-        self.sums["trained_tokens"] += entry["tokens"]
-        if entry["grad_norm"] is not None:
-            self.sums["grad_norm"] = entry["grad_norm"]
-        self._last = entry
+        if norm is not None:
+            self.sums["grad_norm"] = norm
+        self.last = entry
+
+    @property
+    def loss(self) -> float:
+        """The mean over those iterations that had a token to train, nan if none had."""
+        return self.sums["loss"] / self.sums["losses"] if self.sums["losses"] else math.nan
 
     def close(self) -> dict[str, Any]:
-        """The dictionary for callbacks: mlx-lm's, and three more keys; starts the next report.
-
-        The training loss is the mean over those iterations that had a token to train, nan if none had.
-        """
-        sums, last = dict(self.sums), self._last
-        self._open()
-        return {
+        """The dictionary for callbacks: mlx-lm's, and three more keys; starts the next report."""
+        sums, last = self.sums, self.last
+        info = {
             "iteration": last["iteration"],
-            "train_loss": sums["loss"] / sums["losses"] if sums["losses"] else math.nan,
+            "train_loss": self.loss,
             "learning_rate": last["learning_rate"],
             "iterations_per_second": sums["iterations"] / sums["seconds"],
             "tokens_per_second": sums["tokens"] / sums["seconds"],
@@ -107,6 +111,8 @@ class Report:
             "skipped_steps": last["skipped"],
             "traces": last["traces"],
         }
+        self._open()
+        return info
 
 
 def failures(before: int, entry: dict[str, Any]) -> int:
