@@ -37,11 +37,11 @@ class Reporting:
     told: bool = field(default=False, init=False)  # that no token is trained
     told_of_traces: bool = field(default=False, init=False)
 
-    def line(self, text: str) -> None:
-        self.screen.progress.line(text)
+    def line(self, text: str, style: str = "") -> None:
+        self.screen.progress.line(text, style)
 
     def warn(self, message: str) -> None:
-        self.screen.progress.line(f"warning: {message}", "yellow")
+        self.line(f"warning: {message}", "yellow")
 
     def take(self, entries: list[dict[str, Any]]) -> None:
         """Accounts for the numbers of steps, and moves the progress bar by one step."""

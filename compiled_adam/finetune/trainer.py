@@ -162,12 +162,11 @@ class Job:
             progress = stack.enter_context(TrainingProgress(args.iters, quiet=not workers.first))
             screen = RunScreen(progress, batches.per_epoch if isinstance(batches, Batches) else None)
             validation = Validation(self.val_dataset, self.loss, self.iterate_batches, args, workers, asked, progress)
-            reporting = Reporting(
-                *(StepReader(step), screen, callback or TrainingCallback(), workers, asked, args.max_seq_length),
-                most_traces(self.loss, batches.forecast().traces)
-                if isinstance(batches, Batches) and batches.grouped
-                else None,
-            )
+            traces = None
+            if isinstance(batches, Batches) and batches.grouped:
+                traces = most_traces(self.loss, batches.forecast().traces)
+            callback = callback or TrainingCallback()
+            reporting = Reporting(StepReader(step), screen, callback, workers, asked, args.max_seq_length, traces)
             saved = RunFolder(Path(args.adapter_file), step, options, settings, workers, progress.line)
             loop = TrainingLoop(step, batches, validation, args, options, saved, reporting, asked)
             if resume is not None:
