@@ -72,6 +72,20 @@ class WithBadBatch(Batches):
         return batch, lengths
 
 
+class Reports(TrainingCallback):
+    """Keeps what callbacks get."""
+
+    def __init__(self) -> None:
+        self.training: list[dict] = []
+        self.validation: list[dict] = []
+
+    def on_train_loss_report(self, train_info: dict) -> None:
+        self.training.append(train_info)
+
+    def on_val_loss_report(self, val_info: dict) -> None:
+        self.validation.append(val_info)
+
+
 def stop_after(iteration: int, kind: int = signal.SIGINT):
     """A callback that asks the run to stop when it reports this iteration."""
 

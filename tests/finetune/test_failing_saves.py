@@ -16,13 +16,7 @@ from compiled_adam.checkpoint import durable, series
 from compiled_adam.finetune import saving
 from compiled_adam.finetune.batches import Batches
 
-from tests.tiny_runs import (
-    WithBadBatch,
-    loss_that_fails_on_bad,
-    stop_after,
-    train,
-    weights,
-)
+from tests.tiny_runs import WithBadBatch, loss_that_fails_on_bad, stop_after, train, weights
 
 
 @pytest.mark.parametrize("ending", ["complete", "SIGINT", "SIGTERM", "nonfinite"])

@@ -15,21 +15,10 @@ from compiled_adam.finetune import batches, validation
 from mlx.utils import tree_flatten
 from mlx_lm import load
 from mlx_lm.tuner import trainer
-from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.datasets import CacheDataset, TextDataset
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 
-
-class Recorder(TrainingCallback):
-    def __init__(self) -> None:
-        self.training: list[dict] = []
-        self.validation: list[dict] = []
-
-    def on_train_loss_report(self, train_info: dict) -> None:
-        self.training.append(train_info)
-
-    def on_val_loss_report(self, val_info: dict) -> None:
-        self.validation.append(val_info)
+from tests.tiny_runs import Reports
 
 
 def setting(tiny_model: Path, kind: str):
@@ -64,7 +53,7 @@ def run(train, tiny_model: Path, kind: str, optimizer, folder: Path, **changes):
     folder.mkdir(exist_ok=True)
     model, train_set, valid_set = setting(tiny_model, kind)
     np.random.seed(0)
-    recorder = Recorder()
+    reports = Reports()
     train(
         model=model,
         optimizer=optimizer,
@@ -72,9 +61,9 @@ def run(train, tiny_model: Path, kind: str, optimizer, folder: Path, **changes):
         val_dataset=valid_set,
         args=arguments(folder, **changes),
         loss=trainer.default_loss,  # with which the two are compared; ours does not train the padding
-        training_callback=recorder,
+        training_callback=reports,
     )
-    return model, recorder
+    return model, reports
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
@@ -186,6 +175,6 @@ def test_batches_without_tokens_do_not_count() -> None:
         batches.Batches,
         trainer.TrainingArgs(batch_size=1, max_seq_length=8),
         -1,
-        lambda: None,
+        lambda _: None,
     )
     assert found == 2.5

@@ -12,12 +12,7 @@ from compiled_adam.base.errors import TrainingStopped
 from mlx_lm.tuner import trainer
 from mlx_lm.tuner.callbacks import TrainingCallback
 
-from tests.tiny_runs import (
-    losses_of,
-    stop_after,
-    train,
-    weights,
-)
+from tests.tiny_runs import losses_of, stop_after, train, weights
 
 
 def test_an_early_stop_is_the_same_when_resumed(tiny_model: Path, tmp_path: Path, capsys) -> None:

@@ -10,19 +10,13 @@ import sys
 import time
 from pathlib import Path
 
-import compiled_adam as ca
 import mlx.core as mx
 import pytest
 from compiled_adam import losses
 from compiled_adam.finetune.log import read
 
 from tests.conftest import ROOT
-from tests.tiny_runs import (
-    arguments,
-    dataset,
-    lora,
-    weights,
-)
+from tests.tiny_runs import train, weights
 
 
 @pytest.mark.slow
@@ -70,30 +64,14 @@ def test_a_signal_during_validation_does_not_wait_for_its_end(tiny_model: Path, 
 
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt, match="stopped by SIGINT after iteration 2"):
-        ca.train(
-            lora(tiny_model),
-            ca.Adam(1e-3),
-            dataset(),
-            dataset(),
-            args=arguments(tmp_path, val_batches=6),
-            loss=loss,
-            keep_checkpoints=1,
-        )
+        train(tiny_model, tmp_path, val=True, val_batches=6, loss=loss, keep_checkpoints=1)
     assert calls == 8 and signal.getsignal(signal.SIGINT) is handler
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     for folder in (whole, resumed):
         folder.mkdir()
     (tmp_path / "checkpoints").rename(resumed / "checkpoints")
     for folder, resume in ((whole, None), (resumed, "auto")):
-        ca.train(
-            lora(tiny_model),
-            ca.Adam(1e-3),
-            dataset(),
-            dataset(),
-            args=arguments(folder, val_batches=6),
-            keep_checkpoints=1,
-            resume=resume,
-        )
+        train(tiny_model, folder, val=True, val_batches=6, keep_checkpoints=1, resume=resume)
     a, b = (weights(folder / "adapters.safetensors") for folder in (whole, resumed))
     assert all(mx.array_equal(a[path], b[path]).item() for path in a)
 
