@@ -47,7 +47,7 @@ class History:
         Raises:
             ValueError: there is no log, it is damaged, or ``every`` is out of range.
         """
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        if type(every) is not int or every < 1:
             raise InputError(f"every is {every!r}; it must be a whole number of at least 1")
         file = Path(log_file) / LOG if Path(log_file).is_dir() else Path(log_file)
         if not file.is_file():

@@ -16,20 +16,16 @@ class StepReader:
     """Turns a `StepResult` into numbers when the next step is on its way, so that the device never waits for Python."""
 
     def __init__(self, step: TrainStep) -> None:
-        self._step = step
+        self.step = step
         self._waiting: tuple[int, StepResult, int, float] | None = None
         self._clock = time.perf_counter()
-
-    @property
-    def dropped_traces(self) -> int:
-        return self._step.traces["evicted"]
 
     def put(self, iteration: int, result: StepResult) -> list[dict[str, Any]]:
         """The numbers of the step before this one, if there is one."""
         ready = self._read()
         # The time since the step before was put is this one's, whether the device has begun with it (CUDA, Metal) or
         # is nearly done, as on the CPU, whose queue is short.
-        self._waiting = iteration, result, self._step.traces["grad"], self.restart_clock()
+        self._waiting = iteration, result, self.step.traces["grad"], self.restart_clock()
         return ready
 
     def drain(self) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ class Position(NamedTuple):
         grouped = position.get("group_by_length", False)
         found = cls(start, position.get("next", 0), position.get("random"), batches, position.get("epoch", 0), grouped)
         counts = (found.next, found.epoch, *(() if batches is None else (batches,)))
-        if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in counts):
+        if not all(type(n) is int and n >= 0 for n in counts):
             raise InputError(
                 f"the position in the data is batch {found.next!r} of {batches!r} in epoch {found.epoch!r}; no such"
                 " batch exists"

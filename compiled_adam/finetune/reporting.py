@@ -90,7 +90,7 @@ class Reporting:
         self.callback.on_train_loss_report(info)
 
     def _wrong_with_traces(self, traces: int) -> str:
-        if dropped := self.reader.dropped_traces:
+        if dropped := self.reader.step.traces["evicted"]:
             return (
                 f"{traces} graphs were compiled, and {dropped} of them dropped, as there are more batch shapes than"
                 f" {called('max_traces')}: raise it, or have fewer shapes with {called('bucket')}"

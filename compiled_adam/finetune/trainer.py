@@ -189,9 +189,8 @@ class Job:
             record = stack.enter_context(Record(file, loop.iteration, workers.size, reporting.warn))
             loop.sampling = Sampling(options.sample, record, workers, lambda: asked.signal is not None, reporting.warn)
             if options.log and resume is not None:
-                reporting.history.follow(
-                    workers.first_does(partial(self._earlier, loop.iteration)), args.steps_per_report
-                )
+                earlier = workers.first_does(partial(self._earlier, loop.iteration))
+                reporting.history.follow(earlier, args.steps_per_report)
             workers.first_does(self._write_config)
             record.because = loop.run()
             reporting.history.report()  # of an early end
@@ -232,15 +231,8 @@ class Job:
         )
 
     def _batches(self, workers: Workers) -> Iterator[Any]:
-        return iter(
-            self.iterate_batches(
-                dataset=self.train_dataset,
-                batch_size=self.args.batch_size,
-                max_seq_length=self.args.max_seq_length,
-                loop=True,
-                comm_group=workers.group,
-            )
-        )
+        sizes = {"batch_size": self.args.batch_size, "max_seq_length": self.args.max_seq_length}
+        return iter(self.iterate_batches(dataset=self.train_dataset, loop=True, comm_group=workers.group, **sizes))
 
     def _check_batches(self, batches: Iterator[Any], durable: bool) -> None:
         if durable and not isinstance(batches, Batches):
