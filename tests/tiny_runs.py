@@ -18,7 +18,24 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 
 class Tokens(list):
-    """A data set of mlx-lm's kind, already tokenized."""
+    """A data set of mlx-lm's kind, already tokenized; ``asked`` is how often a `CacheDataset` has asked for tokens."""
+
+    asked = 0
+
+    def process(self, example):
+        self.asked += 1
+        return example
+
+
+class Group:
+    """The worker ``rank`` of ``size``, for batches, which do not communicate."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = lambda: rank, lambda: size
+
+
+def same(batch: tuple[mx.array, ...], other: tuple[mx.array, ...]) -> bool:
+    return all(mx.array_equal(a, b).item() and a.dtype == b.dtype for a, b in zip(batch, other, strict=True))
 
 
 def lora(tiny_model: Path):

@@ -18,7 +18,7 @@ from mlx_lm.tuner import trainer
 from mlx_lm.tuner.datasets import CacheDataset, TextDataset
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 
-from tests.tiny_runs import Reports
+from tests.tiny_runs import Reports, Tokens
 
 
 def setting(tiny_model: Path, kind: str):
@@ -158,19 +158,12 @@ def test_schedule_counts_updates(tiny_model: Path, tmp_path: Path) -> None:
     assert all(math.isfinite(info["train_loss"]) for info in reported.training)
 
 
-class Fixed(list):
-    """Tokens as a data set of mlx-lm has them."""
-
-    def process(self, item):
-        return item
-
-
 def test_batches_without_tokens_do_not_count() -> None:
     """As a worker's part of a batch may be, where the others' is not."""
     losses = iter([(mx.array(2.0), mx.array(3)), (mx.array(math.nan), mx.array(0)), (mx.array(4.0), 1)])
     found = validation.mean_loss(
         nn.Linear(1, 1),
-        CacheDataset(Fixed([([1, 2], 0)] * 3)),
+        CacheDataset(Tokens([([1, 2], 0)] * 3)),
         lambda *_: next(losses),
         batches.Batches,
         trainer.TrainingArgs(batch_size=1, max_seq_length=8),

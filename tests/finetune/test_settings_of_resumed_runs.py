@@ -11,6 +11,7 @@ import pytest
 from compiled_adam.base.errors import TrainingStopped
 from mlx_lm.tuner import trainer
 from mlx_lm.tuner.callbacks import TrainingCallback
+from trees import assert_identical
 
 from tests.tiny_runs import losses_of, stop_after, train, weights
 
@@ -33,8 +34,7 @@ def test_more_iterations_follow_as_if_the_last_had_not_been_the_last(tiny_model:
         for i, iters in enumerate(iterations):
             train(tiny_model, tmp_path / name, iters=iters, resume="auto" if i else None, **options)
     assert losses_of(tmp_path / "long") == losses_of(tmp_path / "short")
-    a, b = (weights(tmp_path / name / "adapters.safetensors") for name in ("long", "short"))
-    assert all(mx.array_equal(a[path], b[path]).item() for path in a)
+    assert_identical(*(weights(tmp_path / name / "adapters.safetensors") for name in ("long", "short")))
 
 
 def test_random_numbers_that_a_callback_draws(tiny_model: Path, tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-import mlx.core as mx
 import pytest
 from compiled_adam import losses
 from compiled_adam.finetune.log import read
+from trees import assert_identical
 
 from tests.conftest import ROOT
 from tests.tiny_runs import train, weights
@@ -47,7 +47,7 @@ def test_signals_finish_the_step_and_save(kind: int, tiny_model: Path, data: Pat
     assert read(tmp_path / "adapters" / "log.jsonl")[-1]["iteration"] == iteration
     saved = weights(tmp_path / "adapters" / "adapters.safetensors")
     kept = weights(tmp_path / "adapters" / "checkpoints" / f"{iteration:07d}" / "weights.safetensors")
-    assert all(mx.array_equal(saved[path], kept[path]).item() for path in saved)
+    assert_identical(saved, {path: kept[path] for path in saved})
 
 
 def test_a_signal_during_validation_does_not_wait_for_its_end(tiny_model: Path, tmp_path: Path) -> None:
@@ -72,8 +72,7 @@ def test_a_signal_during_validation_does_not_wait_for_its_end(tiny_model: Path, 
     (tmp_path / "checkpoints").rename(resumed / "checkpoints")
     for folder, resume in ((whole, None), (resumed, "auto")):
         train(tiny_model, folder, val=True, val_batches=6, keep_checkpoints=1, resume=resume)
-    a, b = (weights(folder / "adapters.safetensors") for folder in (whole, resumed))
-    assert all(mx.array_equal(a[path], b[path]).item() for path in a)
+    assert_identical(*(weights(folder / "adapters.safetensors") for folder in (whole, resumed)))
 
 
 def test_the_second_ctrl_c_acts_at_once() -> None:

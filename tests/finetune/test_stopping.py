@@ -20,6 +20,7 @@ from compiled_adam.finetune.log import read
 from compiled_adam.finetune.stopping import is_out_of_memory
 from mlx.utils import tree_flatten
 from mlx_lm.tuner import trainer
+from trees import assert_identical
 
 from tests.tiny_runs import (
     WithBadBatch,
@@ -54,8 +55,7 @@ def test_one_bad_batch_costs_one_step_and_not_the_run(tiny_model: Path, tmp_path
     assert all(mx.isnan(array).any().item() for array in stock.values())
     ours = run(ca.train, ca.Adam(1e-3, skip_nonfinite=True), WithBadBatch, 12, "ours")
     without = run(ca.train, ca.Adam(1e-3, skip_nonfinite=True), WithoutBadBatch, 11, "without")
-    for path, array in without.items():
-        assert mx.array_equal(ours[path], array).item(), path
+    assert_identical(ours, without)
 
 
 def test_not_finite_for_too_long(tiny_model: Path, tmp_path: Path) -> None:
@@ -68,8 +68,7 @@ def test_not_finite_for_too_long(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingStopped, match=r"not finite in 3 steps in a row.*; .*has the weights after iteration"):
         train(tiny_model, tmp_path, nonfinite_limit=3, log=True, **options)
     assert len(read(tmp_path / "log.jsonl")) in (3, 4)  # a result is read while the next step is on its way
-    saved = weights(tmp_path / "adapters.safetensors")
-    assert all(mx.array_equal(saved[path], array).item() for path, array in start.items())
+    assert_identical(weights(tmp_path / "adapters.safetensors"), start)
 
     (tmp_path / "adapters.safetensors").write_bytes(b"older")
     with pytest.raises(TrainingStopped, match=r"not finite in 3 steps in a row.*; nothing was saved"):
@@ -140,8 +139,7 @@ def test_early_stop_and_best(tiny_model: Path, tmp_path: Path, monkeypatch: pyte
     assert json.loads((tmp_path / "best" / "best.json").read_text()) == {"iteration": 3, "val_loss": 2.0}
     best = weights(tmp_path / "best" / "adapters.safetensors")
     last = weights(tmp_path / "adapters.safetensors")
-    for path, array in best.items():
-        assert mx.array_equal(array, seen[2.0][path]).item(), path  # the later 2.0 is no improvement
+    assert_identical(best, seen[2.0])  # the later 2.0 is no improvement
     assert any(not mx.array_equal(best[path], last[path]).item() for path in best)
 
 
