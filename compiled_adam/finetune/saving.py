@@ -204,17 +204,16 @@ class RunFolder:
     def load(self, checkpoint: str | Path) -> tuple[str, dict[str, Any]]:
         """Continues the step from a checkpoint, or from the newest whole one for "auto"; returns its path and state."""
         # The other workers get it from the first one, and need not have its files.
-        path, read = self.workers.all_do(partial(self._read, checkpoint)) or ("", None)
-        mine = None if read is None else [path, read.extra, read.convert, read.own_rate]
-        path, extra, convert, own_rate = self.workers.first_does(lambda: mine)
-        state = self.workers.share({} if read is None else read.state, self.step.keeps)
+        found, read = self.workers.all_do(partial(self._read, checkpoint))
+        path, extra, convert, own_rate = self.workers.first_does(lambda: [found, *read[1:]])
+        state = self.workers.share(read.state, self.step.keeps)
         self.workers.all_do(partial(Contents(state, extra, convert, own_rate).into, self.step))
         return path, extra
 
-    def _read(self, checkpoint: str | Path) -> tuple[str, Contents] | None:
-        """The path and the contents of the checkpoint; None at all workers but the first."""
+    def _read(self, checkpoint: str | Path) -> tuple[str, Contents]:
+        """The path and the contents of the checkpoint; nothing at all workers but the first."""
         if not self.workers.first:
-            return None
+            return "", Contents({}, {}, convert=False, own_rate=False)
         auto = checkpoint == "auto"
         path = latest_checkpoint(self.path / CHECKPOINTS, warn=self._warn) if auto else Path(checkpoint)
         settings, allow = self.settings, self.options.allow
