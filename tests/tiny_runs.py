@@ -114,14 +114,20 @@ def stop_after(iteration: int, kind: int = signal.SIGINT):
     return Stopper()
 
 
-def train(tiny_model: Path, folder: Path, val: bool = False, optimizer=None, **options) -> ca.History:
-    """A short run with checkpoints; what `arguments` knows goes there."""
+def always_nan(model, batch, lengths):
+    value, tokens = trainer.default_loss(model, batch, lengths)
+    return value * float("nan"), tokens
+
+
+def train(tiny_model: Path, folder: Path, val: bool = False, optimizer=None, rows=None, **options) -> ca.History:
+    """A short run with checkpoints; what `arguments` knows goes there. Without ``rows`` it is trained on `dataset`."""
     names = trainer.TrainingArgs.__dataclass_fields__
     changes = {name: options.pop(name) for name in list(options) if name in names}
     args = arguments(folder, **changes)
     options = {"keep_checkpoints": 9, **options}
     rate = ca.Adam(1e-3, skip_nonfinite=True) if optimizer is None else optimizer
-    return ca.train(lora(tiny_model), rate, dataset(), dataset() if val else None, args=args, **options)
+    rows = dataset() if rows is None else rows
+    return ca.train(lora(tiny_model), rate, rows, dataset() if val else None, args=args, **options)
 
 
 def losses_of(folder: Path) -> list[float]:

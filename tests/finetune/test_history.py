@@ -13,7 +13,7 @@ import pytest
 from compiled_adam.checkpoint import output
 from compiled_adam.finetune import log
 
-from tests.tiny_runs import Reports, arguments, dataset, lora, train
+from tests.tiny_runs import Reports, train
 
 TIMES = {"seconds", "memory", "traces"}  # these differ between two runs of the same job
 
@@ -76,9 +76,9 @@ def test_without_a_log_it_has_what_this_run_did(tiny_model: Path, tmp_path: Path
 
 
 def test_an_early_end_is_a_row(tiny_model: Path, tmp_path: Path) -> None:
-    args = arguments(tmp_path, iters=9, steps_per_report=100, steps_per_eval=2, val_batches=-1)
+    options = {"iters": 9, "steps_per_report": 100, "steps_per_eval": 2, "val_batches": -1}
     # Without a learning rate nothing improves.
-    history = ca.train(lora(tiny_model), ca.Adam(0.0), dataset(), dataset(), args=args, early_stop_patience=1)
+    history = train(tiny_model, tmp_path, val=True, optimizer=ca.Adam(0.0), early_stop_patience=1, **options)
     assert [iteration for iteration, _ in history.losses] == [1]
     assert [iteration for iteration, _ in history.val_losses] == [1, 2]
 

@@ -18,6 +18,7 @@ from mlx_lm.tuner import trainer
 from mlx_lm.tuner.datasets import CacheDataset, TextDataset
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 
+from tests import tiny_runs
 from tests.tiny_runs import Reports, Tokens
 
 
@@ -37,16 +38,8 @@ def setting(tiny_model: Path, kind: str):
 
 
 def arguments(folder: Path, **changes) -> trainer.TrainingArgs:
-    defaults = {
-        "batch_size": 2,
-        "iters": 8,
-        "val_batches": -1,
-        "steps_per_report": 1,
-        "steps_per_eval": 4,
-        "steps_per_save": 5,
-        "adapter_file": str(folder / "adapters.safetensors"),
-    }
-    return trainer.TrainingArgs(**{**defaults, **changes})
+    defaults = {"iters": 8, "val_batches": -1, "steps_per_eval": 4, "steps_per_save": 5}
+    return tiny_runs.arguments(folder, **{**defaults, **changes})
 
 
 def run(train, tiny_model: Path, kind: str, optimizer, folder: Path, **changes):

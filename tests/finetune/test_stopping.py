@@ -24,6 +24,7 @@ from trees import assert_identical
 
 from tests.tiny_runs import (
     WithBadBatch,
+    always_nan,
     arguments,
     dataset,
     lora,
@@ -59,10 +60,6 @@ def test_one_bad_batch_costs_one_step_and_not_the_run(tiny_model: Path, tmp_path
 
 
 def test_not_finite_for_too_long(tiny_model: Path, tmp_path: Path) -> None:
-    def always_nan(model, batch, lengths):
-        value, tokens = trainer.default_loss(model, batch, lengths)
-        return value * float("nan"), tokens
-
     options = {"loss": always_nan, "keep_checkpoints": 0}
     start = weights_of(lora(tiny_model))
     with pytest.raises(TrainingStopped, match=r"not finite in 3 steps in a row.*; .*has the weights after iteration"):
@@ -101,14 +98,11 @@ def test_out_of_memory(error: Exception, tiny_model: Path, tmp_path: Path) -> No
             raise error
         return trainer.default_loss(model, batch, lengths)
 
-    examples = dataset(12)
-    examples += [(list(range(1, 100)), 0)] * 2
+    examples = [*dataset(), *[(list(range(1, 100)), 0)] * 2]
     expected = r"out of memory in iteration \d+: .*; .*adapters.safetensors has the weights after iteration \d+\. Use"
     with pytest.raises(TrainingStopped, match=expected):
         # The long batch is in the permutation's middle; everything before it was saved.
-        ca.train(
-            lora(tiny_model), ca.Adam(1e-3), examples, args=arguments(tmp_path, steps_per_save=1, iters=40), loss=loss
-        )
+        train(tiny_model, tmp_path, rows=examples, steps_per_save=1, iters=40, loss=loss, keep_checkpoints=0)
     assert is_out_of_memory(error) and not is_out_of_memory(RuntimeError("[matmul] shapes"))
 
     def broken(*_):
