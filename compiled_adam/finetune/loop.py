@@ -117,14 +117,8 @@ class TrainingLoop:
                 batch = next(self.batches)
             except StopIteration:
                 return self._ended_early(self.iteration, "there are no more batches")
-            if self.validation.is_due(iteration):
-                self._validate(iteration)
-                if (patience := self.options.early_stop_patience) is not None and self.best.stale >= patience:
-                    loss, at, stale = self.best
-                    than = "" if loss is None else f" than {loss:.4f} in iteration {at}"
-                    return self._ended_early(
-                        iteration, f"stopped early: {stale} validations without a lower loss{than}"
-                    )
+            if self.validation.is_due(iteration) and (because := self._validate(iteration)):
+                return self._ended_early(iteration, because)
             batch = batch_for(self.validation.loss, batch)
             if are_weighed(self.batches, self.step.accumulate):
                 batch = *batch, self.batches.share
@@ -155,7 +149,8 @@ class TrainingLoop:
             result: StepResult = self.folder.workers.together(partial(self.step, *batch))
         return result
 
-    def _validate(self, iteration: int) -> None:
+    def _validate(self, iteration: int) -> str:
+        """Validates before the step of ``iteration``; returns a sentence if the run ends for it."""
         self.reporting.drain()
         start = time.perf_counter()
         loss = self.validation.measure(self.step.model, iteration)
@@ -166,6 +161,10 @@ class TrainingLoop:
         if best and self.options.save_best:
             self.folder.save_best(self.iteration, self.best)
         self.reporting.reader.restart_clock()
+        if self.options.early_stop_patience is None or self.best.stale < self.options.early_stop_patience:
+            return ""
+        than = "" if self.best.loss is None else f" than {self.best.loss:.4f} in iteration {self.best.iteration}"
+        return f"stopped early: {self.best.stale} validations without a lower loss{than}"
 
     def _summary(self) -> str:
         """A line: what this run did, and where it is."""
