@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from compiled_adam.base import random_state
+from compiled_adam.base import InputError, random_state
 from compiled_adam.finetune import samples
-from compiled_adam.finetune.record import Record, read
+from compiled_adam.finetune.record import Record, is_alive, read
 from compiled_adam.finetune.rows import Located
 from mlx_lm.tuner.datasets import ChatDataset, CompletionsDataset, TextDataset
 from trees import assert_identical
@@ -152,3 +153,12 @@ def test_a_record_that_cannot_be_written_or_read_ends_no_run(tmp_path: Path) -> 
         raise SystemExit(143)
     reasons = [session["because"] for session in read(tmp_path / "run.json")["sessions"]]
     assert reasons == ["", "out of luck", "stopped by a signal"]
+    os.mkfifo(tmp_path / "pipe")  # which would be waited for
+    with pytest.raises(InputError, match="pipe is no file; remove it"):
+        read(tmp_path / "pipe")
+
+
+def test_a_run_on_another_machine_may_be_alive() -> None:
+    session = {"ended": "", "host": "elsewhere", "pid": 2**40}
+    assert is_alive(session) and not is_alive({**session, "ended": "2026-01-01"})
+    assert not is_alive({**session, "host": socket.gethostname()})
