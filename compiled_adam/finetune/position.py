@@ -71,7 +71,6 @@ def _is_state(state: Any) -> bool:
         and all(type(key) is int and 0 <= key < 2**32 for key in keys)
         and type(place) is int
         and 0 <= place <= 624
-        and type(has_gauss) is int
         and has_gauss in (0, 1)
         and isinstance(gauss, (int, float))
         and math.isfinite(gauss)

@@ -134,6 +134,7 @@ def test_another_number_of_batches_begins_an_epoch_and_the_end_of_one_is_a_place
     assert batches.position()["next"] == 0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        begun(40, taken=0).restore(begun(23, taken=0).position())  # of an epoch that has not begun
         for taken in (0, 4, 5):
             batches = begun(23, taken)
             position, expected = batches.position(), next(batches)
@@ -157,7 +158,16 @@ GOOD = begun(23, taken=2).position()
             {**GOOD, name: [*GOOD[name][:place], wrong, *GOOD[name][place + 1 :]]}
             for name in ("random", "epoch_start")
             for place, wrong in (
-                *((0, "PCG64"), (0, 3), (1, []), (1, [0] * 623), (1, [-1] * 624), (1, [2**32] * 624), (1, ["a"] * 624)),
+                *(
+                    (0, "PCG64"),
+                    (0, 3),
+                    (1, 3),
+                    (1, []),
+                    (1, [0] * 623),
+                    (1, [-1] * 624),
+                    (1, [2**32] * 624),
+                    (1, ["a"] * 624),
+                ),
                 *((2, 625), (2, -1), (2, 10**30), (2, "1"), (3, 2), (3, None), (4, "x"), (4, float("nan"))),
             )
         ),

@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from compiled_adam import losses
 from compiled_adam.finetune.log import read
+from compiled_adam.finetune.stopping import asked_to_stop
 from trees import assert_identical
 
 from tests.conftest import ROOT
@@ -73,6 +75,15 @@ def test_a_signal_during_validation_does_not_wait_for_its_end(tiny_model: Path, 
     for folder, resume in ((whole, None), (resumed, "auto")):
         train(tiny_model, folder, val=True, val_batches=6, keep_checkpoints=1, resume=resume)
     assert_identical(*(weights(folder / "adapters.safetensors") for folder in (whole, resumed)))
+
+
+def test_in_another_thread_signals_are_left_alone() -> None:
+    def signal_in_thread() -> int | None:
+        with asked_to_stop() as asked:
+            return asked.signal
+
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(signal_in_thread).result() is None
 
 
 def test_the_second_ctrl_c_acts_at_once() -> None:
