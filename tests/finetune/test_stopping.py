@@ -291,6 +291,13 @@ def test_nothing_of_others_is_deleted(tiny_model: Path, tmp_path: Path, capsys) 
     assert "not saved:" in output and "best has notes.txt, which is not ours" in output
 
 
+def test_what_an_earlier_run_without_checkpoints_left_is_put_aside(tiny_model: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        train(tiny_model, tmp_path, val=True, iters=1, log=True, save_best=True, keep_checkpoints=0)
+    assert {*os.listdir(tmp_path / "previous-1")} == {"best", "checkpoints", "log.jsonl", "run.json"}
+    assert {*os.listdir(tmp_path / "best")} == {"adapters.safetensors", "best.json"}  # there is no configuration
+
+
 def test_a_damaged_newest_checkpoint_does_not_stand_in_the_way(tiny_model: Path, tmp_path: Path) -> None:
     for name in ("whole", "broken", "missing"):
         (tmp_path / name).mkdir()

@@ -17,8 +17,9 @@ from compiled_adam.finetune.batches import Batches
 from compiled_adam.finetune.padding import spaced
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.trainer import TrainingArgs
+from trees import assert_identical
 
-from tests.tiny_runs import Reports, train
+from tests.tiny_runs import Reports, stop_after, train, weights
 
 STEPS, WINDOWS = 3, 4
 
@@ -77,6 +78,14 @@ def test_a_window_is_one_big_batch(options: dict[str, Any], tmp_path: Path) -> N
     assert norms == pytest.approx(expected_norms, rel=1e-5)  # float32: the same sums in another order
     for (path, a), (_, b) in zip(*(tree_flatten(m.parameters()) for m in (model, expected)), strict=True):
         assert mx.abs(a - b).max().item() <= 1e-5, path
+
+
+def test_a_stopped_run_does_not_apply_a_window_that_is_not_full(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_model, tmp_path, grad_accumulation_steps=3, training_callback=stop_after(4))
+    saved = weights(tmp_path / "adapters.safetensors")
+    kept = weights(ca.latest_checkpoint(tmp_path / "checkpoints") / "weights.safetensors")
+    assert_identical(saved, {path: kept[path] for path in saved})
 
 
 def test_a_window_goes_on_with_the_weights_that_it_has(tiny_model: Path, tmp_path: Path) -> None:
