@@ -18,7 +18,24 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 
 class Tokens(list):
-    """A data set of mlx-lm's kind, already tokenized."""
+    """A data set of mlx-lm's kind, already tokenized; ``asked`` is how often a `CacheDataset` has asked for tokens."""
+
+    asked = 0
+
+    def process(self, example):
+        self.asked += 1
+        return example
+
+
+class Group:
+    """The worker ``rank`` of ``size``, for batches, which do not communicate."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = lambda: rank, lambda: size
+
+
+def same(batch: tuple[mx.array, ...], other: tuple[mx.array, ...]) -> bool:
+    return all(mx.array_equal(a, b).item() and a.dtype == b.dtype for a, b in zip(batch, other, strict=True))
 
 
 def lora(tiny_model: Path):
@@ -72,6 +89,20 @@ class WithBadBatch(Batches):
         return batch, lengths
 
 
+class Reports(TrainingCallback):
+    """Keeps what callbacks get."""
+
+    def __init__(self) -> None:
+        self.training: list[dict] = []
+        self.validation: list[dict] = []
+
+    def on_train_loss_report(self, train_info: dict) -> None:
+        self.training.append(train_info)
+
+    def on_val_loss_report(self, val_info: dict) -> None:
+        self.validation.append(val_info)
+
+
 def stop_after(iteration: int, kind: int = signal.SIGINT):
     """A callback that asks the run to stop when it reports this iteration."""
 
@@ -83,14 +114,20 @@ def stop_after(iteration: int, kind: int = signal.SIGINT):
     return Stopper()
 
 
-def train(tiny_model: Path, folder: Path, val: bool = False, optimizer=None, **options) -> ca.History:
-    """A short run with checkpoints; what `arguments` knows goes there."""
+def always_nan(model, batch, lengths):
+    value, tokens = trainer.default_loss(model, batch, lengths)
+    return value * float("nan"), tokens
+
+
+def train(tiny_model: Path, folder: Path, val: bool = False, optimizer=None, rows=None, **options) -> ca.History:
+    """A short run with checkpoints; what `arguments` knows goes there. Without ``rows`` it is trained on `dataset`."""
     names = trainer.TrainingArgs.__dataclass_fields__
     changes = {name: options.pop(name) for name in list(options) if name in names}
     args = arguments(folder, **changes)
     options = {"keep_checkpoints": 9, **options}
     rate = ca.Adam(1e-3, skip_nonfinite=True) if optimizer is None else optimizer
-    return ca.train(lora(tiny_model), rate, dataset(), dataset() if val else None, args=args, **options)
+    rows = dataset() if rows is None else rows
+    return ca.train(lora(tiny_model), rate, rows, dataset() if val else None, args=args, **options)
 
 
 def losses_of(folder: Path) -> list[float]:

@@ -277,7 +277,7 @@ def _test(args: types.SimpleNamespace, model: nn.Module, test_set: Any) -> None:
         workers.saved = "there is no test loss"
         with TrainingProgress(count, quiet=not workers.first, what="test") as progress:
 
-            def before_batch() -> None:
+            def before_batch(_: int) -> None:
                 workers.beat()
                 progress.advance()
 

@@ -2,42 +2,46 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
+from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from ..base import lenient
-from .notebook import Output
 from .table import duration, left
 
 _LONG = 1.0  # seconds after which it is said how long something took
+# In a notebook:
+_HEAD, _TAIL = 20, 180  # lines that stay: the first and the last, so that an output of a long run is not slow
+_SELDOM = 0.5  # seconds between two updates
+_PAGE = '<pre style="white-space:pre;overflow-x:auto;line-height:1.25">{code}</pre>'
 
 
 class _Console(Console):
+    """A console that never ends a run: its reader may leave (``| head``), the disk may be full."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        super().__init__(file=lenient(sys.stdout), quiet=quiet, highlight=False)
+
     @property
     def encoding(self) -> str:
         # Python writes UTF-8 in the locale C, too; but who has asked for that locale may have a terminal without it.
         asked = os.environ.get("LC_ALL") or os.environ.get("LANG")
         return "ascii" if asked in ("C", "POSIX") else super().encoding
 
-
-def make_console(quiet: bool = False) -> Console:
-    """A console that never ends a run: its reader may leave (``| head``), the disk may be full."""
-    return _Console(file=lenient(sys.stdout), quiet=quiet, highlight=False)
-
-
-def is_live(console: Console) -> bool:
-    """Whether a line on the screen can be replaced by another one."""
-    return console.is_terminal and not console.is_dumb_terminal
+    @property
+    def replaces(self) -> bool:
+        """Whether a line on the screen can be replaced by another one."""
+        return self.is_terminal and not self.is_dumb_terminal and not self.quiet
 
 
 @contextmanager
@@ -46,20 +50,54 @@ def stage(what: str, clock: Callable[[], float] = time.perf_counter) -> Iterator
 
     Not a bar, because packages draw their own bars meanwhile, for downloads.
     """
-    console, start = make_console(), clock()
-    live = is_live(console)
-    if live:  # one line at most, which is removed again
+    console, start = _Console(), clock()
+    if console.replaces:  # one line at most, which is removed again
         console.print(Text(what, "dim"), end="", no_wrap=True, overflow="ellipsis")
     else:
         console.print(what, markup=False, soft_wrap=True)
     try:
         yield
     finally:
-        if live:
+        if console.replaces:
             console.file.write("\r\x1b[2K")
             console.file.flush()
     if (seconds := clock() - start) >= _LONG:
         console.print(Text(f"{what}: {duration(seconds)}", "dim"), soft_wrap=True)
+
+
+class _NotebookOutput:
+    """One output of a cell for all lines, and a bar below them while the run goes on."""
+
+    width = 100
+
+    def __init__(self) -> None:
+        self._lines: list[RenderableType] = []
+        self._handle: Any = None
+        self._shown = 0.0
+
+    def add(self, line: RenderableType) -> None:
+        self._lines.append(line)
+        del self._lines[_HEAD:-_TAIL]
+
+    def show(self, bar: RenderableType = "", seldom: bool = False) -> None:
+        """Shows lines and bar in the place of what was there; with ``seldom`` not if that was done a moment ago."""
+        from IPython.display import display  # it is there, because this is a notebook
+
+        now = time.monotonic()
+        if seldom and now - self._shown < _SELDOM:
+            return
+        self._shown = now
+        # As on a terminal: in a notebook rich shows each line as an output of its own.
+        console = Console(
+            file=io.StringIO(), record=True, width=self.width, force_terminal=True, force_jupyter=False, highlight=False
+        )
+        console.print(Group(*self._lines, *([bar] if bar else [])))
+        text = console.export_text(clear=False)
+        bundle = {"text/plain": text, "text/html": console.export_html(inline_styles=True, code_format=_PAGE)}
+        if self._handle is None:
+            self._handle = display(bundle, raw=True, display_id=True)
+        else:
+            self._handle.update(bundle, raw=True)
 
 
 class TrainingProgress:
@@ -74,19 +112,16 @@ class TrainingProgress:
         self.total, self.completed, self.doing, self.best = total, 0, "", ""
         self._what, self._clock = what, clock
         self._first: tuple[float, int] | None = None  # when a step was first finished, and how many there were
-        self.console = make_console(quiet)
-        self._output = Output() if self.console.is_jupyter and not quiet else None
-        self._on_terminal = is_live(self.console) and not quiet
+        self.console = _Console(quiet)
+        self._output = _NotebookOutput() if self.console.is_jupyter and not quiet else None
         self._live = Live(console=self.console, transient=True, get_renderable=self._bar)
 
     def __enter__(self) -> TrainingProgress:
-        if self._on_terminal:
+        if self.console.replaces:
             self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._live.stop()
         if self._output is not None:
             self._output.show()
@@ -94,15 +129,15 @@ class TrainingProgress:
     @property
     def replaces(self) -> bool:
         """Whether there is a bar, so that a table is better than lines with a word beside each number."""
-        return self._on_terminal or self._output is not None
+        return self.console.replaces or self._output is not None
 
     @property
     def width(self) -> int:
         """The characters of a line. A terminal may have another number of them when its window has been resized."""
         return (self.console.width if self._output is None else self._output.width) - 1
 
-    def advance(self, steps: int = 1) -> None:
-        self.completed += steps
+    def advance(self) -> None:
+        self.completed += 1
         if self._first is None:
             self._first = self._clock(), self.completed
         if self._output is not None:

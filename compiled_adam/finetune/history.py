@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING, Any
 from ..base import InputError
 from ..schedulers import picture
 from . import log
+from .metrics import Report
 from .names import LOG
 from .packages import needed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
-
-# The sums of a report that has no step yet.
-_EMPTY: dict[str, Any] = {"loss": 0.0, "losses": 0, "tokens": 0, "seconds": 0.0, "grad_norm": None}
 
 
 class History:
@@ -36,7 +34,7 @@ class History:
 
     def __init__(self, entries: Iterable[dict[str, Any]] = ()) -> None:
         self.entries = list(entries)
-        self._open = _EMPTY  # the sums since the last report
+        self._steps = Report()  # since the last row of steps
 
     @classmethod
     def read(cls, log_file: str | Path, every: int = 10) -> History:
@@ -49,7 +47,7 @@ class History:
         Raises:
             ValueError: there is no log, it is damaged, or ``every`` is out of range.
         """
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        if type(every) is not int or every < 1:
             raise InputError(f"every is {every!r}; it must be a whole number of at least 1")
         file = Path(log_file) / LOG if Path(log_file).is_dir() else Path(log_file)
         if not file.is_file():
@@ -130,22 +128,12 @@ class History:
         """Adds a line of the log: a validation, or a step, which is summed until the next `report`."""
         if "val_loss" in line:
             self.entries.append(log.finite(line))
-            return
-        sums, tokens, loss = self._open, line.get("tokens", 0), line.get("loss")
-        counted = tokens > 0  # otherwise there is no loss
-        norm = line.get("grad_norm")
-        self._open = {
-            **line,
-            "loss": sums["loss"] + (math.nan if loss is None else loss) if counted else sums["loss"],
-            "losses": sums["losses"] + counted,
-            "tokens": sums["tokens"] + tokens,
-            "seconds": sums["seconds"] + line.get("seconds", 0.0),
-            "grad_norm": sums["grad_norm"] if norm is None else norm,
-        }
+        else:
+            self._steps.add(line)
 
     def report(self) -> None:
         """Makes a row of the steps since the last report, if there are any."""
-        row, self._open = dict(self._open), _EMPTY
-        if (count := row.pop("losses")) or "iteration" in row:
-            row["loss"] = row["loss"] / count if count else math.nan
-            self.entries.append(log.finite(row))
+        steps, self._steps = self._steps, Report()
+        if steps.last:
+            sums = {name: steps.sums[name] for name in ("tokens", "seconds", "grad_norm")}
+            self.entries.append(log.finite({**steps.last, "loss": steps.loss, **sums}))

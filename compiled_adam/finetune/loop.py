@@ -40,7 +40,7 @@ class TrainingLoop:
     folder: RunFolder
     reporting: Reporting
     asked: Asked
-    sampling: Sampling | None = field(default=None, init=False)  # once the folder is ready
+    sampling: Sampling = field(init=False)  # to be set before `run`, once the folder is ready
     iteration: int = field(default=0, init=False)  # the last one that is finished
     begin: int = field(default=0, init=False)  # the last one of the run that this one continues
     started: float = field(default_factory=time.perf_counter, init=False)
@@ -77,22 +77,20 @@ class TrainingLoop:
 
     def _run(self) -> str:
         self.step.model.train()
+        because = ""
         try:
-            ended = self._iterations()
+            because = self._iterations()
         except Interrupted:
-            ended = None
+            pass
         except Exception as error:
             self._raise_unless_asked(error)
-            ended = None
-        if ended is not None:
-            self.reporting.line(ended)
         complete = self.asked.agreed is None and not self._failed_too_often()
         problems, fault = self.folder.save_all(self._state(), flush=complete)
         outcome = self.folder.outcome(problems)
         if fault is not None:
             self.reporting.line(f"iter {self.iteration:>5}  {outcome}")
             raise fault
-        self.reporting.screen.progress.line(self._summary(), "bold")
+        self.reporting.line(self._summary(), "bold")
         if (number := self.asked.agreed) is not None:
             self._end_as_asked(number, outcome)
         if self._failed_too_often():
@@ -103,14 +101,13 @@ class TrainingLoop:
             )
         if problems:
             raise TrainingStopped(f"the training is over, but {outcome}")
-        if self.sampling is not None:
-            self.sampling.last(self.step.model, self.iteration)
-        return ended.split("  ")[-1] if ended else f"all {self.args.iters} iterations are done"
+        self.sampling.last(self.step.model, self.iteration)
+        return because
 
-    def _iterations(self) -> str | None:
-        """Runs the iterations; returns a sentence if they ended early without an error."""
+    def _iterations(self) -> str:
+        """Runs the iterations; returns a sentence: why they ended."""
         args = self.args
-        if self.sampling is not None and self.iteration < args.iters:
+        if self.iteration < args.iters:
             self.sampling.first(self.step.model, self.iteration)
             self.reporting.reader.restart_clock()
         while self.iteration < args.iters and self.asked.agreed is None and not self._failed_too_often():
@@ -119,11 +116,9 @@ class TrainingLoop:
             try:
                 batch = next(self.batches)
             except StopIteration:
-                return f"iter {self.iteration:>5}  there are no more batches"
-            if self.validation.is_due(iteration):
-                self._validate(iteration)
-                if (patience := self.options.early_stop_patience) is not None and self.best.stale >= patience:
-                    return self._stopped_early(iteration)
+                return self._ended_early(self.iteration, "there are no more batches")
+            if self.validation.is_due(iteration) and (because := self._validate(iteration)):
+                return self._ended_early(iteration, because)
             batch = batch_for(self.validation.loss, batch)
             if are_weighed(self.batches, self.step.accumulate):
                 batch = *batch, self.batches.share
@@ -141,7 +136,11 @@ class TrainingLoop:
                 self.folder.save_numbered(self._state())
                 self.reporting.reader.restart_clock()
         self.reporting.drain()
-        return None
+        return f"all {args.iters} iterations are done"
+
+    def _ended_early(self, iteration: int, because: str) -> str:
+        self.reporting.line(f"iter {iteration:>5}  {because}")
+        return because
 
     def _step(self, batch: Any) -> StepResult:
         if self.iteration > self.begin:
@@ -150,7 +149,8 @@ class TrainingLoop:
             result: StepResult = self.folder.workers.together(partial(self.step, *batch))
         return result
 
-    def _validate(self, iteration: int) -> None:
+    def _validate(self, iteration: int) -> str:
+        """Validates before the step of ``iteration``; returns a sentence if the run ends for it."""
         self.reporting.drain()
         start = time.perf_counter()
         loss = self.validation.measure(self.step.model, iteration)
@@ -161,6 +161,10 @@ class TrainingLoop:
         if best and self.options.save_best:
             self.folder.save_best(self.iteration, self.best)
         self.reporting.reader.restart_clock()
+        if self.options.early_stop_patience is None or self.best.stale < self.options.early_stop_patience:
+            return ""
+        than = "" if self.best.loss is None else f" than {self.best.loss:.4f} in iteration {self.best.iteration}"
+        return f"stopped early: {self.best.stale} validations without a lower loss{than}"
 
     def _summary(self) -> str:
         """A line: what this run did, and where it is."""
@@ -172,11 +176,6 @@ class TrainingLoop:
             kept = f" -> {self.folder.path / BEST}" if self.options.save_best else ""
             said += f"; best {loss_text(self.best.loss)} at {self.best.iteration}{kept}"
         return said
-
-    def _stopped_early(self, iteration: int) -> str:
-        loss, at, stale = self.best
-        than = "" if loss is None else f" than {loss:.4f} in iteration {at}"
-        return f"iter {iteration:>5}  stopped early: {stale} validations without a lower loss{than}"
 
     def _place(self) -> dict[str, Any]:
         """The position in the data and the best validation loss, which an iteration changes beside the step."""

@@ -16,57 +16,49 @@ class StepReader:
     """Turns a `StepResult` into numbers when the next step is on its way, so that the device never waits for Python."""
 
     def __init__(self, step: TrainStep) -> None:
-        self._step = step
+        self.step = step
         self._waiting: tuple[int, StepResult, int, float] | None = None
         self._clock = time.perf_counter()
-
-    @property
-    def dropped_traces(self) -> int:
-        return self._step.traces["evicted"]
 
     def put(self, iteration: int, result: StepResult) -> list[dict[str, Any]]:
         """The numbers of the step before this one, if there is one."""
         ready = self._read()
         # The time since the step before was put is this one's, whether the device has begun with it (CUDA, Metal) or
         # is nearly done, as on the CPU, whose queue is short.
-        self._waiting = iteration, result, self._step.traces["grad"], self._lap()
+        self._waiting = iteration, result, self.step.traces["grad"], self.restart_clock()
         return ready
 
     def drain(self) -> list[dict[str, Any]]:
         """The numbers of the step that was put last, unless they were given already. Waits for it."""
         ready = self._read()
         for entry in ready:
-            entry["seconds"] += self._lap()
+            entry["seconds"] += self.restart_clock()
         return ready
 
     def _read(self) -> list[dict[str, Any]]:
         if self._waiting is None:
             return []
         (iteration, result, traces, seconds), self._waiting = self._waiting, None
-        votes = {} if result.extra is None else {"votes": result.extra.item()}
         tokens = _number(result.aux[0])  # a loss of one's own may count in Python
         return [
             {
                 "iteration": iteration,
                 "loss": result.loss.item() if tokens > 0 else math.nan,  # the mean of nothing
                 "tokens": tokens,
-                "grad_norm": None if result.grad_norm is None else result.grad_norm.item(),
-                "learning_rate": None if result.learning_rate is None else result.learning_rate.item(),
+                "grad_norm": _number(result.grad_norm),
+                "learning_rate": _number(result.learning_rate),
                 "skipped": result.skipped.item(),
                 "traces": traces,
                 "seconds": seconds,
                 "memory": mx.get_peak_memory(),
-                **votes,
+                "votes": _number(result.extra),
             }
         ]
 
-    def _lap(self) -> float:
+    def restart_clock(self) -> float:
+        """The seconds since the last call. To be called after a validation or a save, whose time is not a step's."""
         before, self._clock = self._clock, time.perf_counter()
         return self._clock - before
-
-    def restart_clock(self) -> None:
-        """After a validation or a save, whose time is not a step's."""
-        self._lap()
 
 
 class Report:
@@ -75,33 +67,37 @@ class Report:
     def __init__(self) -> None:
         # Only what JSON can hold: checkpoints have it, so that a resumed run reports what it would have reported.
         self.sums: dict[str, Any] = {"trained_tokens": 0, "grad_norm": None}
+        self.last: dict[str, Any] = {}  # step
         self._open()
 
     def _open(self) -> None:
         self.sums |= {"loss": 0.0, "losses": 0, "tokens": 0, "iterations": 0, "seconds": 0.0}
 
     def add(self, entry: dict[str, Any]) -> None:
-        if entry["tokens"] > 0:  # otherwise there is no loss
-            self.sums["loss"] += entry["loss"]
+        """Adds a step. A line of a log may lack some numbers."""
+        tokens, loss, norm = entry.get("tokens", 0), entry.get("loss"), entry.get("grad_norm")
+        if tokens > 0:  # otherwise there is no loss
+            self.sums["loss"] += math.nan if loss is None else loss
             self.sums["losses"] += 1
-        for name in ("tokens", "seconds"):
-            self.sums[name] += entry[name]
+        self.sums["tokens"] += tokens
+        self.sums["trained_tokens"] += tokens
+        self.sums["seconds"] += entry.get("seconds", 0.0)
         self.sums["iterations"] += 1
-        self.sums["trained_tokens"] += entry["tokens"]
-        if entry["grad_norm"] is not None:
-            self.sums["grad_norm"] = entry["grad_norm"]
-        self._last = entry
+        if norm is not None:
+            self.sums["grad_norm"] = norm
+        self.last = entry
+
+    @property
+    def loss(self) -> float:
+        """The mean over those iterations that had a token to train, nan if none had."""
+        return self.sums["loss"] / self.sums["losses"] if self.sums["losses"] else math.nan
 
     def close(self) -> dict[str, Any]:
-        """The dictionary for callbacks: mlx-lm's, and three more keys; starts the next report.
-
-        The training loss is the mean over those iterations that had a token to train, nan if none had.
-        """
-        sums, last = dict(self.sums), self._last
-        self._open()
-        return {
+        """The dictionary for callbacks: mlx-lm's, and three more keys; starts the next report."""
+        sums, last = self.sums, self.last
+        info = {
             "iteration": last["iteration"],
-            "train_loss": sums["loss"] / sums["losses"] if sums["losses"] else math.nan,
+            "train_loss": self.loss,
             "learning_rate": last["learning_rate"],
             "iterations_per_second": sums["iterations"] / sums["seconds"],
             "tokens_per_second": sums["tokens"] / sums["seconds"],
@@ -111,6 +107,8 @@ class Report:
             "skipped_steps": last["skipped"],
             "traces": last["traces"],
         }
+        self._open()
+        return info
 
 
 def failures(before: int, entry: dict[str, Any]) -> int:

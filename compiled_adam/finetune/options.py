@@ -17,8 +17,7 @@ from ..distributed import check_timeout
 WHOLE = {
     **dict.fromkeys(("num_layers", "batch_size", "iters", "val_batches", "test_batches", "steps_per_report"), 1),
     **dict.fromkeys(("steps_per_eval", "save_every", "steps_per_save", "grad_accumulation_steps", "max_traces"), 1),
-    "batch_tokens": 1,
-    **dict.fromkeys(("keep_adapters", "early_stop_patience", "nonfinite_limit"), 1),
+    **dict.fromkeys(("batch_tokens", "keep_adapters", "early_stop_patience", "nonfinite_limit"), 1),
     **dict.fromkeys(("seed", "clear_cache_threshold", "keep_checkpoints", "sample_prompts"), 0),
     "max_seq_length": 2,
 }
@@ -44,7 +43,7 @@ def called(name: str) -> str:
 def check_whole(name: str, value: Any) -> None:
     """Raises ValueError if ``value`` is not a whole number in the range of the option ``name``."""
     least, most = WHOLE[name], 2**32 - 1 if name == "seed" else sys.maxsize
-    number = isinstance(value, int) and not isinstance(value, bool)
+    number = type(value) is int
     if number and (least <= value <= most or (value == -1 and name in _ALL)):
         return
     bounded = name == "seed" or (number and value > most)

@@ -46,24 +46,21 @@ def near(value: str) -> str:
 
 def unavailable(model: str, error: Exception) -> InputError | None:
     """The error for a ``model`` that Hugging Face did not give; None for an ``error`` of another kind."""
-    begin = f"model is {model!r}, which is no folder here"
     owner, _, name = model.partition("/")
     hint = near(model)
     if not hint and name and owner != OWNER:
         hint = did_you_mean(owner, [OWNER], after=f"/{name}")
     if isinstance(error, HFValidationError):
-        return InputError(f"{begin} and no name on Hugging Face: {error}{hint}")
-    if isinstance(error, GatedRepoError):
-        return InputError(
-            f"{begin}; Hugging Face gives it to those who have accepted its terms: accept them on"
-            f" https://huggingface.co/{model}, and run `hf auth login`"
-        )
-    if isinstance(error, RepositoryNotFoundError):
-        return InputError(f"{begin}, and Hugging Face has no model of this name that you may read{hint}")
-    if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError)):
-        return InputError(
-            f"{begin}, and was not downloaded before; Hugging Face cannot be reached to download it now{hint}"
-        )
-    if isinstance(error, HfHubHTTPError):
-        return InputError(f"{begin}; Hugging Face refused to give it: {str(error).splitlines()[0]}{hint}")
-    return None
+        reason = f" and no name on Hugging Face: {error}{hint}"
+    elif isinstance(error, GatedRepoError):
+        reason = "; Hugging Face gives it to those who have accepted its terms: accept them on"
+        reason += f" https://huggingface.co/{model}, and run `hf auth login`"
+    elif isinstance(error, RepositoryNotFoundError):
+        reason = f", and Hugging Face has no model of this name that you may read{hint}"
+    elif isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError)):
+        reason = f", and was not downloaded before; Hugging Face cannot be reached to download it now{hint}"
+    elif isinstance(error, HfHubHTTPError):
+        reason = f"; Hugging Face refused to give it: {str(error).splitlines()[0]}{hint}"
+    else:
+        return None
+    return InputError(f"model is {model!r}, which is no folder here{reason}")

@@ -28,7 +28,7 @@ class Position(NamedTuple):
         grouped = position.get("group_by_length", False)
         found = cls(start, position.get("next", 0), position.get("random"), batches, position.get("epoch", 0), grouped)
         counts = (found.next, found.epoch, *(() if batches is None else (batches,)))
-        if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in counts):
+        if not all(type(n) is int and n >= 0 for n in counts):
             raise InputError(
                 f"the position in the data is batch {found.next!r} of {batches!r} in epoch {found.epoch!r}; no such"
                 " batch exists"
@@ -71,7 +71,6 @@ def _is_state(state: Any) -> bool:
         and all(type(key) is int and 0 <= key < 2**32 for key in keys)
         and type(place) is int
         and 0 <= place <= 624
-        and type(has_gauss) is int
         and has_gauss in (0, 1)
         and isinstance(gauss, (int, float))
         and math.isfinite(gauss)

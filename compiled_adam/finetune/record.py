@@ -9,7 +9,6 @@ import socket
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import mlx.core as mx
@@ -62,7 +61,7 @@ class Record:
     def __enter__(self) -> Record:
         return self
 
-    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         reason = "stopped by a signal" if isinstance(error, SystemExit) else str(error) or repr(error)
         self._session |= {"ended": _now(), "because": self.because if error is None else reason}
         self._write()

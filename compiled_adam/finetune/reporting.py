@@ -37,11 +37,11 @@ class Reporting:
     told: bool = field(default=False, init=False)  # that no token is trained
     told_of_traces: bool = field(default=False, init=False)
 
-    def line(self, text: str) -> None:
-        self.screen.progress.line(text)
+    def line(self, text: str, style: str = "") -> None:
+        self.screen.progress.line(text, style)
 
     def warn(self, message: str) -> None:
-        self.screen.progress.line(f"warning: {message}", "yellow")
+        self.line(f"warning: {message}", "yellow")
 
     def take(self, entries: list[dict[str, Any]]) -> None:
         """Accounts for the numbers of steps, and moves the progress bar by one step."""
@@ -56,7 +56,7 @@ class Reporting:
 
     def _take(self, entries: list[dict[str, Any]]) -> None:
         for entry in entries:
-            self.asked.count(entry.pop("votes", 0.0))
+            self.asked.count(entry.pop("votes") or 0.0)
             self.unaccounted.append(entry)
             # Workers exchange their losses for many steps at once. But a step that failed is accounted for soon; all
             # workers know it from the norm of the gradient.
@@ -67,10 +67,13 @@ class Reporting:
         entries, self.unaccounted = self.workers.mean_steps(self.unaccounted), []
         for entry in entries:
             self.sums.add(entry)
-            self.history.add(entry)
-            if self.log is not None:
-                self.log.write(entry)
+            self._record(entry)
             self.failures = failures(self.failures, entry)
+
+    def _record(self, entry: dict[str, Any]) -> None:
+        self.history.add(entry)
+        if self.log is not None:
+            self.log.write(entry)
 
     def report(self) -> None:
         """Reports the sums since the last report."""
@@ -87,7 +90,7 @@ class Reporting:
         self.callback.on_train_loss_report(info)
 
     def _wrong_with_traces(self, traces: int) -> str:
-        if dropped := self.reader.dropped_traces:
+        if dropped := self.reader.step.traces["evicted"]:
             return (
                 f"{traces} graphs were compiled, and {dropped} of them dropped, as there are more batch shapes than"
                 f" {called('max_traces')}: raise it, or have fewer shapes with {called('bucket')}"
@@ -106,10 +109,7 @@ class Reporting:
         else:
             self.screen.validation(iteration, loss, seconds, best)
         known = math.nan if loss is None else loss
-        entry = {"iteration": iteration, "val_loss": known, "seconds": seconds}
-        self.history.add(entry)
-        if self.log is not None:
-            self.log.write(entry)
+        self._record({"iteration": iteration, "val_loss": known, "seconds": seconds})
         self.callback.on_val_loss_report({"iteration": iteration - 1, "val_loss": known, "val_time": seconds})
 
     def state(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from .turns import is_turn
 MOST = 64  # tokens of an answer, and of the beginning of a text that is a prompt
 
 Answers = list[dict[str, str]]
+Sample = Callable[[nn.Module, Callable[[], bool]], Answers]
 
 
 class Prompt(NamedTuple):
@@ -84,46 +86,43 @@ def answers(model: nn.Module, stop: Callable[[], bool], chosen: Sequence[Prompt]
     return found
 
 
+@dataclass(frozen=True)
 class Sampling:
     """Puts the result of ``sample(model, stop)`` into the ``record``, of the first worker; the others wait.
 
     ``sample`` is None if nobody wants samples. Its errors never end the run: ``warn`` gets a sentence.
     """
 
-    def __init__(
-        self,
-        sample: Callable[[nn.Module, Callable[[], bool]], Answers] | None,
-        record: Record,
-        workers: Workers,
-        stop: Callable[[], bool],
-        warn: Callable[[str], None],
-    ) -> None:
-        self._sample, self._record, self._workers, self._stop, self._warn = sample, record, workers, stop, warn
+    sample: Sample | None
+    record: Record
+    workers: Workers
+    stop: Callable[[], bool]
+    warn: Callable[[str], None]
 
     def first(self, model: nn.Module, iteration: int) -> None:
         """Takes samples, unless the record has some from before."""
-        self._take(model, iteration, lambda: not self._record.samples)
+        self._take(model, iteration, bool(self.record.samples))
 
     def last(self, model: nn.Module, iteration: int) -> None:
         """Takes samples, unless the record has those of this iteration."""
-        self._take(model, iteration, lambda: iteration not in [each["iteration"] for each in self._record.samples])
+        self._take(model, iteration, any(each["iteration"] == iteration for each in self.record.samples))
 
-    def _take(self, model: nn.Module, iteration: int, wanted: Callable[[], bool]) -> None:
-        if self._sample is not None:
-            self._workers.first_does(partial(self._take_here, model, iteration, wanted))
+    def _take(self, model: nn.Module, iteration: int, taken: bool) -> None:
+        if self.sample is not None:
+            self.workers.first_does(partial(self._take_here, self.sample, model, iteration, taken))
 
-    def _take_here(self, model: nn.Module, iteration: int, wanted: Callable[[], bool]) -> None:
-        if self._sample is None or not wanted() or self._stop():
+    def _take_here(self, sample: Sample, model: nn.Module, iteration: int, taken: bool) -> None:
+        if taken or self.stop():
             return
         random = random_state.get()
         model.eval()
         try:
-            found = self._sample(model, self._stop)
+            found = sample(model, self.stop)
         except Exception as error:  # as of a model that mlx-lm cannot generate with
-            self._warn(f"no samples of the model after iteration {iteration}: {error!r}; the run goes on")
+            self.warn(f"no samples of the model after iteration {iteration}: {error!r}; the run goes on")
         else:
-            if not self._stop():
-                self._record.add(iteration, found)
+            if not self.stop():
+                self.record.add(iteration, found)
         finally:
             model.train()
             random_state.assign(random)

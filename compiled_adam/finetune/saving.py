@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -40,15 +41,13 @@ from .validation import Best
 
 def has_checkpoints(folder: Path) -> bool:
     """Whether a run has ever written a checkpoint beside the adapters in ``folder``, damaged or not."""
-    checkpoints = folder / CHECKPOINTS
-    # A replacement that was killed between its two renamings leaves the second kind of name.
-    return bool(numbered(checkpoints)) or any(checkpoints.glob(".[0-9]*.old"))
+    return bool(numbered(folder / CHECKPOINTS))
 
 
-def put_aside(folder: Path, checkpoints: list[Path], files: list[Path]) -> str | None:
-    """Moves what an earlier run left in ``folder`` to a new folder in it; returns a sentence about that."""
+def put_aside(folder: Path, checkpoints: list[Path], files: list[Path], line: Callable[[str], None]) -> None:
+    """Moves what an earlier run left in ``folder`` to a new folder in it, and tells that in a ``line``."""
     if not checkpoints and not files:
-        return None
+        return
     aside = next(path for i in itertools.count(1) if not (path := folder / f"{PREVIOUS}-{i}").exists())
     (aside / CHECKPOINTS).mkdir(parents=True)
     for path in checkpoints:
@@ -57,7 +56,7 @@ def put_aside(folder: Path, checkpoints: list[Path], files: list[Path]) -> str |
         path.rename(aside / path.name)
     whole = next((path for path in reversed(numbered(aside / CHECKPOINTS)) if is_whole(path)), None)
     newest = f"; resume=... or --resume {whole} goes on from there" if whole else ""
-    return f"what an earlier run left is in {aside}{newest}"
+    line(f"what an earlier run left is in {aside}{newest}")
 
 
 @dataclass(eq=False)
@@ -121,25 +120,30 @@ class RunFolder:
 
     def save_numbered(self, state: dict[str, Any]) -> None:
         """Saves in the middle of a run: the adapters, also under the number of the iteration, and a checkpoint."""
+        iteration = state["iteration"]
         # Adapters first: a run that resumes from the checkpoint of an iteration does not write its adapters again.
-        self._try(partial(self._save_numbered_adapters, state["iteration"]), state["iteration"])
-        self._try(partial(self._save_checkpoint, state), state["iteration"])
+        with self._going_on(iteration):
+            self._save_numbered_adapters(iteration)
+        with self._going_on(iteration):
+            self._save_checkpoint(state)
 
     def save_best(self, iteration: int, best: Best) -> None:
         """Saves the weights in the folder `BEST`, and their loss; ``iteration`` is the last one that is finished."""
-        self._try(partial(self.workers.first_does, partial(self._write_best, best)), iteration)
+        with self._going_on(iteration):
+            self.workers.first_does(partial(self._write_best, best))
 
-    def _try(self, save: Callable[[], None], iteration: int) -> None:
-        """Saves; if that fails (disk full, weights not finite), prints why, and the run goes on."""
+    @contextmanager
+    def _going_on(self, iteration: int) -> Iterator[None]:
+        """If a save fails (disk full, weights not finite), prints why, and the run goes on."""
         try:
-            save()
+            yield
         except (OSError, InputError) as error:
             self.line(f"iter {iteration:>5}  not saved: {error}; training goes on, {self.saved}")
 
     def _save_numbered_adapters(self, iteration: int) -> None:
         file = self.path / f"{iteration:07d}_adapters.safetensors"
         self._save_adapters(iteration, file)
-        self.adapter_files = [name for name in self.adapter_files if name != file.name] + [file.name]
+        self.adapter_files.append(file.name)
         while self.options.keep_adapters is not None and len(self.adapter_files) > self.options.keep_adapters:
             superfluous = self.path / self.adapter_files.pop(0)
             if self.workers.first:
@@ -200,17 +204,16 @@ class RunFolder:
     def load(self, checkpoint: str | Path) -> tuple[str, dict[str, Any]]:
         """Continues the step from a checkpoint, or from the newest whole one for "auto"; returns its path and state."""
         # The other workers get it from the first one, and need not have its files.
-        path, read = self.workers.all_do(partial(self._read, checkpoint)) or ("", None)
-        mine = None if read is None else [path, read.extra, read.convert, read.own_rate]
-        path, extra, convert, own_rate = self.workers.first_does(lambda: mine)
-        state = self.workers.share({} if read is None else read.state, self.step.keeps)
+        found, read = self.workers.all_do(partial(self._read, checkpoint))
+        path, extra, convert, own_rate = self.workers.first_does(lambda: [found, *read[1:]])
+        state = self.workers.share(read.state, self.step.keeps)
         self.workers.all_do(partial(Contents(state, extra, convert, own_rate).into, self.step))
         return path, extra
 
-    def _read(self, checkpoint: str | Path) -> tuple[str, Contents] | None:
-        """The path and the contents of the checkpoint; None at all workers but the first."""
+    def _read(self, checkpoint: str | Path) -> tuple[str, Contents]:
+        """The path and the contents of the checkpoint; nothing at all workers but the first."""
         if not self.workers.first:
-            return None
+            return "", Contents({}, {}, convert=False, own_rate=False)
         auto = checkpoint == "auto"
         path = latest_checkpoint(self.path / CHECKPOINTS, warn=self._warn) if auto else Path(checkpoint)
         settings, allow = self.settings, self.options.allow
@@ -225,7 +228,8 @@ class RunFolder:
 
     def _put_aside_after(self, iteration: int) -> None:
         # They are damaged, or from the run that this one continues; later they must not be taken for this run's own.
-        self._tell(put_aside(self.path, [p for p in self._checkpoints() if int(p.name) > iteration], []))
+        later = [path for path in numbered(self.path / CHECKPOINTS) if int(path.name) > iteration]
+        put_aside(self.path, later, [], self.line)
 
     def begin_anew(self) -> None:
         """Puts aside what an earlier run wrote, so that it is not taken for this run's own: checkpoints, log, best."""
@@ -234,11 +238,4 @@ class RunFolder:
         files = [file for file in its if file.is_file()] if is_log(log) else []
         if best.is_dir() and not self._others_in_best():
             files.append(best)
-        self._tell(put_aside(self.path, self._checkpoints(), files))
-
-    def _checkpoints(self) -> list[Path]:
-        return numbered(self.path / CHECKPOINTS)
-
-    def _tell(self, sentence: str | None) -> None:
-        if sentence:
-            self.line(sentence)
+        put_aside(self.path, numbered(self.path / CHECKPOINTS), files, self.line)

@@ -23,7 +23,7 @@ class RunScreen:
     progress: TrainingProgress
     per_epoch: int | None
     _columns: tuple[str, ...] = field(default=(), init=False)  # of the heading that was printed last
-    _loss: float = field(default=math.inf, init=False)  # in the last report
+    _loss: float = field(default=math.nan, init=False)  # the last one that was finite, in a report
     _skipped: int = field(default=0, init=False)
 
     def box(self, title: str, facts: Sequence[tuple[str, str]]) -> None:
@@ -70,11 +70,14 @@ class RunScreen:
                 f"iter {iteration:>5}  validation loss {table.loss(loss)}{mark}  {table.duration(seconds)}"
             )
             return
-        cells = {"iter": Text(str(iteration)), "epoch": self._epoch_cell(iteration), "loss": _loss_cell(loss)}
+        cells = {
+            "iter": Text(str(iteration)),
+            "epoch": self._epoch_cell(iteration),
+            "loss": Text(f"{table.loss(loss)}  "),
+        }
         columns = [name for name in self._heading() if name in cells]
-        row = table.row(cells, columns)
+        row = table.row(cells, columns).append("  val")
         row.stylize("bold magenta")
-        row.append("  val", "bold magenta")
         row.append("  best" if best else "", "bold green")
         row.append(f"  {table.duration(seconds)}", "dim")
         self.progress.print(row)
@@ -88,13 +91,12 @@ class RunScreen:
         return columns
 
     def _cells(self, info: dict[str, Any]) -> dict[str, Text]:
-        loss, peak, machine = info["train_loss"], info["peak_memory"], machine_memory() / 1e9
-        norm = info["grad_norm"]
+        peak, machine, norm = info["peak_memory"], machine_memory() / 1e9, info["grad_norm"]
         trained = info["tokens_per_second"] > 0
         return {
             "iter": Text(str(info["iteration"]), "dim"),
             "epoch": self._epoch_cell(info["iteration"]),
-            "loss": self._trend(loss) if trained else Text("no targets", "yellow"),
+            "loss": self._trend(info["train_loss"]) if trained else Text("no targets", "yellow"),
             "lr": Text(table.rate(info["learning_rate"])),
             "norm": Text(table.norm(norm), "" if norm is None or math.isfinite(norm) else "bold red"),
             "tokens/s": Text(f"{info['tokens_per_second']:,.0f}", "bold"),
@@ -105,12 +107,15 @@ class RunScreen:
 
     def _trend(self, loss: float) -> Text:
         """The loss, with an arrow: down is better than in the last report, up is worse."""
-        if not math.isfinite(loss):
-            return _loss_cell(loss, style="bold red")
         down, up = "v^" if self.progress.console.options.ascii_only else "▼▲"
-        if math.isinf(self._loss) or loss == self._loss:
-            return _loss_cell(loss, style="bold")
-        return _loss_cell(loss, down, "bold green") if loss < self._loss else _loss_cell(loss, up, "bold yellow")
+        mark, style = " ", "bold"
+        if not math.isfinite(loss):
+            style = "bold red"
+        elif loss < self._loss:
+            mark, style = down, "bold green"
+        elif loss > self._loss:
+            mark, style = up, "bold yellow"
+        return Text(f"{table.loss(loss)} {mark}", style)
 
     def _epoch(self, iteration: int) -> float | None:
         return iteration / self.per_epoch if self.per_epoch else None
@@ -118,7 +123,3 @@ class RunScreen:
     def _epoch_cell(self, iteration: int) -> Text:
         epoch = self._epoch(iteration)
         return Text("" if epoch is None else f"{epoch:.2f}", "dim")
-
-
-def _loss_cell(loss: float, mark: str = " ", style: str = "") -> Text:
-    return Text(f"{table.loss(loss)} {mark}", style)

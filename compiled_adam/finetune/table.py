@@ -8,17 +8,7 @@ from typing import Any
 
 from rich.text import Text
 
-WIDTHS = {
-    "iter": 6,
-    "epoch": 6,
-    "loss": 10,
-    "lr": 8,
-    "norm": 8,
-    "tokens/s": 8,
-    "tokens": 7,
-    "memory": 13,
-    "left": 8,
-}
+WIDTHS = {"iter": 6, "epoch": 6, "loss": 10, "lr": 8, "norm": 8, "tokens/s": 8, "tokens": 7, "memory": 13, "left": 8}
 _GAP = "  "
 # In this order columns go while a terminal is too narrow. Iteration and loss stay.
 _FIRST_TO_GO = ("tokens", "epoch", "memory", "lr", "norm", "left", "tokens/s")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, closing, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -157,17 +157,16 @@ class Job:
             settings = self._settings(batches, durable, workers.first)
             workers.check_alike(self._alike(settings, resume is not None))
             if options.log or durable:
-                stack.enter_context(workers.all_do(partial(_lock, self.folder, workers.first)))
+                workers.first_does(lambda: stack.enter_context(locked(self.folder)))
             asked = stack.enter_context(asked_to_stop(workers.many))
             progress = stack.enter_context(TrainingProgress(args.iters, quiet=not workers.first))
             screen = RunScreen(progress, batches.per_epoch if isinstance(batches, Batches) else None)
             validation = Validation(self.val_dataset, self.loss, self.iterate_batches, args, workers, asked, progress)
-            reporting = Reporting(
-                *(StepReader(step), screen, callback or TrainingCallback(), workers, asked, args.max_seq_length),
-                most_traces(self.loss, batches.forecast().traces)
-                if isinstance(batches, Batches) and batches.grouped
-                else None,
-            )
+            traces = None
+            if isinstance(batches, Batches) and batches.grouped:
+                traces = most_traces(self.loss, batches.forecast().traces)
+            callback = callback or TrainingCallback()
+            reporting = Reporting(StepReader(step), screen, callback, workers, asked, args.max_seq_length, traces)
             saved = RunFolder(Path(args.adapter_file), step, options, settings, workers, progress.line)
             loop = TrainingLoop(step, batches, validation, args, options, saved, reporting, asked)
             if resume is not None:
@@ -190,9 +189,8 @@ class Job:
             record = stack.enter_context(Record(file, loop.iteration, workers.size, reporting.warn))
             loop.sampling = Sampling(options.sample, record, workers, lambda: asked.signal is not None, reporting.warn)
             if options.log and resume is not None:
-                reporting.history.follow(
-                    workers.first_does(partial(self._earlier, loop.iteration)), args.steps_per_report
-                )
+                earlier = workers.first_does(partial(self._earlier, loop.iteration))
+                reporting.history.follow(earlier, args.steps_per_report)
             workers.first_does(self._write_config)
             record.because = loop.run()
             reporting.history.report()  # of an early end
@@ -233,15 +231,8 @@ class Job:
         )
 
     def _batches(self, workers: Workers) -> Iterator[Any]:
-        return iter(
-            self.iterate_batches(
-                dataset=self.train_dataset,
-                batch_size=self.args.batch_size,
-                max_seq_length=self.args.max_seq_length,
-                loop=True,
-                comm_group=workers.group,
-            )
-        )
+        sizes = {"batch_size": self.args.batch_size, "max_seq_length": self.args.max_seq_length}
+        return iter(self.iterate_batches(dataset=self.train_dataset, loop=True, comm_group=workers.group, **sizes))
 
     def _check_batches(self, batches: Iterator[Any], durable: bool) -> None:
         if durable and not isinstance(batches, Batches):
@@ -308,11 +299,3 @@ def in_epochs(iterations: int, batches: Batches) -> str:
     rows, (shapes, overhead) = batches.rows_in_epoch(), batches.forecast()
     examples = f"{min(rows)} to {max(rows)} examples" if min(rows) < max(rows) else f"{rows[0]} examples"
     return f"{said} of {examples} of similar length; {shapes} shapes, {100 * overhead:.1f} % padding"
-
-
-def _lock(folder: Path, first: bool) -> AbstractContextManager[object]:
-    """The lock of the folder, which only the first worker takes."""
-    lock = ExitStack()
-    if first:
-        lock.enter_context(locked(folder))
-    return lock

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -38,7 +37,7 @@ def mean_loss(
     iterate_batches: Callable[..., Any],
     args: Any,
     num_batches: int,
-    before_batch: Callable[[], None],
+    before_batch: Callable[[int], None],
 ) -> float | None:
     """The mean loss over all targets of all workers; None without a target. Leaves the model in its ``eval`` mode.
 
@@ -46,15 +45,15 @@ def mean_loss(
         model, dataset, loss, iterate_batches: as in `compiled_adam.train`.
         args: has ``batch_size`` and ``max_seq_length``, of all workers together, and ``clear_cache_threshold``.
         num_batches: the largest number of batches; -1 for all.
-        before_batch: is called before each batch; it may raise.
+        before_batch: is called before each batch with its number, from 1; it may raise.
     """
     model.eval()
     world = join()
     sizes = {"batch_size": args.batch_size, "max_seq_length": args.max_seq_length}
     batches = iterate_batches(dataset=dataset, comm_group=world, **sizes)
     total, targets = 0.0, 0.0
-    for batch in islice(batches, None if num_batches == -1 else num_batches):
-        before_batch()
+    for number, batch in enumerate(islice(batches, None if num_batches == -1 else num_batches), start=1):
+        before_batch(number)
         mean, count = loss(model, *batch_for(loss, batch))
         mx.eval(mean, count)
         # A batch, or a worker's part of one, may have no target: the mean of nothing may be 0/0, and must not count.
@@ -110,8 +109,8 @@ class Validation:
         """`mean_loss`, after which the model trains on. Raises `Interrupted` if the run is asked to end."""
         args, batches, random = self.args, self.iterate_batches, np.random.get_state()
         whole = len(self.dataset) // args.batch_size
-        counted = itertools.count(1), whole if args.val_batches == -1 else min(whole, args.val_batches)
-        before = partial(self._before_batch, *counted)
+        count = whole if args.val_batches == -1 else min(whole, args.val_batches)
+        before = partial(self._before_batch, count)
         try:
             loss = mean_loss(model, self.dataset, self.loss, batches, args, args.val_batches, before)
         finally:
@@ -122,8 +121,8 @@ class Validation:
             np.random.set_state(random)
         return loss
 
-    def _before_batch(self, numbers: Iterator[int], batches: int) -> None:
-        self.progress.doing = f"validating {next(numbers)}/{batches}"
+    def _before_batch(self, count: int, number: int) -> None:
+        self.progress.doing = f"validating {number}/{count}"
         if self.asked.signal is not None and not self.workers.many:
             raise Interrupted
         self.workers.beat()

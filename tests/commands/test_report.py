@@ -19,6 +19,7 @@ from compiled_adam.finetune.log import read
 from compiled_adam.finetune.record import Record
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx_lm.tuner.callbacks import TrainingCallback
 
 from tests.logs import make_run, record
 
@@ -365,7 +366,7 @@ def test_no_step_gets_the_time_of_another(tiny_model: Path, tmp_path: Path, monk
         now += 1.0
         return put(self, *arguments)
 
-    class Slow(test_lora.Recorder):
+    class Slow(TrainingCallback):
         def on_val_loss_report(self, info: dict) -> None:
             nonlocal now
             now += 100.0

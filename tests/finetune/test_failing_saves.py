@@ -16,13 +16,7 @@ from compiled_adam.checkpoint import durable, series
 from compiled_adam.finetune import saving
 from compiled_adam.finetune.batches import Batches
 
-from tests.tiny_runs import (
-    WithBadBatch,
-    loss_that_fails_on_bad,
-    stop_after,
-    train,
-    weights,
-)
+from tests.tiny_runs import WithBadBatch, loss_that_fails_on_bad, stop_after, train, weights
 
 
 @pytest.mark.parametrize("ending", ["complete", "SIGINT", "SIGTERM", "nonfinite"])
@@ -132,8 +126,9 @@ def test_a_checkpoint_that_a_killed_save_left_under_another_name_is_put_aside_li
     for name in ("0000002", ".0000004.old"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
         (tmp_path / "checkpoints" / name / "meta.json").write_text(name)
-    said = saving.put_aside(tmp_path, series.numbered(tmp_path / "checkpoints"), [])
+    said: list[str] = []
+    saving.put_aside(tmp_path, series.numbered(tmp_path / "checkpoints"), [], said.append)
     assert not os.listdir(tmp_path / "checkpoints")
     aside = tmp_path / "previous-1" / "checkpoints"
-    assert (aside / "0000004" / "meta.json").read_text() == ".0000004.old" and "previous-1" in said
+    assert (aside / "0000004" / "meta.json").read_text() == ".0000004.old" and "previous-1" in said[0]
     assert [path.name for path in series.numbered(aside)] == ["0000002", "0000004"]

@@ -20,6 +20,8 @@ from mlx.optimizers import SGD
 from mlx_lm.tuner.datasets import CacheDataset
 from mlx_lm.tuner.trainer import TrainingArgs
 
+from tests.tiny_runs import Group, Tokens, same
+
 # The medians, spreads and largest lengths of issue L, which are those of chats, articles and instructions.
 DISTRIBUTIONS = {"chats": (120, 0.75, 1000), "articles": (450, 0.75, 2048), "instructions": (200, 1.0, 2048)}
 
@@ -30,9 +32,9 @@ def lengths_of(name: str, count: int) -> list[int]:
     return np.clip(drawn, 2, longest).astype(int).tolist()
 
 
-def marked(lengths: list[int]) -> list[tuple[list[int], int]]:
+def marked(lengths: list[int]) -> Tokens:
     """Examples of these lengths whose tokens say which one it is."""
-    return [([index + 1] * length, 0) for index, length in enumerate(lengths)]
+    return Tokens(([index + 1] * length, 0) for index, length in enumerate(lengths))
 
 
 def grouped(lengths: list[int], batch_size: int = 4, longest: int = 2048, **options) -> Batches:
@@ -47,10 +49,6 @@ def epoch_of(batches: Batches) -> list[tuple[mx.array, mx.array]]:
 def members(batch: tuple[mx.array, mx.array]) -> list[int]:
     """The examples in a batch, without the rows that have none."""
     return [row[0] - 1 for row in batch[0].tolist() if row[0]]
-
-
-def identical(one, other) -> bool:
-    return all(mx.array_equal(a, b).item() for a, b in zip(one, other, strict=True))
 
 
 KINDS = [{}, {"batch_tokens": 2048}]
@@ -129,14 +127,10 @@ def test_little_padding_and_few_traces(name: str, options: dict) -> None:
 def test_the_table_of_the_manual(name: str, batch_size: int, stock: float, ours: float, by_tokens: float) -> None:
     """Positions for each token; mlx-lm's batches are of examples in their own order."""
 
-    class Data(list):
-        def process(self, example):
-            return example
-
     lengths = lengths_of(name, 2000)
     found = []
     for batches in (
-        Batches(CacheDataset(Data(marked(lengths))), batch_size, 2049),
+        Batches(CacheDataset(marked(lengths)), batch_size, 2049),
         grouped(lengths, batch_size),
         grouped(lengths, batch_tokens=2048),
     ):
@@ -189,7 +183,7 @@ def test_resuming_anywhere_gives_the_same_batches(options: dict) -> None:
         resumed.restore(positions[start])
         for i in range(start, total):
             assert resumed.position() == positions[i]
-            assert identical(next(resumed), expected[i]), (start, i)
+            assert same(next(resumed), expected[i]), (start, i)
             if i % 3 == 0:
                 np.random.permutation(5)
 
@@ -201,7 +195,7 @@ def test_a_position_of_batches_that_were_put_together_otherwise() -> None:
     position = {name: old.position()[name] for name in ("epoch_start", "next", "random", "batches")}  # of version 0.1
     again = Batches(marked(lengths), 4, 2048, loop=True)
     again.restore(position)
-    assert identical(next(again), next(old))
+    assert same(next(again), next(old))
     batches = grouped(lengths)
     with pytest.warns(UserWarning, match="batch 1 of an epoch of 10 batches, and examples are grouped by length now"):
         batches.restore(position)
@@ -211,11 +205,6 @@ def test_a_position_of_batches_that_were_put_together_otherwise() -> None:
     for wrong in ({"epoch": -1}, {"epoch": "1"}, {"group_by_length": 1}, {"group_by_length": "yes"}):
         with pytest.raises(InputError, match="the position in the data"):
             batches.restore({**batches.position(), **wrong})
-
-
-class Group:
-    def __init__(self, rank: int, size: int) -> None:
-        self.rank, self.size = lambda: rank, lambda: size
 
 
 @pytest.mark.parametrize("options", KINDS, ids=["examples", "tokens"])
@@ -255,7 +244,7 @@ def test_a_validation_keeps_the_batches_of_mlx_lm() -> None:
     expected = list(Batches(marked(lengths), 4, 2048))
     np.random.seed(1)
     found = list(Batches(marked(lengths), 4, 2048, group_by_length=True, batch_tokens=4096))
-    assert len(found) == len(expected) == 7 and all(map(identical, found, expected))
+    assert len(found) == len(expected) == 7 and all(map(same, found, expected))
 
 
 @pytest.mark.filterwarnings("ignore:an example has")
@@ -266,19 +255,13 @@ def test_cut_examples_have_a_length_of_the_series() -> None:
 
 
 def test_lengths_need_each_example_tokenized_once() -> None:
-    class Counting(list):
-        asked = 0
-
-        def process(self, example):
-            Counting.asked += 1
-            return example
-
-    batches = Batches(CacheDataset(Counting(marked([5, 9, 7, 30]))), 2, 64, loop=True, group_by_length=True)
-    assert Counting.asked == 0
+    dataset = marked([5, 9, 7, 30])
+    batches = Batches(CacheDataset(dataset), 2, 64, loop=True, group_by_length=True)
+    assert dataset.asked == 0
     assert batches.per_epoch == 2
     for _ in range(6):
         next(batches)
-    assert Counting.asked == 4
+    assert dataset.asked == 4
 
 
 def test_settings_name_what_changes_the_batches() -> None:

@@ -12,23 +12,10 @@ import compiled_adam as ca
 import pytest
 from compiled_adam.checkpoint import output
 from compiled_adam.finetune import log
-from mlx_lm.tuner.callbacks import TrainingCallback
 
-from tests.tiny_runs import arguments, dataset, lora, train
+from tests.tiny_runs import Reports, train
 
 TIMES = {"seconds", "memory", "traces"}  # these differ between two runs of the same job
-
-
-class Reports(TrainingCallback):
-    def __init__(self) -> None:
-        self.train: list[tuple[int, float]] = []
-        self.validation: list[float] = []
-
-    def on_train_loss_report(self, train_info: dict) -> None:
-        self.train.append((train_info["iteration"], train_info["train_loss"]))
-
-    def on_val_loss_report(self, val_info: dict) -> None:
-        self.validation.append(val_info["val_loss"])
 
 
 def alike(history: ca.History) -> list[dict]:
@@ -45,10 +32,11 @@ def whole(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[c
 
 def test_it_has_what_callbacks_get(whole: tuple[ca.History, Reports, Path]) -> None:
     history, reports, folder = whole
-    assert history.losses == reports.train and [iteration for iteration, _ in history.losses] == [4, 8, 10]
-    assert [loss for _, loss in history.val_losses] == reports.validation
-    assert [iteration for iteration, _ in history.val_losses] == [1, 3, 6, 9, 10]
-    best = min(reports.validation)
+    assert history.losses == [(info["iteration"], info["train_loss"]) for info in reports.training]
+    assert [iteration for iteration, _ in history.losses] == [4, 8, 10]
+    val_losses = [info["val_loss"] for info in reports.validation]
+    assert history.val_losses == list(zip((1, 3, 6, 9, 10), val_losses, strict=True))
+    best = min(val_losses)
     assert history.best == next(found for found in history.val_losses if found[1] == best)
     lines = log.read(folder / "log.jsonl")
     assert sum(row["tokens"] for row in history.entries if "loss" in row) == sum(e.get("tokens", 0) for e in lines)
@@ -88,9 +76,9 @@ def test_without_a_log_it_has_what_this_run_did(tiny_model: Path, tmp_path: Path
 
 
 def test_an_early_end_is_a_row(tiny_model: Path, tmp_path: Path) -> None:
-    args = arguments(tmp_path, iters=9, steps_per_report=100, steps_per_eval=2, val_batches=-1)
+    options = {"iters": 9, "steps_per_report": 100, "steps_per_eval": 2, "val_batches": -1}
     # Without a learning rate nothing improves.
-    history = ca.train(lora(tiny_model), ca.Adam(0.0), dataset(), dataset(), args=args, early_stop_patience=1)
+    history = train(tiny_model, tmp_path, val=True, optimizer=ca.Adam(0.0), early_stop_patience=1, **options)
     assert [iteration for iteration, _ in history.losses] == [1]
     assert [iteration for iteration, _ in history.val_losses] == [1, 2]
 

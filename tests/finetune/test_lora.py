@@ -15,21 +15,11 @@ from compiled_adam.finetune import batches, validation
 from mlx.utils import tree_flatten
 from mlx_lm import load
 from mlx_lm.tuner import trainer
-from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.datasets import CacheDataset, TextDataset
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 
-
-class Recorder(TrainingCallback):
-    def __init__(self) -> None:
-        self.training: list[dict] = []
-        self.validation: list[dict] = []
-
-    def on_train_loss_report(self, train_info: dict) -> None:
-        self.training.append(train_info)
-
-    def on_val_loss_report(self, val_info: dict) -> None:
-        self.validation.append(val_info)
+from tests import tiny_runs
+from tests.tiny_runs import Reports, Tokens
 
 
 def setting(tiny_model: Path, kind: str):
@@ -48,23 +38,15 @@ def setting(tiny_model: Path, kind: str):
 
 
 def arguments(folder: Path, **changes) -> trainer.TrainingArgs:
-    defaults = {
-        "batch_size": 2,
-        "iters": 8,
-        "val_batches": -1,
-        "steps_per_report": 1,
-        "steps_per_eval": 4,
-        "steps_per_save": 5,
-        "adapter_file": str(folder / "adapters.safetensors"),
-    }
-    return trainer.TrainingArgs(**{**defaults, **changes})
+    defaults = {"iters": 8, "val_batches": -1, "steps_per_eval": 4, "steps_per_save": 5}
+    return tiny_runs.arguments(folder, **{**defaults, **changes})
 
 
 def run(train, tiny_model: Path, kind: str, optimizer, folder: Path, **changes):
     folder.mkdir(exist_ok=True)
     model, train_set, valid_set = setting(tiny_model, kind)
     np.random.seed(0)
-    recorder = Recorder()
+    reports = Reports()
     train(
         model=model,
         optimizer=optimizer,
@@ -72,9 +54,9 @@ def run(train, tiny_model: Path, kind: str, optimizer, folder: Path, **changes):
         val_dataset=valid_set,
         args=arguments(folder, **changes),
         loss=trainer.default_loss,  # with which the two are compared; ours does not train the padding
-        training_callback=recorder,
+        training_callback=reports,
     )
-    return model, recorder
+    return model, reports
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
@@ -169,23 +151,16 @@ def test_schedule_counts_updates(tiny_model: Path, tmp_path: Path) -> None:
     assert all(math.isfinite(info["train_loss"]) for info in reported.training)
 
 
-class Fixed(list):
-    """Tokens as a data set of mlx-lm has them."""
-
-    def process(self, item):
-        return item
-
-
 def test_batches_without_tokens_do_not_count() -> None:
     """As a worker's part of a batch may be, where the others' is not."""
     losses = iter([(mx.array(2.0), mx.array(3)), (mx.array(math.nan), mx.array(0)), (mx.array(4.0), 1)])
     found = validation.mean_loss(
         nn.Linear(1, 1),
-        CacheDataset(Fixed([([1, 2], 0)] * 3)),
+        CacheDataset(Tokens([([1, 2], 0)] * 3)),
         lambda *_: next(losses),
         batches.Batches,
         trainer.TrainingArgs(batch_size=1, max_seq_length=8),
         -1,
-        lambda: None,
+        lambda _: None,
     )
     assert found == 2.5

@@ -13,24 +13,13 @@ import pytest
 from compiled_adam.commands.small_model import texts
 from mlx_lm import load
 from mlx_lm.tuner import trainer
-from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.datasets import CacheDataset, TextDataset
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-
-class Losses(TrainingCallback):
-    def __init__(self) -> None:
-        self.training: list[float] = []
-        self.validation: list[float] = []
-
-    def on_train_loss_report(self, train_info: dict) -> None:
-        self.training.append(train_info["train_loss"])
-
-    def on_val_loss_report(self, val_info: dict) -> None:
-        self.validation.append(val_info["val_loss"])
+from tests.tiny_runs import Reports, weights
 
 
-def run(train, loss, optimizer, tiny_model: Path, kind: str, accumulate: int, file: Path) -> tuple[Losses, dict]:
+def run(train, loss, optimizer, tiny_model: Path, kind: str, accumulate: int, file: Path) -> tuple[list, list, dict]:
     model, tokenizer = load(str(tiny_model))[:2]
     mx.random.seed(1)
     np.random.seed(0)
@@ -54,11 +43,10 @@ def run(train, loss, optimizer, tiny_model: Path, kind: str, accumulate: int, fi
         adapter_file=str(file),
         grad_accumulation_steps=accumulate,
     )
-    losses = Losses()
-    train(model, optimizer, train_set, valid_set, args, loss=loss, training_callback=losses)
-    adapters = mx.load(str(file))
-    assert isinstance(adapters, dict)
-    return losses, adapters
+    reports = Reports()
+    train(model, optimizer, train_set, valid_set, args, loss=loss, training_callback=reports)
+    losses = [info["train_loss"] for info in reports.training], [info["val_loss"] for info in reports.validation]
+    return *losses, weights(file)
 
 
 @pytest.mark.slow
@@ -66,17 +54,17 @@ def run(train, loss, optimizer, tiny_model: Path, kind: str, accumulate: int, fi
 @pytest.mark.parametrize("kind", ["lora", "dora", "full"])
 def test_sixty_iterations_of_mlx_lm(kind: str, accumulate: int, tiny_model: Path, tmp_path: Path) -> None:
     rate = optim.join_schedules([optim.linear_schedule(0.0, 1e-3, 5), optim.cosine_decay(1e-3, 55 // accumulate)], [6])
-    expected, stock = run(
+    training, validation, stock = run(
         trainer.train, trainer.default_loss, optim.Adam(rate), tiny_model, kind, accumulate, tmp_path / "a.safetensors"
     )
     train = partial(ca.train, weighted=False)
-    losses, ours = run(
+    our_training, our_validation, ours = run(
         train, ca.losses.like_mlx_lm, ca.Adam(rate), tiny_model, kind, accumulate, tmp_path / "b.safetensors"
     )
-    assert len(losses.training) == 60 and expected.training[-1] < expected.training[0]
+    assert len(our_training) == 60 and training[-1] < training[0]
     # Float32 rounding in differently fused graphs.
-    assert losses.training == pytest.approx(expected.training, rel=1e-5)
-    assert losses.validation == pytest.approx(expected.validation, rel=1e-5)
+    assert our_training == pytest.approx(training, rel=1e-5)
+    assert our_validation == pytest.approx(validation, rel=1e-5)
     assert ours.keys() == stock.keys()
     for path, array in stock.items():
         # Adam divides by sqrt(v): where that is tiny, rounding of the gradient moves the whole step.

@@ -8,17 +8,16 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import compiled_adam as ca
 import mlx.core as mx
 import numpy as np
 import pytest
 from compiled_adam.base import fingerprint
 from compiled_adam.base.errors import InputError
 from compiled_adam.commands import lora as lora_command
-from mlx_lm import load
-from mlx_lm.tuner.trainer import TrainingArgs
-from mlx_lm.tuner.utils import linear_to_lora_layers
 from trees import assert_identical
+
+from tests import tiny_runs
+from tests.tiny_runs import weights
 
 Lora = Callable[..., Path]
 
@@ -38,9 +37,7 @@ def lora(tiny_model: Path, data: Path, tmp_path: Path) -> Lora:
 
 
 def saved(out: Path) -> dict[str, mx.array]:
-    arrays = mx.load(str(out / "adapters.safetensors"))
-    assert isinstance(arrays, dict)
-    return arrays
+    return weights(out / "adapters.safetensors")
 
 
 def test_one_command_line_for_all_starts(lora: Lora, tmp_path: Path, capsys) -> None:
@@ -167,11 +164,7 @@ def test_the_same_from_python(tiny_model: Path, tmp_path: Path, capsys) -> None:
     examples = [(list(range(3 + i, 13 + i)), 0) for i in range(12)]
 
     def train(rows: list, **options) -> None:
-        mx.random.seed(0)
-        model = load(str(tiny_model))[0].freeze()
-        linear_to_lora_layers(model, 1, {"rank": 4, "scale": 10.0, "dropout": 0.0})
-        args = TrainingArgs(batch_size=2, iters=4, adapter_file=str(tmp_path / "adapters.safetensors"))
-        ca.train(model, ca.Adam(1e-3), rows, args=args, keep_checkpoints=1, **options)
+        tiny_runs.train(tiny_model, tmp_path, rows=rows, iters=4, keep_checkpoints=1, **options)
 
     for wrong in (True, "", 3):
         with pytest.raises(InputError, match="it must be a checkpoint's folder, 'auto' or None"):

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from compiled_adam.base import random_state
+from compiled_adam.base import InputError, random_state
 from compiled_adam.finetune import samples
-from compiled_adam.finetune.record import Record, read
+from compiled_adam.finetune.record import Record, is_alive, read
 from compiled_adam.finetune.rows import Located
 from mlx_lm.tuner.datasets import ChatDataset, CompletionsDataset, TextDataset
+from trees import assert_identical
 
 from tests.tiny_runs import losses_of, stop_after, train, weights
 
@@ -89,8 +91,8 @@ def test_samples_change_no_bit_of_a_run_and_are_kept_when_it_is_resumed(tiny_mod
         train(tiny_model, tmp_path / name, log=True, sample=answering(said) if name == "with" else None)
         states.append(random_state.get().tolist())
     assert states[0] == states[1] and said[-1].training
-    one, other = (weights(tmp_path / name / "adapters.safetensors") for name in ("without", "with"))
-    assert all(mx.array_equal(one[path], other[path]).item() for path in one) and len(said) == 2
+    assert_identical(*(weights(tmp_path / name / "adapters.safetensors") for name in ("without", "with")))
+    assert len(said) == 2
     assert losses_of(tmp_path / "without") == losses_of(tmp_path / "with")
     folder = tmp_path / "parts"
     folder.mkdir()
@@ -151,3 +153,12 @@ def test_a_record_that_cannot_be_written_or_read_ends_no_run(tmp_path: Path) -> 
         raise SystemExit(143)
     reasons = [session["because"] for session in read(tmp_path / "run.json")["sessions"]]
     assert reasons == ["", "out of luck", "stopped by a signal"]
+    os.mkfifo(tmp_path / "pipe")  # which would be waited for
+    with pytest.raises(InputError, match="pipe is no file; remove it"):
+        read(tmp_path / "pipe")
+
+
+def test_a_run_on_another_machine_may_be_alive() -> None:
+    session = {"ended": "", "host": "elsewhere", "pid": 2**40}
+    assert is_alive(session) and not is_alive({**session, "ended": "2026-01-01"})
+    assert not is_alive({**session, "host": socket.gethostname()})

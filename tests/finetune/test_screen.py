@@ -23,7 +23,6 @@ from tests.commands.test_lora_command import job
 from tests.terminal import Terminal, terminal
 from tests.tiny_runs import stop_after
 
-GIB = 1e9
 FACTS = [("model", "mlx-community/Qwen3-0.6B-4bit"), ("results", "unlike mlx_lm.lora: batches of similar length")]
 
 

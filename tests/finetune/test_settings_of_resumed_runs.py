@@ -11,13 +11,9 @@ import pytest
 from compiled_adam.base.errors import TrainingStopped
 from mlx_lm.tuner import trainer
 from mlx_lm.tuner.callbacks import TrainingCallback
+from trees import assert_identical
 
-from tests.tiny_runs import (
-    losses_of,
-    stop_after,
-    train,
-    weights,
-)
+from tests.tiny_runs import always_nan, losses_of, stop_after, train, weights
 
 
 def test_an_early_stop_is_the_same_when_resumed(tiny_model: Path, tmp_path: Path, capsys) -> None:
@@ -38,8 +34,7 @@ def test_more_iterations_follow_as_if_the_last_had_not_been_the_last(tiny_model:
         for i, iters in enumerate(iterations):
             train(tiny_model, tmp_path / name, iters=iters, resume="auto" if i else None, **options)
     assert losses_of(tmp_path / "long") == losses_of(tmp_path / "short")
-    a, b = (weights(tmp_path / name / "adapters.safetensors") for name in ("long", "short"))
-    assert all(mx.array_equal(a[path], b[path]).item() for path in a)
+    assert_identical(*(weights(tmp_path / name / "adapters.safetensors") for name in ("long", "short")))
 
 
 def test_random_numbers_that_a_callback_draws(tiny_model: Path, tmp_path: Path) -> None:
@@ -68,11 +63,7 @@ def test_dropout_is_on_again_after_a_validation(tiny_model: Path, tmp_path: Path
 
 
 def test_failures_in_a_row_are_counted_over_a_stop(tiny_model: Path, tmp_path: Path) -> None:
-    def nan(model, batch, lengths):
-        value, tokens = trainer.default_loss(model, batch, lengths)
-        return value * float("nan"), tokens
-
-    options = {"loss": nan, "log": True, "iters": 60}
+    options = {"loss": always_nan, "log": True, "iters": 60}
     with pytest.raises(KeyboardInterrupt):
         train(tiny_model, tmp_path, training_callback=stop_after(5), nonfinite_limit=8, **options)
     with pytest.raises(TrainingStopped, match=r"not finite in (8|9) steps in a row"):
@@ -90,12 +81,5 @@ def test_the_limit_of_failures_is_met_whatever_the_reports(
         return value + mx.sqrt(0.0 * value) * 0.0, tokens
 
     with pytest.raises(TrainingStopped, match="not finite in"):
-        train(
-            tiny_model,
-            tmp_path,
-            loss=nan_gradient,
-            nonfinite_limit=limit,
-            steps_per_report=every,
-            grad_accumulation_steps=2,
-            iters=60,
-        )
+        options = {"steps_per_report": every, "grad_accumulation_steps": 2, "iters": 60}
+        train(tiny_model, tmp_path, loss=nan_gradient, nonfinite_limit=limit, **options)

@@ -8,21 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import compiled_adam as ca
-import mlx.core as mx
 import pytest
 from compiled_adam import losses
 from compiled_adam.finetune.log import read
+from compiled_adam.finetune.stopping import asked_to_stop
+from trees import assert_identical
 
 from tests.conftest import ROOT
-from tests.tiny_runs import (
-    arguments,
-    dataset,
-    lora,
-    weights,
-)
+from tests.tiny_runs import train, weights
 
 
 @pytest.mark.slow
@@ -53,7 +49,7 @@ def test_signals_finish_the_step_and_save(kind: int, tiny_model: Path, data: Pat
     assert read(tmp_path / "adapters" / "log.jsonl")[-1]["iteration"] == iteration
     saved = weights(tmp_path / "adapters" / "adapters.safetensors")
     kept = weights(tmp_path / "adapters" / "checkpoints" / f"{iteration:07d}" / "weights.safetensors")
-    assert all(mx.array_equal(saved[path], kept[path]).item() for path in saved)
+    assert_identical(saved, {path: kept[path] for path in saved})
 
 
 def test_a_signal_during_validation_does_not_wait_for_its_end(tiny_model: Path, tmp_path: Path) -> None:
@@ -70,32 +66,24 @@ def test_a_signal_during_validation_does_not_wait_for_its_end(tiny_model: Path, 
 
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt, match="stopped by SIGINT after iteration 2"):
-        ca.train(
-            lora(tiny_model),
-            ca.Adam(1e-3),
-            dataset(),
-            dataset(),
-            args=arguments(tmp_path, val_batches=6),
-            loss=loss,
-            keep_checkpoints=1,
-        )
+        train(tiny_model, tmp_path, val=True, val_batches=6, loss=loss, keep_checkpoints=1)
     assert calls == 8 and signal.getsignal(signal.SIGINT) is handler
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     for folder in (whole, resumed):
         folder.mkdir()
     (tmp_path / "checkpoints").rename(resumed / "checkpoints")
     for folder, resume in ((whole, None), (resumed, "auto")):
-        ca.train(
-            lora(tiny_model),
-            ca.Adam(1e-3),
-            dataset(),
-            dataset(),
-            args=arguments(folder, val_batches=6),
-            keep_checkpoints=1,
-            resume=resume,
-        )
-    a, b = (weights(folder / "adapters.safetensors") for folder in (whole, resumed))
-    assert all(mx.array_equal(a[path], b[path]).item() for path in a)
+        train(tiny_model, folder, val=True, val_batches=6, keep_checkpoints=1, resume=resume)
+    assert_identical(*(weights(folder / "adapters.safetensors") for folder in (whole, resumed)))
+
+
+def test_in_another_thread_signals_are_left_alone() -> None:
+    def signal_in_thread() -> int | None:
+        with asked_to_stop() as asked:
+            return asked.signal
+
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(signal_in_thread).result() is None
 
 
 def test_the_second_ctrl_c_acts_at_once() -> None:

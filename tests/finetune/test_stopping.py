@@ -6,20 +6,25 @@ import errno
 import json
 import os
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import compiled_adam as ca
 import mlx.core as mx
+import mlx.optimizers as optim
 import pytest
 from compiled_adam.base.errors import InputError, TrainingStopped
 from compiled_adam.finetune import saving, validation
 from compiled_adam.finetune.batches import Batches
 from compiled_adam.finetune.log import read
 from compiled_adam.finetune.stopping import is_out_of_memory
+from mlx.utils import tree_flatten
 from mlx_lm.tuner import trainer
+from trees import assert_identical
 
 from tests.tiny_runs import (
     WithBadBatch,
+    always_nan,
     arguments,
     dataset,
     lora,
@@ -35,8 +40,6 @@ class WithoutBadBatch(WithBadBatch):
 
 
 def test_one_bad_batch_costs_one_step_and_not_the_run(tiny_model: Path, tmp_path: Path) -> None:
-    import mlx.optimizers as optim
-
     def run(train, optimizer, batches, iters, name):
         (tmp_path / name).mkdir()
         train(
@@ -53,45 +56,27 @@ def test_one_bad_batch_costs_one_step_and_not_the_run(tiny_model: Path, tmp_path
     assert all(mx.isnan(array).any().item() for array in stock.values())
     ours = run(ca.train, ca.Adam(1e-3, skip_nonfinite=True), WithBadBatch, 12, "ours")
     without = run(ca.train, ca.Adam(1e-3, skip_nonfinite=True), WithoutBadBatch, 11, "without")
-    for path, array in without.items():
-        assert mx.array_equal(ours[path], array).item(), path
+    assert_identical(ours, without)
 
 
 def test_not_finite_for_too_long(tiny_model: Path, tmp_path: Path) -> None:
-    def always_nan(model, batch, lengths):
-        value, tokens = trainer.default_loss(model, batch, lengths)
-        return value * float("nan"), tokens
-
-    model = lora(tiny_model)
-    start = weights_of(model)
+    options = {"loss": always_nan, "keep_checkpoints": 0}
+    start = weights_of(lora(tiny_model))
     with pytest.raises(TrainingStopped, match=r"not finite in 3 steps in a row.*; .*has the weights after iteration"):
-        ca.train(
-            model,
-            ca.Adam(1e-3, skip_nonfinite=True),
-            dataset(),
-            args=arguments(tmp_path),
-            loss=always_nan,
-            nonfinite_limit=3,
-            log=True,
-        )
+        train(tiny_model, tmp_path, nonfinite_limit=3, log=True, **options)
     assert len(read(tmp_path / "log.jsonl")) in (3, 4)  # a result is read while the next step is on its way
-    saved = weights(tmp_path / "adapters.safetensors")
-    assert all(mx.array_equal(saved[path], array).item() for path, array in start.items())
+    assert_identical(weights(tmp_path / "adapters.safetensors"), start)
 
     (tmp_path / "adapters.safetensors").write_bytes(b"older")
     with pytest.raises(TrainingStopped, match=r"not finite in 3 steps in a row.*; nothing was saved"):
-        ca.train(
-            lora(tiny_model), ca.Adam(1e-3), dataset(), args=arguments(tmp_path), loss=always_nan, nonfinite_limit=3
-        )
+        train(tiny_model, tmp_path, optimizer=ca.Adam(1e-3), nonfinite_limit=3, **options)
     assert (tmp_path / "adapters.safetensors").read_bytes() == b"older"  # weights that are NaN replace nothing
     with pytest.raises(TrainingStopped, match=r"training is over, but not saved: .* not a number.*; nothing was saved"):
-        ca.train(lora(tiny_model), ca.Adam(1e-3), dataset(), args=arguments(tmp_path), loss=always_nan)
+        train(tiny_model, tmp_path, optimizer=ca.Adam(1e-3), **options)
     assert (tmp_path / "adapters.safetensors").read_bytes() == b"older"
 
 
 def weights_of(model) -> dict[str, mx.array]:
-    from mlx.utils import tree_flatten
-
     return dict(tree_flatten(model.trainable_parameters()))
 
 
@@ -113,21 +98,18 @@ def test_out_of_memory(error: Exception, tiny_model: Path, tmp_path: Path) -> No
             raise error
         return trainer.default_loss(model, batch, lengths)
 
-    examples = dataset(12)
-    examples += [(list(range(1, 100)), 0)] * 2
+    examples = [*dataset(), *[(list(range(1, 100)), 0)] * 2]
     expected = r"out of memory in iteration \d+: .*; .*adapters.safetensors has the weights after iteration \d+\. Use"
     with pytest.raises(TrainingStopped, match=expected):
         # The long batch is in the permutation's middle; everything before it was saved.
-        ca.train(
-            lora(tiny_model), ca.Adam(1e-3), examples, args=arguments(tmp_path, steps_per_save=1, iters=40), loss=loss
-        )
+        train(tiny_model, tmp_path, rows=examples, steps_per_save=1, iters=40, loss=loss, keep_checkpoints=0)
     assert is_out_of_memory(error) and not is_out_of_memory(RuntimeError("[matmul] shapes"))
+
+    def broken(*_):
+        raise RuntimeError("[matmul] shapes")
+
     with pytest.raises(RuntimeError, match="shapes"):
-
-        def broken(*_):
-            raise RuntimeError("[matmul] shapes")
-
-        ca.train(lora(tiny_model), ca.Adam(1e-3), examples, args=arguments(tmp_path), loss=broken)
+        train(tiny_model, tmp_path, loss=broken)
 
 
 def test_early_stop_and_best(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,16 +124,7 @@ def test_early_stop_and_best(tiny_model: Path, tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(validation, "mean_loss", mean_loss)
     (tmp_path / "adapter_config.json").write_text("{}")
-    ca.train(
-        lora(tiny_model),
-        ca.Adam(1e-3),
-        dataset(),
-        dataset(),
-        args=arguments(tmp_path, iters=15),
-        save_best=True,
-        early_stop_patience=2,
-        log=True,
-    )
+    train(tiny_model, tmp_path, val=True, iters=15, save_best=True, early_stop_patience=2, log=True)
     log = read(tmp_path / "log.jsonl")
     assert [entry["val_loss"] for entry in log if "val_loss" in entry] == [3.0, 2.0, None, None, 2.0]
     assert log[-1]["iteration"] == 12 and "val_loss" in log[-1]  # stopped before the step of iteration 12
@@ -160,14 +133,13 @@ def test_early_stop_and_best(tiny_model: Path, tmp_path: Path, monkeypatch: pyte
     assert json.loads((tmp_path / "best" / "best.json").read_text()) == {"iteration": 3, "val_loss": 2.0}
     best = weights(tmp_path / "best" / "adapters.safetensors")
     last = weights(tmp_path / "adapters.safetensors")
-    for path, array in best.items():
-        assert mx.array_equal(array, seen[2.0][path]).item(), path  # the later 2.0 is no improvement
+    assert_identical(best, seen[2.0])  # the later 2.0 is no improvement
     assert any(not mx.array_equal(best[path], last[path]).item() for path in best)
 
 
 def test_checkpoints_and_adapters_that_stay(tiny_model: Path, tmp_path: Path) -> None:
     def run(**options) -> list[str]:
-        ca.train(lora(tiny_model), ca.Adam(1e-3), dataset(), args=arguments(tmp_path, iters=14), **options)
+        train(tiny_model, tmp_path, iters=14, **{"keep_checkpoints": 0, **options})
         return sorted(
             str(path.relative_to(tmp_path)) for path in tmp_path.rglob("[0-9]*") if "previous-1" not in path.parts
         )
@@ -195,7 +167,7 @@ def test_a_save_that_fails_is_reported_and_the_run_goes_on(
         real(folder, *rest, **more)
 
     monkeypatch.setattr(saving, "write_checkpoint", full)
-    ca.train(lora(tiny_model), ca.Adam(1e-3), dataset(), args=arguments(tmp_path), keep_checkpoints=3)
+    train(tiny_model, tmp_path, keep_checkpoints=3)
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["0000004", "0000012"]
     line = next(line for line in capsys.readouterr().out.splitlines() if "not saved" in line)
     assert re.search(r"iter +8  not saved: .*No space left on device; training goes on", line)
@@ -214,16 +186,10 @@ def test_only_what_a_user_can_mend_is_a_failed_save(
             raise kind("of the save")
         real(folder, *rest, **more)
 
-    def train() -> None:
-        settings = arguments(tmp_path, steps_per_save=8)
-        ca.train(lora(tiny_model), ca.Adam(1e-3), dataset(), args=settings, keep_checkpoints=2)
-
     monkeypatch.setattr(saving, "write_checkpoint", write)
-    if mended and at == "0000008":
-        train()
-    else:
-        with pytest.raises(TrainingStopped if mended else kind, match="of the save"):
-            train()
+    raised = pytest.raises(TrainingStopped if mended else kind, match="of the save")
+    with nullcontext() if mended and at == "0000008" else raised:
+        train(tiny_model, tmp_path, steps_per_save=8, keep_checkpoints=2)
     assert "not saved: " in capsys.readouterr().out or mended
     assert (tmp_path / "adapters.safetensors").exists()
     before = {"0000008": [] if not mended else ["0000012"], "0000012": ["0000008"]}[at]
@@ -237,7 +203,7 @@ def test_a_checkpoint_is_saved_although_old_ones_cannot_be_removed(
         raise InputError(f"{folder}/9999999/meta.json is damaged")
 
     monkeypatch.setattr(saving, "prune", prune)
-    ca.train(lora(tiny_model), ca.Adam(1e-3), dataset(), args=arguments(tmp_path), keep_checkpoints=1)
+    train(tiny_model, tmp_path, keep_checkpoints=1)
     said = capsys.readouterr().out
     assert "not saved" not in said and "0000012 is saved, but older checkpoints were not removed: " in said
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["0000004", "0000008", "0000012"]
@@ -261,16 +227,9 @@ def test_options_that_cannot_be(tiny_model: Path, tmp_path: Path) -> None:
         examples = dataset(options.pop("count", 12))
         names = ("steps_per_report", "steps_per_eval", "val_batches", "grad_accumulation_steps", "batch_size")
         args = arguments(tmp_path, **{name: options.pop(name) for name in names if name in options})
+        valid = dataset() if val else None
         with pytest.raises(ValueError, match=re.escape(message)):
-            ca.train(
-                lora(tiny_model),
-                ca.Adam(1e-3),
-                examples,
-                dataset() if val else None,
-                args,
-                iterate_batches=batches,
-                **options,
-            )
+            ca.train(lora(tiny_model), ca.Adam(1e-3), examples, valid, args, iterate_batches=batches, **options)
 
     refused("save_best (--save-best) needs a validation loss, but there is no validation set", save_best=True)
     refused("early_stop_patience (--early-stop-patience) needs a validation loss", early_stop_patience=1)
@@ -299,13 +258,8 @@ def test_options_that_cannot_be(tiny_model: Path, tmp_path: Path) -> None:
 
 
 def test_log_has_every_step(tiny_model: Path, tmp_path: Path) -> None:
-    ca.train(
-        lora(tiny_model),
-        ca.Adam(1e-3, max_grad_norm=1.0),
-        dataset(),
-        args=arguments(tmp_path, steps_per_report=5, grad_accumulation_steps=2),
-        log=True,
-    )
+    optimizer = ca.Adam(1e-3, max_grad_norm=1.0)
+    train(tiny_model, tmp_path, optimizer=optimizer, steps_per_report=5, grad_accumulation_steps=2, log=True)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == list(range(1, 13))
     assert [line["grad_norm"] is None for line in lines] == [True, False] * 6
@@ -335,6 +289,13 @@ def test_nothing_of_others_is_deleted(tiny_model: Path, tmp_path: Path, capsys) 
     path = re.findall(r"--resume (\S+) goes on from there", output)[-1]
     train(tiny_model, tmp_path, val=True, resume=path, iters=13)
     assert "not saved:" in output and "best has notes.txt, which is not ours" in output
+
+
+def test_what_an_earlier_run_without_checkpoints_left_is_put_aside(tiny_model: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        train(tiny_model, tmp_path, val=True, iters=1, log=True, save_best=True, keep_checkpoints=0)
+    assert {*os.listdir(tmp_path / "previous-1")} == {"best", "checkpoints", "log.jsonl", "run.json"}
+    assert {*os.listdir(tmp_path / "best")} == {"adapters.safetensors", "best.json"}  # there is no configuration
 
 
 def test_a_damaged_newest_checkpoint_does_not_stand_in_the_way(tiny_model: Path, tmp_path: Path) -> None:

@@ -16,10 +16,10 @@ from compiled_adam.base.errors import InputError
 from compiled_adam.finetune.batches import Batches
 from compiled_adam.finetune.padding import spaced
 from mlx.utils import tree_flatten
-from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.trainer import TrainingArgs
+from trees import assert_identical
 
-from tests.tiny_runs import train
+from tests.tiny_runs import Reports, stop_after, train, weights
 
 STEPS, WINDOWS = 3, 4
 
@@ -34,14 +34,6 @@ class Model(nn.Module):
 
     def __call__(self, tokens: mx.array) -> mx.array:
         return self.out(mx.tanh(mx.cumsum(self.embed(tokens), axis=1)))
-
-
-class Norms(TrainingCallback):
-    def __init__(self) -> None:
-        self.found: list[float] = []
-
-    def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
-        self.found.append(train_info["grad_norm"])
 
 
 def examples() -> list[tuple[list[int], int]]:
@@ -64,11 +56,11 @@ def big(batches: list[tuple[mx.array, ...]]) -> tuple[mx.array, mx.array]:
 @pytest.mark.parametrize("options", [{"group_by_length": True}, {"batch_tokens": 128}], ids=["examples", "tokens"])
 def test_a_window_is_one_big_batch(options: dict[str, Any], tmp_path: Path) -> None:
     make = partial(Batches, padding=spaced(), **options)
-    model, norms = Model(), Norms()
+    model, reports = Model(), Reports()
     args = TrainingArgs(batch_size=2, iters=STEPS * WINDOWS, adapter_file=str(tmp_path / "a.safetensors"))
     args.steps_per_report, args.grad_accumulation_steps = STEPS, STEPS
     np.random.seed(1)
-    ca.train(model, optimizer(), examples(), args=args, iterate_batches=make, training_callback=norms)
+    ca.train(model, optimizer(), examples(), args=args, iterate_batches=make, training_callback=reports)
 
     expected, its = Model(), optimizer()
     np.random.seed(1)
@@ -82,9 +74,18 @@ def test_a_window_is_one_big_batch(options: dict[str, Any], tmp_path: Path) -> N
         expected_norms.append(its.grad_norm.item())
     assert counts[0] == 0 and len({*counts}) > STEPS  # no target at all in the first one
     assert min(expected_norms) > 0.2  # so that it is clipped
-    assert norms.found == pytest.approx(expected_norms, rel=1e-5)  # float32: the same sums in another order
+    norms = [info["grad_norm"] for info in reports.training]
+    assert norms == pytest.approx(expected_norms, rel=1e-5)  # float32: the same sums in another order
     for (path, a), (_, b) in zip(*(tree_flatten(m.parameters()) for m in (model, expected)), strict=True):
         assert mx.abs(a - b).max().item() <= 1e-5, path
+
+
+def test_a_stopped_run_does_not_apply_a_window_that_is_not_full(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_model, tmp_path, grad_accumulation_steps=3, training_callback=stop_after(4))
+    saved = weights(tmp_path / "adapters.safetensors")
+    kept = weights(ca.latest_checkpoint(tmp_path / "checkpoints") / "weights.safetensors")
+    assert_identical(saved, {path: kept[path] for path in saved})
 
 
 def test_a_window_goes_on_with_the_weights_that_it_has(tiny_model: Path, tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ import mlx.optimizers as optim
 import pytest
 from compiled_adam.base.errors import TrainingStopped
 from compiled_adam.finetune.metrics import Report, failures
-from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.trainer import TrainingArgs
+
+from tests.tiny_runs import Reports
 
 NAN = math.nan
 
@@ -48,18 +49,6 @@ def batches(counts: list[int]):
     return iterate
 
 
-class Recorder(TrainingCallback):
-    def __init__(self) -> None:
-        self.training: list[dict] = []
-        self.validation: list[float] = []
-
-    def on_train_loss_report(self, train_info: dict) -> None:
-        self.training.append(train_info)
-
-    def on_val_loss_report(self, val_info: dict) -> None:
-        self.validation.append(val_info["val_loss"])
-
-
 def train(folder: Path, counts: list[int], optimizer=None, valid: bool = False, accumulate: int = 1, **options):
     names = ("iters", "steps_per_report", "steps_per_eval")
     args = TrainingArgs(
@@ -68,7 +57,7 @@ def train(folder: Path, counts: list[int], optimizer=None, valid: bool = False, 
         **{"iters": len(counts), **{name: options.pop(name) for name in names if name in options}},
     )
     args.grad_accumulation_steps = accumulate
-    model, seen = Net(), Recorder()
+    model, seen = Net(), Reports()
     optimizer = ca.AdamW(1e-2) if optimizer is None else optimizer
     ca.train(
         model, optimizer, [0] * 8, [0] * 8 if valid else None, args, loss, batches(counts), seen, log=True, **options
@@ -179,7 +168,7 @@ def test_a_validation_without_targets_is_no_loss(tmp_path: Path, capsys) -> None
     _, seen, _ = train(
         tmp_path, [0, 0, 0, 0], valid=True, steps_per_eval=1, early_stop_patience=1, save_best=True, steps_per_report=4
     )
-    assert len(seen.validation) == 4 and all(map(math.isnan, seen.validation))
+    assert len(seen.validation) == 4 and all(math.isnan(info["val_loss"]) for info in seen.validation)
     assert not (tmp_path / "best").exists()
     out = capsys.readouterr().out
     assert out.count("no validation loss: no example has a token to predict") == 4 and "stopped early" not in out
