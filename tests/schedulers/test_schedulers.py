@@ -181,6 +181,7 @@ def test_numpy_numbers_are_numbers() -> None:
         (lambda: schedulers.join([schedulers.constant(1.0)] * 3, [5, 5]), r"boundaries\[1\] is 5"),
         (lambda: schedulers.from_config([]), "lr_schedule is"),
         (lambda: schedulers.from_config({"name": "sine", "arguments": [1.0]}), "name is 'sine'"),
+        (lambda: schedulers.from_config({"name": ["cosine"], "arguments": [1.0]}), r"name is \['cosine'\]"),
         (lambda: schedulers.from_config({"name": "cosine", "arguments": 1.0}), "arguments is 1.0"),
         (lambda: schedulers.from_config({"name": "cosine", "arguments": [1.0]}), "does not fit cosine"),
         (lambda: schedulers.from_config({"name": "cosine_decay", "arguments": [-1.0, 5]}), r"arguments\[0\] is -1"),
