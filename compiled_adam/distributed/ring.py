@@ -26,14 +26,6 @@ class Place(NamedTuple):
     rank: int
     addresses: list[list[str]]
 
-    @property
-    def size(self) -> int:
-        return len(self.addresses)
-
-    @property
-    def own(self) -> list[str]:
-        return self.addresses[self.rank]
-
 
 def place() -> Place | None:
     """The place according to ``MLX_HOSTFILE`` and ``MLX_RANK``. None for other backends, which have no host file.
@@ -109,7 +101,7 @@ class Connections:
 
     def __init__(self) -> None:
         # They are found now, because a reset connection has no address. The descriptors are copies of MLX's.
-        self._open = list(_connections(_ports()))
+        self._open = list(_connections())
 
     def is_cut(self) -> bool:
         """Whether a neighbour has closed a connection."""
@@ -120,16 +112,15 @@ class Connections:
             each.close()
 
 
-def _ports() -> set[int]:
+def _connections() -> Iterator[socket.socket]:
     try:
-        hosts = json.loads(Path(os.environ["MLX_HOSTFILE"]).read_text())
-        return {int(address.rsplit(":", 1)[1]) for host in hosts for address in host}
-    except (KeyError, OSError, ValueError, AttributeError, IndexError, TypeError):
-        return set()
-
-
-def _connections(ports: set[int]) -> Iterator[socket.socket]:
-    for name in os.listdir("/dev/fd") if ports else []:
+        here = place()
+    except InputError:  # the host file was removed after the start
+        here = None
+    if here is None:
+        return
+    ports = {int(address.rpartition(":")[2]) for host in here.addresses for address in host}
+    for name in os.listdir("/dev/fd"):
         with suppress(OSError, ValueError):  # the descriptor was closed in the meantime
             if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
                 continue
