@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -38,12 +38,8 @@ def table(columns: Row, rows: Sequence[Row], most: int = 20) -> str:
     """
     shown = [[_printable(cell) for cell in row] for row in (columns, *rows[:most])]
     widths = [max(len(row[i]) for row in shown) for i in range(3)]
-    lines = ["  " + _line(row, widths) for row in shown]
+    lines = ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in shown]
     return "\n".join([*lines, f"  and {len(rows) - most} more"] if len(rows) > most else lines)
-
-
-def _line(row: Iterable[str], widths: Iterable[int]) -> str:
-    return "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
 def _printable(cell: str) -> str:

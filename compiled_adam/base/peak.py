@@ -10,12 +10,14 @@ for operations that come later while that of earlier ones is not free yet.
 from __future__ import annotations
 
 import math
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+
+from .mlx_graph import FREE
 
 # How far allocation is ahead: MLX waits when more than ten tasks, of ten calls each, are queued. An operation is two
 # calls, one of which only keeps the inputs; one that moves no bytes is one.
@@ -24,10 +26,7 @@ AHEAD_TWO = 165  # of two threads that compute, one of which may be further behi
 AHEAD_GPU = 20  # ten kernels, as large ones are submitted one by one; not measured
 WIDTH = 20  # of MLX's tape, breadth first
 DEPTH = 11  # of a kernel of mx.compile
-VIEWS = {
-    *("AsStrided", "Broadcast", "BroadcastAxes", "Copy", "Depends", "ExpandDims", "Flatten", "Reshape", "Slice"),
-    *("Split", "Squeeze", "StopGradient", "Transpose", "Unflatten", "View"),
-}
+VIEWS = FREE - {"Contiguous"} | {"Copy"}
 _COPYING = {"Reshape", "Flatten", "Unflatten"}
 _STRIDED = {"AsStrided", "Broadcast", "BroadcastAxes", "Slice", "Split", "Transpose"}
 _FUSED = {
@@ -98,11 +97,7 @@ def peak(graph: Graph, owned: Mapping[str, bool] = MappingProxyType({}), streams
     >>> peak(traced(squares, mx.zeros((256, 256))))
     524288
     """
-    kernels = fused(graph)
-    memory = _Memory(kernels, owned, streams)
-    for operation in _tape(kernels):
-        memory.follow(operation)
-    return memory.most
+    return _followed(fused(graph), owned, streams).most
 
 
 def strided(graph: Graph) -> list[bool]:
@@ -111,23 +106,25 @@ def strided(graph: Graph) -> list[bool]:
     >>> strided(traced(lambda x: [x + 1, (x + 1).T], mx.zeros((2, 3))))
     [False, True]
     """
-    memory = _Memory(graph, {}, 1)
-    for operation in _tape(graph):
-        memory.follow(operation)
-    return [name in memory.strided for name in graph.outputs]
+    found = _followed(graph, {}, 1).strided
+    return [name in found for name in graph.outputs]
 
 
 def fused(graph: Graph) -> Graph:
     """The graph as ``mx.compile`` makes it: an elementwise operation joins the kernel of all that need its result."""
-    users = _users(graph)
+    users: defaultdict[str, list[int]] = defaultdict(list)
+    for i, operation in enumerate(graph.operations):
+        for name in operation.inputs:
+            users[name].append(i)
     kept = set(graph.outputs)
     kernel: dict[int, int] = {}  # of each operation, by the last one in it
     depth: dict[int, int] = {}
     parts: dict[int, list[int]] = {}
     for i in reversed(range(len(graph.operations))):
         operation = graph.operations[i]
-        around = {kernel[user] for made in operation.outputs for user in users[made]}
-        below = 1 + max((depth[user] for made in operation.outputs for user in users[made]), default=0)
+        its_users = [user for made in operation.outputs for user in users[made]]
+        around = {kernel[user] for user in its_users}
+        below = 1 + max((depth[user] for user in its_users), default=0)
         last = around.pop() if len(around) == 1 else i
         end = graph.operations[last]
         joins = (
@@ -150,23 +147,19 @@ def fused(graph: Graph) -> Graph:
     return graph._replace(operations=found)
 
 
-def _users(graph: Graph) -> dict[str, list[int]]:
-    users: dict[str, list[int]] = {name: [] for name in graph.nbytes}
-    for i, operation in enumerate(graph.operations):
-        for name in operation.inputs:
-            if name in users:
-                users[name].append(i)
-    return users
+def _followed(graph: Graph, owned: Mapping[str, bool], streams: int) -> _Memory:
+    memory = _Memory(graph, owned, streams)
+    for operation in _tape(graph):
+        memory.follow(operation)
+    return memory
 
 
 def _tape(graph: Graph) -> list[Operation]:
     """The order of evaluation: from the outputs, breadth first up to a width, and then backwards."""
     maker = {name: operation for operation in graph.operations for name in operation.outputs}
     root = Operation("", graph.outputs, [])
-    left = Counter(name for each in [root, *graph.operations] for name in each.inputs if name in maker)
-    degree: Counter[int] = Counter()
-    for name, count in left.items():
-        degree[id(maker[name])] += count
+    needed = [maker[name] for each in [root, *graph.operations] for name in each.inputs if name in maker]
+    degree = Counter(map(id, needed))
     tape, waiting, i = [root], list[tuple[Operation, int]](), 0
     while i < len(tape) or waiting:
         if i < len(tape):
