@@ -3,8 +3,6 @@
 from . import output
 from .checkpoint import (
     Contents,
-    _sealed,  # the names of 0.1's checkpoint.py that others may have found
-    check_checkpoint,
     check_exists,
     check_finite,
     is_whole,

@@ -23,16 +23,14 @@ from ..distributed import workers
 from ..optimizers import any_optimizer
 from ..step import TrainStep
 from .durable import flush, opened, record, recorded, replacing, save_arrays
-from .meta import FORMAT, LARGEST, META, as_json, parsed
-from .meta import sealed as _sealed
+from .meta import FILES, FORMAT, LARGEST, META, as_json, parsed, sealed
 from .other_run import OtherRun
 
-FILES = {"model": "weights.safetensors", "optimizer": "optimizer.safetensors", "window": "window.safetensors"}
 # Options that decide which arrays the optimizer's state has. If one changes, the state must be converted.
 _OF_THE_STATE = {"optimizer", "moments", "compensated", "max_grad_norm", "skip_nonfinite"}
 
 
-def _warn(message: str) -> None:
+def warn_caller(message: str) -> None:
     warnings.warn(message, stacklevel=3)
 
 
@@ -92,7 +90,7 @@ def write_checkpoint(
     meta = {
         "format": FORMAT,
         "packages": _packages(),
-        "updates": _updates(step),
+        "updates": int(any_optimizer.states(step.optimizer)[0]["step"].item()),
         "accumulated": state["window"]["batches"].item() if state["window"] else 0,
         "random": state["random"]["key"].tolist(),
         "settings": _settings(settings, step),
@@ -110,7 +108,7 @@ def write_checkpoint(
                     save_arrays(file, state[part])
         check_finite(state["model"])
         meta["files"] = {name: future.result() for name, future in records.items()}
-        (temporary / META).write_text(_sealed(meta), encoding="utf-8")
+        (temporary / META).write_text(sealed(meta), encoding="utf-8")
         flush(temporary / META)
 
 
@@ -150,7 +148,7 @@ def load_checkpoint(
     *,
     settings: Mapping[str, Any] | None = None,
     allow: Collection[str] = (),
-    warn: Callable[[str], None] = _warn,
+    warn: Callable[[str], None] = warn_caller,
 ) -> dict[str, Any]:
     """Continues ``step`` from a checkpoint. Returns the ``extra`` that `save_checkpoint` was given.
 
@@ -200,7 +198,7 @@ def read_checkpoint(
     *,
     settings: Mapping[str, Any] | None = None,
     allow: Collection[str] = (),
-    warn: Callable[[str], None] = _warn,
+    warn: Callable[[str], None] = warn_caller,
 ) -> Contents:
     """Reads and checks a checkpoint for `load_checkpoint`, without a change of ``step``."""
     with _opened(Path(folder)) as (found, files):
@@ -259,24 +257,21 @@ def _opened(folder: Path) -> Iterator[tuple[Path, dict[str, FileIO]]]:
     """`durable.opened` for the files of a checkpoint."""
     with ExitStack() as stack:
         try:
-            found = stack.enter_context(opened(folder, [META, *FILES.values()]))
+            place, files = stack.enter_context(opened(folder, [META, *FILES.values()]))
         except FileNotFoundError:
             raise InputError(f"{folder} is not a checkpoint: there is no such folder") from None
         except NotADirectoryError:
             raise InputError(f"{folder} is not a checkpoint: it has no {META}") from None
-        if META not in found[1]:
-            raise InputError(f"{found[0]} is not a checkpoint: it has no {META}")
-        yield found
+        if META not in files:
+            raise InputError(f"{place} is not a checkpoint: it has no {META}")
+        yield place, files
 
 
 def _checked(folder: Path, files: Mapping[str, FileIO]) -> dict[str, Any]:
     """`check_checkpoint` for open ``files`` that were found in ``folder``."""
-    needed = (FILES["model"], FILES["optimizer"])
     with _named(folder / META):
         content = files[META].read(LARGEST + 1)
-    meta = parsed(folder / META, content, tuple(FILES.values()), needed)
-    if bool(meta["accumulated"]) != (FILES["window"] in meta["files"]):
-        raise InputError(f"{folder / META} is damaged: it has a window without batches, or batches without a window")
+    meta = parsed(folder / META, content)
     for name, expected in meta["files"].items():
         path = folder / name
         if name not in files:
@@ -317,8 +312,3 @@ def _other_packages(there: Mapping[str, str]) -> str:
     here = _packages()
     rows = differences(here, {"BLAS": here["BLAS"], **there})  # a checkpoint of version 0.1 does not tell its BLAS
     return ", ".join(f"{name} {other} (this run has {own})" for name, own, other in rows)
-
-
-def _updates(step: TrainStep) -> int:
-    state = any_optimizer.states(step.optimizer)[0]
-    return int(state["step"].item())

@@ -224,15 +224,12 @@ def opened(path: Path, names: Collection[str]) -> Iterator[tuple[Path, dict[str,
 def _opened_once(path: Path, names: Collection[str], stack: ExitStack) -> tuple[Path, dict[str, FileIO]] | None:
     if path.is_symlink():
         raise FileNotFoundError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
-    place = path
-    try:
-        folder = Descriptor(path, os.O_DIRECTORY)
-    except FileNotFoundError:
-        place = _old(path)
-        try:
+    for place in (path, _old(path)):
+        with suppress(FileNotFoundError):
             folder = Descriptor(place, os.O_DIRECTORY)
-        except FileNotFoundError:
-            return None
+            break
+    else:
+        return None
     files = {}
     for name in names:
         with suppress(FileNotFoundError):

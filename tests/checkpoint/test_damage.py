@@ -11,6 +11,7 @@ import compiled_adam as ca
 import mlx.core as mx
 import pytest
 from compiled_adam.checkpoint import checkpoint, durable, series
+from compiled_adam.checkpoint.meta import sealed
 
 from tests.saved_steps import FILES, advance, assert_identical, everything, make
 
@@ -77,7 +78,7 @@ def forge(folder: Path, **changes) -> None:
     for name in meta["files"]:
         if (folder / name).exists():
             meta["files"][name] = durable.record(folder / name)
-    (folder / "meta.json").write_text(checkpoint._sealed(meta))
+    (folder / "meta.json").write_text(sealed(meta))
 
 
 def test_files_from_elsewhere(tmp_path: Path) -> None:
