@@ -186,9 +186,8 @@ class _Memory:
         self._graph = graph
         self._left = Counter(name for operation in graph.operations for name in operation.inputs)
         self._left.update(graph.outputs)
-        self._buffer: dict[str, str] = {}  # of each array the one whose memory it has; none for inputs of the graph
+        self._buffer: dict[str, str] = {}  # of each array the allocated one; none for inputs of the graph
         self._arrays: Counter[str] = Counter()  # alive, for each buffer
-        self._size: dict[str, int] = {}
         self._read: dict[str, int] = {}  # the last call that reads a buffer
         self._freed: deque[tuple[int, int]] = deque()  # the last call that needs it, and the bytes
         self._now = self._calls = 0
@@ -203,7 +202,7 @@ class _Memory:
         while self._freed and self._freed[0][0] <= self._calls - self._ahead:
             self._now -= self._freed.popleft()[1]
         name, inputs = operation.name, operation.inputs
-        view = name in VIEWS and bool(inputs) and not (name in _COPYING and inputs[0] in self.strided)
+        view = name in VIEWS and not (name in _COPYING and inputs[0] in self.strided)
         self._calls += 1 if view else 2
         dying = [each for each in dict.fromkeys(inputs) if self._left[each] == inputs.count(each)]
         for k, made in enumerate(operation.outputs):
@@ -230,7 +229,7 @@ class _Memory:
     def _strides(self, name: str, source: str, made: str) -> bool:
         """Whether a view of an array whose elements are in order skips some, or changes their order."""
         before, after = self._graph.shape[source], self._graph.shape[made]
-        if name in ("Slice", "Split") and len(before) == len(after):  # of some rows it is in order
+        if name in ("Slice", "Split"):  # of some rows it is in order
             cut = [i for i, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
             return bool(cut) and math.prod(after[: cut[-1]]) > 1
         return name in _STRIDED
@@ -239,13 +238,12 @@ class _Memory:
         """The buffer of an input that nothing else needs, or is still reading, and that has the right size."""
         for own in (self._buffer[each] for each in dying if each in self._buffer):
             idle = self._read.get(own, -self._ahead) <= self._calls - self._ahead
-            if idle and self._arrays[own] == 1 and self._size[own] == self._graph.nbytes[made]:
+            if idle and self._arrays[own] == 1 and self._graph.nbytes[own] == self._graph.nbytes[made]:
                 return own
         return None
 
     def _allocated(self, made: str) -> str:
-        self._size[made] = self._graph.nbytes[made]
-        self._now += self._size[made]
+        self._now += self._graph.nbytes[made]
         return made
 
     def _free(self, array: str) -> None:
@@ -253,4 +251,4 @@ class _Memory:
             return
         self._arrays[own] -= 1
         if not self._arrays[own]:
-            self._freed.append((self._calls, self._size[own]))
+            self._freed.append((self._calls, self._graph.nbytes[own]))

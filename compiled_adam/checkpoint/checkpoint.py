@@ -222,8 +222,6 @@ def read_checkpoint(
             f"{folder} is in the middle of a window, whose {meta['accumulated']} micro-batches are weighted in another"
             " way; go on without the change of 'weighted' (--like-mlx-lm) up to the end of a window"
         )
-    if state["window"] and state["window"]["batches"].item() != meta["accumulated"]:
-        raise InputError(f"{found / META} is damaged: its number of accumulated batches is not the one in the window")
     check_finite(state["model"])
     if others := _other_packages(meta["packages"]):
         warn(f"{folder} was written with {others}: results may differ in the last bits")

@@ -63,8 +63,7 @@ def claimed(path: Path, make: Callable[[Path], object]) -> Iterator[Path]:
     first. Raises OSError if nothing can be created there. The message names the folder.
     """
     # A name may be as long as the file system allows. MLX insists on the suffix of its files.
-    name = os.fsdecode(os.fsencode(path.name)[:150])
-    suffix = path.suffix if len(path.suffix) < 20 else ""
+    name, suffix = os.fsdecode(os.fsencode(path.name)[:150]), path.suffix[:20]
     for leftover in leftovers(path.parent, re.escape(name)):
         remove_abandoned(leftover)
     temporary, own = path, None

@@ -149,8 +149,8 @@ class Workers:
     """
 
     def __init__(self, group: Group, timeout: float) -> None:
-        self.group, self.rank, self.size = group, group.rank(), group.size()
-        self.first, self.many = self.rank == 0, self.size > 1
+        self.group, self.size = group, group.size()
+        self.first, self.many = group.rank() == 0, self.size > 1
         self.saved = "nothing was saved"
         self._watchdog = Watchdog(timeout, self._explain)
         self._open = ExitStack()
