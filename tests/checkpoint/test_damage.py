@@ -116,18 +116,6 @@ def test_files_from_elsewhere(tmp_path: Path) -> None:
             ca.load_checkpoint(folder, step)
 
 
-@pytest.mark.parametrize("missing", ["format", "random", "settings", "packages", "extra"])
-def test_a_meta_without_something(missing: str, tmp_path: Path) -> None:
-    step = make()
-    ca.save_checkpoint(tmp_path / "0001", step)
-    before = everything(step)
-    for value in (None, [1], "x"):
-        forge(tmp_path / "0001", **{missing: value})
-        with pytest.raises(ValueError, match=r"has format|not one that compiled_adam wrote"):
-            ca.load_checkpoint(tmp_path / "0001", step)
-    assert_identical(everything(step), before)
-
-
 def test_a_file_that_cannot_be_read_is_like_a_damaged_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step = make()
     for name in ("0001", "0002"):
