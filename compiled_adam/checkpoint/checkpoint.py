@@ -229,10 +229,10 @@ def read_checkpoint(
     return Contents(state, meta["extra"], convert, own_rate)
 
 
-def check_checkpoint(folder: Path) -> dict[str, Any]:
-    """Compares every file with ``meta.json``; returns the content of ``meta.json``. ValueError names the damage."""
+def check_checkpoint(folder: Path) -> None:
+    """Compares every file with ``meta.json``. ValueError names the damage."""
     with _opened(folder) as (found, files):
-        return _checked(found, files)
+        _checked(found, files)
 
 
 def check_exists(folder: Path) -> None:
@@ -266,29 +266,21 @@ def _opened(folder: Path) -> Iterator[tuple[Path, dict[str, FileIO]]]:
 
 
 def _checked(folder: Path, files: Mapping[str, FileIO]) -> dict[str, Any]:
-    """`check_checkpoint` for open ``files`` that were found in ``folder``."""
-    with _named(folder / META):
-        content = files[META].read(LARGEST + 1)
-    meta = parsed(folder / META, content)
-    for name, expected in meta["files"].items():
-        path = folder / name
-        if name not in files:
-            raise InputError(f"{path} is missing")
-        with _named(path):
+    """`check_checkpoint` for open ``files`` that were found in ``folder``. Returns the content of ``meta.json``."""
+    path = folder / META
+    try:
+        meta = parsed(path, files[META].read(LARGEST + 1))
+        for name, expected in meta["files"].items():
+            path = folder / name
+            if name not in files:
+                raise InputError(f"{path} is missing")
             if (size := files[name].seek(0, SEEK_END)) != expected["bytes"]:
                 raise InputError(f"{path} is damaged: it has {size} bytes instead of {expected['bytes']}")
             if record(files[name]) != expected:
                 raise InputError(f"{path} is damaged: its SHA-256 is not the one in {META}")
+    except OSError as error:  # which does not name the file
+        raise type(error)(error.errno, error.strerror, str(path)) from None
     return meta
-
-
-@contextmanager
-def _named(file: Path) -> Iterator[None]:
-    """Adds the name of the file that is being read to errors of the operating system."""
-    try:
-        yield
-    except OSError as error:
-        raise type(error)(error.errno, error.strerror, str(file)) from None
 
 
 def _load(file: Path, stream: FileIO) -> dict[str, mx.array]:

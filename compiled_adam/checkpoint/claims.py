@@ -136,8 +136,7 @@ def held(path: Path) -> Iterator[bool]:
             raise TimeoutError(
                 f"{path} has been in use by another process for more than {PATIENCE:.0f} s; try again later"
             )
-        if free is False:
-            time.sleep(1e-3)
+        time.sleep(1e-3)
 
 
 def remove(path: Path) -> None:
