@@ -2,7 +2,9 @@
 
 from . import output
 from .checkpoint import (
+    COLUMNS,
     Contents,
+    OtherRun,
     check_exists,
     check_finite,
     is_whole,
@@ -12,5 +14,4 @@ from .checkpoint import (
     write_checkpoint,
 )
 from .durable import locked, present, replace_arrays, replacing, save_arrays
-from .other_run import COLUMNS, OtherRun
 from .series import latest_checkpoint, numbered, prune

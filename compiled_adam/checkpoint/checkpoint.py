@@ -8,7 +8,7 @@ has everything else and the SHA-256 of every file.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -18,14 +18,14 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from ..base import InputError, blas, differences, packages
+from ..base import InputError, Row, blas, differences, packages, table
 from ..distributed import workers
 from ..optimizers import any_optimizer
 from ..step import TrainStep
 from .durable import flush, opened, record, recorded, replacing, save_arrays
 from .meta import FILES, FORMAT, LARGEST, META, as_json, parsed, sealed
-from .other_run import OtherRun
 
+COLUMNS = ("what", "here", "checkpoint")  # of the table in `OtherRun`
 # Options that decide which arrays the optimizer's state has. If one changes, the state must be converted.
 _OF_THE_STATE = {"optimizer", "moments", "compensated", "max_grad_norm", "skip_nonfinite"}
 
@@ -172,6 +172,26 @@ def load_checkpoint(
     contents = read() if step.group is None else workers.all_do(step.group, read)
     contents.into(step)
     return contents.extra
+
+
+class OtherRun(InputError):
+    """A checkpoint has other settings than this run, or arrays of other names, shapes or dtypes.
+
+    Attributes:
+        folder: the checkpoint.
+        settings: a row for each setting that differs and is not allowed to: its name, the value here, and there.
+        arrays: the same for arrays, as they are after a change of these settings was allowed.
+        there: the checkpoint's values of all settings.
+    """
+
+    def __init__(
+        self, folder: str | Path, settings: Sequence[Row], arrays: Sequence[Row], there: Mapping[str, Any]
+    ) -> None:
+        self.folder, self.settings, self.arrays, self.there = folder, settings, arrays, there
+        super().__init__(
+            f"{folder} was saved by another run:\n{table(COLUMNS, [*settings, *arrays])}\n"
+            "use the same values, or allow the change of a setting by name (allow=..., --allow-change)"
+        )
 
 
 class Contents(NamedTuple):
