@@ -53,14 +53,14 @@ def buffers(sizes: Sequence[int], dtypes: Sequence[mx.Dtype], limit: int = LIMIT
     if total <= AT_ONCE * limit:
         limit = total
     rides = all(dtype == mx.float32 for dtype in dtypes)
-    packed: list[tuple[list[int], int, mx.Dtype]] = [([], SCALARS, mx.float32)]
+    calls: list[tuple[list[int], int, mx.Dtype]] = [([], SCALARS, mx.float32)]
     for i, (size, dtype) in enumerate(zip(sizes, dtypes, strict=True)):
-        leaves, total, its_dtype = packed[-1]
-        if (rides or len(packed) > 1) and dtype == its_dtype and (total + size) * dtype.size <= limit:
-            packed[-1] = ([*leaves, i], total + size, dtype)
+        leaves, total, its_dtype = calls[-1]
+        if (rides or len(calls) > 1) and dtype == its_dtype and (total + size) * dtype.size <= limit:
+            calls[-1] = ([*leaves, i], total + size, dtype)
         else:
-            packed.append(([i], size, dtype))
-    return [Buffer(tuple(leaves), total * dtype.size) for leaves, total, dtype in packed]
+            calls.append(([i], size, dtype))
+    return [Buffer(tuple(leaves), total * dtype.size) for leaves, total, dtype in calls]
 
 
 def mean_over_workers(
