@@ -171,10 +171,9 @@ def _renamed(new: Path, path: Path) -> bool:
 
 def remove_old(path: Path) -> None:
     """Removes the old folder that a killed replacement has left beside ``path``."""
-    if _old(path).exists():
-        with held(_old(path)):
-            if path.exists():
-                remove(_old(path))
+    with held(_old(path)) as there:
+        if there and path.exists():
+            remove(_old(path))
 
 
 def discard(path: Path) -> bool:
