@@ -44,6 +44,8 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[Row]:
 
     >>> differences({"a": 1, "b": mx.zeros(2)}, {"b": mx.zeros(3), "c": 2})
     [('a', '1', '-'), ('b', 'float32 (2,)', 'float32 (3,)'), ('c', '-', '2')]
+    >>> differences({"rate": 1e-3}, {"rate": 0.0010000001})
+    [('rate', '0.001', '0.0010000001')]
     """
     rows = []
     for name in sorted(one.keys() | other.keys()):

@@ -221,7 +221,7 @@ def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
         check_count(f"boundaries[{i}]", boundary, 1 if i == 0 else boundaries[i - 1] + 1)
 
     def schedule(step: Step) -> mx.array:
-        step = _float(step)
+        step = mx.array(step, mx.float32)
         value = schedules[0](step)
         for boundary, following in zip(boundaries, schedules[1:], strict=True):
             value = mx.where(step < boundary, value, following(mx.maximum(step - boundary, 0)))
@@ -242,17 +242,13 @@ def with_warmup(
     check_number("warmup_init", warmup_init)
 
     def schedule(step: Step) -> mx.array:
-        step = _float(step)
+        step = mx.array(step, mx.float32)
         value = decay(mx.maximum(step - warmup, 0))
         if warmup == 0:
             return value
         return mx.where(step < warmup, _mix(warmup_init, peak, ramp(mx.minimum(step / warmup, 1))), value)
 
     return schedule
-
-
-def _float(step: Step) -> mx.array:
-    return step.astype(mx.float32) if isinstance(step, mx.array) else mx.array(step, mx.float32)
 
 
 def _mix(first: float, last: float, t: mx.array) -> mx.array:

@@ -177,6 +177,7 @@ def test_numpy_numbers_are_numbers() -> None:
         (lambda: schedulers.step_decay(1.0, 0.5, 0), "step_size is 0"),
         (lambda: schedulers.one_cycle(1.0, True), "steps is True"),
         (lambda: schedulers.join([], []), "schedules is"),
+        (lambda: schedulers.join([1.0], []), "schedules is"),
         (lambda: schedulers.join([schedulers.constant(1.0)], [3]), "boundaries is"),
         (lambda: schedulers.join([schedulers.constant(1.0)] * 3, [5, 5]), r"boundaries\[1\] is 5"),
         (lambda: schedulers.from_config([]), "lr_schedule is"),
