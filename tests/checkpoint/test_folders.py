@@ -150,6 +150,12 @@ def test_another_writer_in_the_gap_between_the_two_renamings(tmp_path: Path, mon
     assert read(last) == {"1"} and os.listdir(tmp_path) == ["last"]
 
 
+def test_what_is_discarded_does_not_come_back_from_its_old_place(tmp_path: Path) -> None:
+    write(tmp_path / "1", "0")
+    (tmp_path / ".1.old").mkdir()
+    assert durable.discard(tmp_path / "1") and not os.listdir(tmp_path)
+
+
 def test_who_waits_for_a_lock_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "last", "0")
     monkeypatch.setattr(claims, "PATIENCE", 0.0)
