@@ -221,6 +221,20 @@ def test_whatever_fails_leaves_the_old_folder_and_nothing_else(error, tmp_path: 
         write(last, "0")
 
 
+def test_a_renaming_that_is_refused_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, failures = Path.rename, [PermissionError(errno.EACCES, "Permission denied")]
+
+    def refused(path: Path, target: Path) -> Path:
+        if failures:
+            raise failures.pop()
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(PermissionError):
+        write(tmp_path / "last", "1")
+    assert not os.listdir(tmp_path)
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, RuntimeError])
 def test_arrays_that_cannot_be_written_leave_the_old_ones(error, tmp_path: Path, monkeypatch) -> None:
     file = tmp_path / "adapters.safetensors"
