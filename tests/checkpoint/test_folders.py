@@ -156,6 +156,12 @@ def test_what_is_discarded_does_not_come_back_from_its_old_place(tmp_path: Path)
     assert durable.discard(tmp_path / "1") and not os.listdir(tmp_path)
 
 
+def test_of_a_link_only_the_link_is_discarded(tmp_path: Path) -> None:
+    write(tmp_path / "there", "0")
+    (tmp_path / "1").symlink_to(tmp_path / "there")
+    assert durable.discard(tmp_path / "1") and os.listdir(tmp_path) == ["there"] and read(tmp_path / "there") == {"0"}
+
+
 def test_who_waits_for_a_lock_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "last", "0")
     monkeypatch.setattr(claims, "PATIENCE", 0.0)
