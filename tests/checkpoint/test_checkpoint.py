@@ -74,6 +74,9 @@ def test_an_older_checkpoint_of_the_name_is_replaced_but_nothing_else(tmp_path: 
     with pytest.raises(ValueError, match="thesis exists and is not a checkpoint; name another folder"):
         ca.save_checkpoint(tmp_path / "thesis", step)
     assert os.listdir(tmp_path / "thesis") == ["thesis.txt"]
+    (tmp_path / "empty").mkdir()
+    ca.save_checkpoint(tmp_path / "empty", step)
+    assert ca.load_checkpoint(tmp_path / "empty", step) == {}
 
 
 # Damage.
@@ -240,6 +243,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"layers\.0\.weight has values that are infinite or not a number \(1 of"):
         ca.save_checkpoint(tmp_path / "0001", step)
     assert not list(tmp_path.iterdir())
+    checkpoint.check_finite({"empty": mx.zeros((0, 3)), "whole": mx.array([1]), "last": mx.ones(2, mx.complex64)})
 
 
 def test_a_folder_is_locked_while_its_process_lives(tmp_path: Path) -> None:
