@@ -1,9 +1,10 @@
-"""Errors for users: unusable input, and a training run that had to stop."""
+"""Errors for users: unusable input, and a training run that had to stop; and the nearest word to a misspelled one."""
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 
 class InputError(ValueError):
@@ -29,3 +30,15 @@ def while_handling(error: BaseException, wanted: Callable[[BaseException], bool]
     while found is not None and not wanted(found):
         found = found.__context__
     return found
+
+
+def did_you_mean(word: str, known: Iterable[str], before: str = "", after: str = "") -> str:
+    """The end of a sentence about a misspelled word; empty if nothing ``known`` is like it.
+
+    ``before`` and ``after`` stand around the word, such as the folder before a name.
+
+    >>> did_you_mean("--bach-size", ["--batch-size", "--batch-tokens"]), did_you_mean("--x", ["--batch-size"])
+    ('; did you mean --batch-size?', '')
+    """
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f"; did you mean {before}{near[0]}{after}?" if near else ""

@@ -10,12 +10,14 @@ for operations that come later while that of earlier ones is not free yet.
 from __future__ import annotations
 
 import math
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+
+from .mlx_graph import FREE
 
 # How far allocation is ahead: MLX waits when more than ten tasks, of ten calls each, are queued. An operation is two
 # calls, one of which only keeps the inputs; one that moves no bytes is one.
@@ -24,10 +26,7 @@ AHEAD_TWO = 165  # of two threads that compute, one of which may be further behi
 AHEAD_GPU = 20  # ten kernels, as large ones are submitted one by one; not measured
 WIDTH = 20  # of MLX's tape, breadth first
 DEPTH = 11  # of a kernel of mx.compile
-VIEWS = {
-    *("AsStrided", "Broadcast", "BroadcastAxes", "Copy", "Depends", "ExpandDims", "Flatten", "Reshape", "Slice"),
-    *("Split", "Squeeze", "StopGradient", "Transpose", "Unflatten", "View"),
-}
+VIEWS = FREE - {"Contiguous"} | {"Copy"}
 _COPYING = {"Reshape", "Flatten", "Unflatten"}
 _STRIDED = {"AsStrided", "Broadcast", "BroadcastAxes", "Slice", "Split", "Transpose"}
 _FUSED = {
@@ -98,11 +97,7 @@ def peak(graph: Graph, owned: Mapping[str, bool] = MappingProxyType({}), streams
     >>> peak(traced(squares, mx.zeros((256, 256))))
     524288
     """
-    kernels = fused(graph)
-    memory = _Memory(kernels, owned, streams)
-    for operation in _tape(kernels):
-        memory.follow(operation)
-    return memory.most
+    return _followed(fused(graph), owned, streams).most
 
 
 def strided(graph: Graph) -> list[bool]:
@@ -111,23 +106,25 @@ def strided(graph: Graph) -> list[bool]:
     >>> strided(traced(lambda x: [x + 1, (x + 1).T], mx.zeros((2, 3))))
     [False, True]
     """
-    memory = _Memory(graph, {}, 1)
-    for operation in _tape(graph):
-        memory.follow(operation)
-    return [name in memory.strided for name in graph.outputs]
+    found = _followed(graph, {}, 1).strided
+    return [name in found for name in graph.outputs]
 
 
 def fused(graph: Graph) -> Graph:
     """The graph as ``mx.compile`` makes it: an elementwise operation joins the kernel of all that need its result."""
-    users = _users(graph)
+    users: defaultdict[str, list[int]] = defaultdict(list)
+    for i, operation in enumerate(graph.operations):
+        for name in operation.inputs:
+            users[name].append(i)
     kept = set(graph.outputs)
     kernel: dict[int, int] = {}  # of each operation, by the last one in it
     depth: dict[int, int] = {}
     parts: dict[int, list[int]] = {}
     for i in reversed(range(len(graph.operations))):
         operation = graph.operations[i]
-        around = {kernel[user] for made in operation.outputs for user in users[made]}
-        below = 1 + max((depth[user] for made in operation.outputs for user in users[made]), default=0)
+        its_users = [user for made in operation.outputs for user in users[made]]
+        around = {kernel[user] for user in its_users}
+        below = 1 + max((depth[user] for user in its_users), default=0)
         last = around.pop() if len(around) == 1 else i
         end = graph.operations[last]
         joins = (
@@ -150,23 +147,19 @@ def fused(graph: Graph) -> Graph:
     return graph._replace(operations=found)
 
 
-def _users(graph: Graph) -> dict[str, list[int]]:
-    users: dict[str, list[int]] = {name: [] for name in graph.nbytes}
-    for i, operation in enumerate(graph.operations):
-        for name in operation.inputs:
-            if name in users:
-                users[name].append(i)
-    return users
+def _followed(graph: Graph, owned: Mapping[str, bool], streams: int) -> _Memory:
+    memory = _Memory(graph, owned, streams)
+    for operation in _tape(graph):
+        memory.follow(operation)
+    return memory
 
 
 def _tape(graph: Graph) -> list[Operation]:
     """The order of evaluation: from the outputs, breadth first up to a width, and then backwards."""
     maker = {name: operation for operation in graph.operations for name in operation.outputs}
     root = Operation("", graph.outputs, [])
-    left = Counter(name for each in [root, *graph.operations] for name in each.inputs if name in maker)
-    degree: Counter[int] = Counter()
-    for name, count in left.items():
-        degree[id(maker[name])] += count
+    needed = [maker[name] for each in [root, *graph.operations] for name in each.inputs if name in maker]
+    degree = Counter(map(id, needed))
     tape, waiting, i = [root], list[tuple[Operation, int]](), 0
     while i < len(tape) or waiting:
         if i < len(tape):
@@ -193,9 +186,8 @@ class _Memory:
         self._graph = graph
         self._left = Counter(name for operation in graph.operations for name in operation.inputs)
         self._left.update(graph.outputs)
-        self._buffer: dict[str, str] = {}  # of each array the one whose memory it has; none for inputs of the graph
+        self._buffer: dict[str, str] = {}  # of each array the allocated one; none for inputs of the graph
         self._arrays: Counter[str] = Counter()  # alive, for each buffer
-        self._size: dict[str, int] = {}
         self._read: dict[str, int] = {}  # the last call that reads a buffer
         self._freed: deque[tuple[int, int]] = deque()  # the last call that needs it, and the bytes
         self._now = self._calls = 0
@@ -210,7 +202,7 @@ class _Memory:
         while self._freed and self._freed[0][0] <= self._calls - self._ahead:
             self._now -= self._freed.popleft()[1]
         name, inputs = operation.name, operation.inputs
-        view = name in VIEWS and bool(inputs) and not (name in _COPYING and inputs[0] in self.strided)
+        view = name in VIEWS and not (name in _COPYING and inputs[0] in self.strided)
         self._calls += 1 if view else 2
         dying = [each for each in dict.fromkeys(inputs) if self._left[each] == inputs.count(each)]
         for k, made in enumerate(operation.outputs):
@@ -237,7 +229,7 @@ class _Memory:
     def _strides(self, name: str, source: str, made: str) -> bool:
         """Whether a view of an array whose elements are in order skips some, or changes their order."""
         before, after = self._graph.shape[source], self._graph.shape[made]
-        if name in ("Slice", "Split") and len(before) == len(after):  # of some rows it is in order
+        if name in ("Slice", "Split"):  # of some rows it is in order
             cut = [i for i, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
             return bool(cut) and math.prod(after[: cut[-1]]) > 1
         return name in _STRIDED
@@ -246,13 +238,12 @@ class _Memory:
         """The buffer of an input that nothing else needs, or is still reading, and that has the right size."""
         for own in (self._buffer[each] for each in dying if each in self._buffer):
             idle = self._read.get(own, -self._ahead) <= self._calls - self._ahead
-            if idle and self._arrays[own] == 1 and self._size[own] == self._graph.nbytes[made]:
+            if idle and self._arrays[own] == 1 and self._graph.nbytes[own] == self._graph.nbytes[made]:
                 return own
         return None
 
     def _allocated(self, made: str) -> str:
-        self._size[made] = self._graph.nbytes[made]
-        self._now += self._size[made]
+        self._now += self._graph.nbytes[made]
         return made
 
     def _free(self, array: str) -> None:
@@ -260,4 +251,4 @@ class _Memory:
             return
         self._arrays[own] -= 1
         if not self._arrays[own]:
-            self._freed.append((self._calls, self._size[own]))
+            self._freed.append((self._calls, self._graph.nbytes[own]))

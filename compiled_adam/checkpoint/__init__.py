@@ -2,9 +2,9 @@
 
 from . import output
 from .checkpoint import (
+    COLUMNS,
     Contents,
-    _sealed,  # the names of 0.1's checkpoint.py that others may have found
-    check_checkpoint,
+    OtherRun,
     check_exists,
     check_finite,
     is_whole,
@@ -14,5 +14,4 @@ from .checkpoint import (
     write_checkpoint,
 )
 from .durable import locked, present, replace_arrays, replacing, save_arrays
-from .other_run import COLUMNS, OtherRun
 from .series import latest_checkpoint, numbered, prune

@@ -8,7 +8,7 @@ has everything else and the SHA-256 of every file.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -18,21 +18,19 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from ..base import InputError, blas, differences, packages
+from ..base import InputError, Row, blas, differences, packages, table
 from ..distributed import workers
 from ..optimizers import any_optimizer
 from ..step import TrainStep
 from .durable import flush, opened, record, recorded, replacing, save_arrays
-from .meta import FORMAT, LARGEST, META, as_json, parsed
-from .meta import sealed as _sealed
-from .other_run import OtherRun
+from .meta import FILES, FORMAT, LARGEST, META, as_json, parsed, sealed
 
-FILES = {"model": "weights.safetensors", "optimizer": "optimizer.safetensors", "window": "window.safetensors"}
+COLUMNS = ("what", "here", "checkpoint")  # of the table in `OtherRun`
 # Options that decide which arrays the optimizer's state has. If one changes, the state must be converted.
 _OF_THE_STATE = {"optimizer", "moments", "compensated", "max_grad_norm", "skip_nonfinite"}
 
 
-def _warn(message: str) -> None:
+def warn_caller(message: str) -> None:
     warnings.warn(message, stacklevel=3)
 
 
@@ -92,7 +90,7 @@ def write_checkpoint(
     meta = {
         "format": FORMAT,
         "packages": _packages(),
-        "updates": _updates(step),
+        "updates": int(any_optimizer.states(step.optimizer)[0]["step"].item()),
         "accumulated": state["window"]["batches"].item() if state["window"] else 0,
         "random": state["random"]["key"].tolist(),
         "settings": _settings(settings, step),
@@ -110,7 +108,7 @@ def write_checkpoint(
                     save_arrays(file, state[part])
         check_finite(state["model"])
         meta["files"] = {name: future.result() for name, future in records.items()}
-        (temporary / META).write_text(_sealed(meta), encoding="utf-8")
+        (temporary / META).write_text(sealed(meta), encoding="utf-8")
         flush(temporary / META)
 
 
@@ -150,7 +148,7 @@ def load_checkpoint(
     *,
     settings: Mapping[str, Any] | None = None,
     allow: Collection[str] = (),
-    warn: Callable[[str], None] = _warn,
+    warn: Callable[[str], None] = warn_caller,
 ) -> dict[str, Any]:
     """Continues ``step`` from a checkpoint. Returns the ``extra`` that `save_checkpoint` was given.
 
@@ -174,6 +172,26 @@ def load_checkpoint(
     contents = read() if step.group is None else workers.all_do(step.group, read)
     contents.into(step)
     return contents.extra
+
+
+class OtherRun(InputError):
+    """A checkpoint has other settings than this run, or arrays of other names, shapes or dtypes.
+
+    Attributes:
+        folder: the checkpoint.
+        settings: a row for each setting that differs and is not allowed to: its name, the value here, and there.
+        arrays: the same for arrays, as they are after a change of these settings was allowed.
+        there: the checkpoint's values of all settings.
+    """
+
+    def __init__(
+        self, folder: str | Path, settings: Sequence[Row], arrays: Sequence[Row], there: Mapping[str, Any]
+    ) -> None:
+        self.folder, self.settings, self.arrays, self.there = folder, settings, arrays, there
+        super().__init__(
+            f"{folder} was saved by another run:\n{table(COLUMNS, [*settings, *arrays])}\n"
+            "use the same values, or allow the change of a setting by name (allow=..., --allow-change)"
+        )
 
 
 class Contents(NamedTuple):
@@ -200,7 +218,7 @@ def read_checkpoint(
     *,
     settings: Mapping[str, Any] | None = None,
     allow: Collection[str] = (),
-    warn: Callable[[str], None] = _warn,
+    warn: Callable[[str], None] = warn_caller,
 ) -> Contents:
     """Reads and checks a checkpoint for `load_checkpoint`, without a change of ``step``."""
     with _opened(Path(folder)) as (found, files):
@@ -224,8 +242,6 @@ def read_checkpoint(
             f"{folder} is in the middle of a window, whose {meta['accumulated']} micro-batches are weighted in another"
             " way; go on without the change of 'weighted' (--like-mlx-lm) up to the end of a window"
         )
-    if state["window"] and state["window"]["batches"].item() != meta["accumulated"]:
-        raise InputError(f"{found / META} is damaged: its number of accumulated batches is not the one in the window")
     check_finite(state["model"])
     if others := _other_packages(meta["packages"]):
         warn(f"{folder} was written with {others}: results may differ in the last bits")
@@ -233,10 +249,10 @@ def read_checkpoint(
     return Contents(state, meta["extra"], convert, own_rate)
 
 
-def check_checkpoint(folder: Path) -> dict[str, Any]:
-    """Compares every file with ``meta.json``; returns the content of ``meta.json``. ValueError names the damage."""
+def check_checkpoint(folder: Path) -> None:
+    """Compares every file with ``meta.json``. ValueError names the damage."""
     with _opened(folder) as (found, files):
-        return _checked(found, files)
+        _checked(found, files)
 
 
 def check_exists(folder: Path) -> None:
@@ -259,43 +275,32 @@ def _opened(folder: Path) -> Iterator[tuple[Path, dict[str, FileIO]]]:
     """`durable.opened` for the files of a checkpoint."""
     with ExitStack() as stack:
         try:
-            found = stack.enter_context(opened(folder, [META, *FILES.values()]))
+            place, files = stack.enter_context(opened(folder, [META, *FILES.values()]))
         except FileNotFoundError:
             raise InputError(f"{folder} is not a checkpoint: there is no such folder") from None
         except NotADirectoryError:
             raise InputError(f"{folder} is not a checkpoint: it has no {META}") from None
-        if META not in found[1]:
-            raise InputError(f"{found[0]} is not a checkpoint: it has no {META}")
-        yield found
+        if META not in files:
+            raise InputError(f"{place} is not a checkpoint: it has no {META}")
+        yield place, files
 
 
 def _checked(folder: Path, files: Mapping[str, FileIO]) -> dict[str, Any]:
-    """`check_checkpoint` for open ``files`` that were found in ``folder``."""
-    needed = (FILES["model"], FILES["optimizer"])
-    with _named(folder / META):
-        content = files[META].read(LARGEST + 1)
-    meta = parsed(folder / META, content, tuple(FILES.values()), needed)
-    if bool(meta["accumulated"]) != (FILES["window"] in meta["files"]):
-        raise InputError(f"{folder / META} is damaged: it has a window without batches, or batches without a window")
-    for name, expected in meta["files"].items():
-        path = folder / name
-        if name not in files:
-            raise InputError(f"{path} is missing")
-        with _named(path):
+    """`check_checkpoint` for open ``files`` that were found in ``folder``. Returns the content of ``meta.json``."""
+    path = folder / META
+    try:
+        meta = parsed(path, files[META].read(LARGEST + 1))
+        for name, expected in meta["files"].items():
+            path = folder / name
+            if name not in files:
+                raise InputError(f"{path} is missing")
             if (size := files[name].seek(0, SEEK_END)) != expected["bytes"]:
                 raise InputError(f"{path} is damaged: it has {size} bytes instead of {expected['bytes']}")
             if record(files[name]) != expected:
                 raise InputError(f"{path} is damaged: its SHA-256 is not the one in {META}")
+    except OSError as error:  # which does not name the file
+        raise type(error)(error.errno, error.strerror, str(path)) from None
     return meta
-
-
-@contextmanager
-def _named(file: Path) -> Iterator[None]:
-    """Adds the name of the file that is being read to errors of the operating system."""
-    try:
-        yield
-    except OSError as error:
-        raise type(error)(error.errno, error.strerror, str(file)) from None
 
 
 def _load(file: Path, stream: FileIO) -> dict[str, mx.array]:
@@ -317,8 +322,3 @@ def _other_packages(there: Mapping[str, str]) -> str:
     here = _packages()
     rows = differences(here, {"BLAS": here["BLAS"], **there})  # a checkpoint of version 0.1 does not tell its BLAS
     return ", ".join(f"{name} {other} (this run has {own})" for name, own, other in rows)
-
-
-def _updates(step: TrainStep) -> int:
-    state = any_optimizer.states(step.optimizer)[0]
-    return int(state["step"].item())

@@ -63,7 +63,7 @@ def claimed(path: Path, make: Callable[[Path], object]) -> Iterator[Path]:
     first. Raises OSError if nothing can be created there. The message names the folder.
     """
     # A name may be as long as the file system allows. MLX insists on the suffix of its files.
-    name, suffix = _short(path.name), path.suffix if len(path.suffix) < 20 else ""
+    name, suffix = os.fsdecode(os.fsencode(path.name)[:150]), path.suffix[:20]
     for leftover in leftovers(path.parent, re.escape(name)):
         remove_abandoned(leftover)
     temporary, own = path, None
@@ -93,7 +93,9 @@ def claimed(path: Path, make: Callable[[Path], object]) -> Iterator[Path]:
 def leftovers(folder: Path, names: str = r"\d+") -> list[Path]:
     """The temporaries in a folder for paths whose name matches the regular expression ``names``."""
     pattern = re.compile(rf"\.(?:{names})(?:\.[0-9a-f]{{16}})?\.partial(?:\.[^.]*)?")
-    return [folder / name for name in _names(folder) if pattern.fullmatch(name)]
+    with suppress(FileNotFoundError):
+        return [folder / name for name in os.listdir(folder) if pattern.fullmatch(name)]
+    return []
 
 
 def remove_abandoned(leftover: Path) -> None:
@@ -134,8 +136,7 @@ def held(path: Path) -> Iterator[bool]:
             raise TimeoutError(
                 f"{path} has been in use by another process for more than {PATIENCE:.0f} s; try again later"
             )
-        if free is False:
-            time.sleep(1e-3)
+        time.sleep(1e-3)
 
 
 def remove(path: Path) -> None:
@@ -147,10 +148,6 @@ def remove(path: Path) -> None:
             path.unlink()
 
 
-def _short(name: str) -> str:
-    return os.fsdecode(os.fsencode(name)[:150])
-
-
 def _own(temporary: Path) -> Descriptor | None:
     """A new temporary, locked. None if another process removed it as a leftover before the lock was taken."""
     with suppress(FileNotFoundError):
@@ -158,10 +155,3 @@ def _own(temporary: Path) -> Descriptor | None:
         if descriptor.lock() is not False and descriptor.is_at(temporary):
             return descriptor
     return None
-
-
-def _names(folder: Path) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except FileNotFoundError:
-        return []

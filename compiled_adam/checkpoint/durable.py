@@ -107,7 +107,7 @@ def _target(path: Path) -> Path:
     """The real path to write ``path`` to, with all links followed, so that links stay links. Creates the parent."""
     for each in (path, *path.parents):
         # A link to a disk that is not mounted must not fill the disk of the mount point.
-        if each.is_symlink() and not each.exists() and not (end := Path(os.path.realpath(each))).parent.is_dir():
+        if each.is_symlink() and not (end := Path(os.path.realpath(each))).parent.is_dir():
             raise InputError(
                 f"{each} is a link to {end}, and there is no folder {end.parent}; make it, or mend the link"
             )
@@ -171,10 +171,9 @@ def _renamed(new: Path, path: Path) -> bool:
 
 def remove_old(path: Path) -> None:
     """Removes the old folder that a killed replacement has left beside ``path``."""
-    if _old(path).exists():
-        with held(_old(path)):
-            if path.exists():
-                remove(_old(path))
+    with held(_old(path)) as there:
+        if there and path.exists():
+            remove(_old(path))
 
 
 def discard(path: Path) -> bool:
@@ -196,8 +195,7 @@ def discard(path: Path) -> bool:
 
 def present(path: Path) -> Path:
     """The present place of the folder of ``path``. It is `_old` if `replacing` is, or was killed, between renamings."""
-    old = _old(Path(os.path.realpath(path)))
-    return old if not path.exists() and old.exists() else path
+    return path if path.exists() else _old(Path(os.path.realpath(path)))
 
 
 @contextmanager
@@ -224,22 +222,19 @@ def opened(path: Path, names: Collection[str]) -> Iterator[tuple[Path, dict[str,
 def _opened_once(path: Path, names: Collection[str], stack: ExitStack) -> tuple[Path, dict[str, FileIO]] | None:
     if path.is_symlink():
         raise FileNotFoundError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
-    place = path
-    try:
-        folder = Descriptor(path, os.O_DIRECTORY)
-    except FileNotFoundError:
-        place = _old(path)
-        try:
+    for place in (path, _old(path)):
+        with suppress(FileNotFoundError):
             folder = Descriptor(place, os.O_DIRECTORY)
-        except FileNotFoundError:
-            return None
+            break
+    else:
+        return None
     files = {}
     for name in names:
         with suppress(FileNotFoundError):
             files[name] = stack.enter_context(_regular(place / name, folder.number))
     # If the folder was moved, missing files may have been removed. Otherwise they never existed.
-    complete = len(files) == len(names) or (folder.is_at(place) and (place == path or not path.exists()))
-    return (place, files) if complete else None
+    is_there = folder.is_at(place) and (place == path or not path.exists())
+    return (place, files) if is_there else None
 
 
 def _regular(file: Path, folder: int) -> FileIO:

@@ -7,13 +7,14 @@ import json
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..base import InputError
 
 META = "meta.json"
+FILES = {"model": "weights.safetensors", "optimizer": "optimizer.safetensors", "window": "window.safetensors"}
 FORMAT = 1
 LARGEST = 1 << 26  # bytes; larger files are neither written nor read
 DEEPEST = 100  # levels of nested lists and mappings; Python's recursion limit depends on the depth of the caller
@@ -52,11 +53,10 @@ def sealed(meta: Mapping[str, Any]) -> str:
     return text
 
 
-def parsed(file: Path, content: bytes, names: Sequence[str], needed: Sequence[str]) -> dict[str, Any]:
+def parsed(file: Path, content: bytes) -> dict[str, Any]:
     """The checked content of a ``meta.json``: the SHA-256 matches, and every field has the right form.
 
-    All recorded files must be among ``names``, and all ``needed`` files must be recorded. Raises ValueError otherwise.
-    The message names ``file``.
+    Raises ValueError otherwise. The message names ``file``.
     """
     if len(content) > LARGEST:
         raise InputError(f"{file} is damaged: it has more than {LARGEST} bytes")
@@ -79,15 +79,17 @@ def parsed(file: Path, content: bytes, names: Sequence[str], needed: Sequence[st
     if _too_deep(meta):
         raise InputError(f"{file} is not one that compiled_adam wrote: it nests more than {DEEPEST} lists or mappings")
     files = meta["files"]
-    if unknown := files.keys() - set(names):
+    if unknown := files.keys() - set(FILES.values()):
         raise InputError(f"{file} names the file {min(unknown)[:100]!r}, which no checkpoint has")
-    if missing := set(needed) - files.keys():
+    if missing := {FILES["model"], FILES["optimizer"]} - files.keys():
         raise InputError(f"{file} does not name {min(missing)}")
     for name, record in files.items():
         if not _is_record(record):
             raise InputError(
                 f"{file} is not one that compiled_adam wrote: the size or SHA-256 of {name} is missing or wrong"
             )
+    if bool(meta["accumulated"]) != (FILES["window"] in files):
+        raise InputError(f"{file} is damaged: it has a window without batches, or batches without a window")
     return meta
 
 

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 from ..base import InputError
-from .checkpoint import check_checkpoint
+from .checkpoint import check_checkpoint, warn_caller
 from .claims import leftovers, remove_abandoned
 from .durable import discard, present, remove_old
 
 
-def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=3)
-
-
-def latest_checkpoint(folder: str | Path, *, warn: Callable[[str], None] = _warn) -> Path:
+def latest_checkpoint(folder: str | Path, *, warn: Callable[[str], None] = warn_caller) -> Path:
     """The newest undamaged checkpoint in ``folder``. Checkpoints have numbers as names, and the largest is the newest.
 
     ``warn`` gets a sentence about each damaged checkpoint. If a process was killed while it replaced a checkpoint, this

@@ -6,7 +6,7 @@ import argparse
 import inspect
 import io
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -14,18 +14,9 @@ from .. import schedulers
 from ..base import InputError, did_you_mean
 from ..checkpoint import output
 from ..finetune.packages import needed
-from ..schedulers import picture
+from ..schedulers import SCHEDULES, picture
 from .parsing import Parser
 
-# The functions of `schedulers` that make a schedule from numbers, as the documentation orders them.
-SCHEDULES: dict[str, Callable[..., schedulers.Schedule]] = {
-    function.__name__: function
-    for function in (
-        *(schedulers.constant, schedulers.linear, schedulers.cosine, schedulers.polynomial),
-        *(schedulers.warmup_stable_decay, schedulers.inverse_sqrt, schedulers.exponential),
-        *(schedulers.step_decay, schedulers.one_cycle),
-    )
-}
 UPDATES = 1000  # what is drawn of a schedule that has no end
 Drawn = tuple[schedulers.Schedule, str, int]  # a schedule to draw, its title, and the last update
 
@@ -57,14 +48,14 @@ def main(argv: Sequence[str]) -> None:
     peak = steps[rates.index(max(rates))]  # the first of the highest rates, where the warmup ends
     marks = arguments.at or sorted({0, peak, (peak + until) // 2, until})
     if out is not None:  # first, because it may say that matplotlib is missing
-        figure = picture.figure({label: schedule}, until, [mark for mark in marks if mark <= until])
+        figure = picture.plot({label: schedule}, until, at=[mark for mark in marks if mark <= until])
         drawing, form = io.BytesIO(), out.suffix.removeprefix(".")
         figure.savefig(drawing, format=form, metadata={"Date": None} if form == "svg" else None)
         output.write(out, drawing.getvalue())
     print(label)
     print("\n".join(picture.text(rates, until, blocks=_blocks())))
     print(f"{'update':>10}  learning rate")
-    for mark, rate in zip(marks, picture.at(schedule, marks), strict=True):
+    for mark, rate in zip(marks, picture.rates_at(schedule, marks), strict=True):
         print(f"{mark:>10}  {rate:.6g}")
     if out is not None:
         print(f"wrote {out}")

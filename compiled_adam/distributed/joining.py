@@ -63,58 +63,48 @@ def join(timeout: float = 60.0) -> Group:
     if not any(name in os.environ for name in LAUNCHERS):
         return mx.distributed.init()
     if _joined is None:
-        place = ring.place()
-        me = _name(place)
-        if place is not None:
-            _check_free(place, me)
-        try:
-            with _limited(min(PATIENCE * timeout, _LONGEST), me):
-                group = mx.distributed.init()
-        except RuntimeError as error:
-            if not _is_known(error):
-                raise
-            raise InputError(f"{me} cannot start: {_with_reason(str(error))}; {CHECK}") from error
-        _check_size(group, place)
-        _joined = group
+        _joined = _started(timeout)
     return _joined
 
 
-def _name(place: ring.Place | None) -> str:
+def _started(timeout: float) -> Group:
+    place = ring.place()
     if place is None:
-        return f"rank {os.environ.get('MLX_RANK', '?')}"
-    return f"rank {place.rank} of {place.size} ({place.own[0]})"
-
-
-def _check_free(place: ring.Place, me: str) -> None:
-    """Raises if an own address is in use. MLX lets two processes listen at one port, and one would wait for ever."""
-    for address in place.own:
-        if ring.in_use(address):
+        own, me = [], f"rank {os.environ.get('MLX_RANK', '?')}"
+    else:
+        own = place.addresses[place.rank]
+        me = f"rank {place.rank} of {len(place.addresses)} ({own[0]})"
+    for address in own:
+        if ring.in_use(address):  # MLX lets two processes listen at one port, and one would wait for ever
             raise InputError(
                 f"{me} cannot start: {address} is in use by another process, maybe a second start of this rank or"
                 " an earlier run; end that process, or give the rank another port in the host file"
             )
+    try:
+        with _limited(min(PATIENCE * timeout, _LONGEST), me):
+            group = mx.distributed.init()
+    except RuntimeError as error:
+        text = str(error)
+        if not is_lost(error) and not text.startswith("Can't parse address"):  # an unknown host name
+            raise
+        if number := re.search(r"error: (\d+)\)", text):  # MLX gives only the number of an error of the system
+            text += f", {os.strerror(int(number[1]))}"
+        raise InputError(f"{me} cannot start: {text}; {CHECK}") from error
+    _check_size(group, place, me)
+    return group
 
 
-def _is_known(error: RuntimeError) -> bool:
-    return is_lost(error) or str(error).startswith("Can't parse address")  # an unknown host name
-
-
-def _with_reason(text: str) -> str:
-    """Adds the description of a system error, of which MLX gives the number only."""
-    number = re.search(r"error: (\d+)\)", text)
-    return f"{text}, {os.strerror(int(number[1]))}" if number else text
-
-
-def _check_size(group: Group, place: ring.Place | None) -> None:
+def _check_size(group: Group, place: ring.Place | None, me: str) -> None:
     """Raises if the group has not the started size. Without a backend or variable MLX would train each worker alone."""
-    told = [os.environ[name] for name in ("MLX_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE") if name in os.environ]
-    wanted = str(place.size) if place is not None else told[0] if told else None
+    wanted = os.environ.get("MLX_WORLD_SIZE", os.environ.get("OMPI_COMM_WORLD_SIZE"))
+    if place is not None:
+        wanted = str(len(place.addresses))
     if wanted is None and (group.size() > 1 or os.environ.get("MLX_RANK", "0") == "0"):
         return  # a single worker has rank 0
     if str(group.size()) == wanted:
         return
     raise InputError(
-        f"{_name(place)} was started as one of {wanted or 'several'} workers, but MLX has found {group.size()}; start"
+        f"{me} was started as one of {wanted or 'several'} workers, but MLX has found {group.size()}; start"
         " them with mlx.launch and a --backend that this installation of MLX has (`compiled-adam doctor` says which),"
         f" or start a single one without {', '.join(name for name in LAUNCHERS if name in os.environ)}"
     )

@@ -28,8 +28,6 @@ class Buffer(NamedTuple):
     """The content of one call of all_sum."""
 
     leaves: tuple[int, ...]  # indices of the leaves
-    scalars: int  # how many float32 numbers come before the leaves
-    size: int  # elements
     nbytes: int
 
 
@@ -55,17 +53,14 @@ def buffers(sizes: Sequence[int], dtypes: Sequence[mx.Dtype], limit: int = LIMIT
     if total <= AT_ONCE * limit:
         limit = total
     rides = all(dtype == mx.float32 for dtype in dtypes)
-    packed: list[tuple[list[int], int, mx.Dtype]] = [([], SCALARS, mx.float32)]
+    calls: list[tuple[list[int], int, mx.Dtype]] = [([], SCALARS, mx.float32)]
     for i, (size, dtype) in enumerate(zip(sizes, dtypes, strict=True)):
-        leaves, total, its_dtype = packed[-1]
-        if (rides or len(packed) > 1) and dtype == its_dtype and (total + size) * dtype.size <= limit:
-            packed[-1] = ([*leaves, i], total + size, dtype)
+        leaves, total, its_dtype = calls[-1]
+        if (rides or len(calls) > 1) and dtype == its_dtype and (total + size) * dtype.size <= limit:
+            calls[-1] = ([*leaves, i], total + size, dtype)
         else:
-            packed.append(([i], size, dtype))
-    return [
-        Buffer(tuple(leaves), 0 if i else SCALARS, total, total * dtype.size)
-        for i, (leaves, total, dtype) in enumerate(packed)
-    ]
+            calls.append(([i], size, dtype))
+    return [Buffer(tuple(leaves), total * dtype.size) for leaves, total, dtype in calls]
 
 
 def mean_over_workers(
@@ -92,15 +87,15 @@ def mean_over_workers(
 
     def mine(leaves: Sequence[int]) -> mx.array:
         """Packs the leaves and then weights them: one kernel instead of one for each leaf."""
-        flat = _flat([gradients[i] for i in leaves])
+        flat = joined([gradients[i] for i in leaves])
         return flat if weight is None else window.weighted(flat, weight)
 
     def headed(leaves: Sequence[int]) -> mx.array:
         """The scalars and the packed leaves. Packing leaves room for the scalars, so that no array is copied twice."""
         if weight is None:
-            return _flat([head, *(gradients[i] for i in leaves)])
+            return joined([head, *(gradients[i] for i in leaves)])
         room = mx.zeros(SCALARS, gradients[leaves[0]].dtype)
-        flat = window.weighted(_flat([room, *(gradients[i] for i in leaves)]), weight)
+        flat = window.weighted(joined([room, *(gradients[i] for i in leaves)]), weight)
         return mx.slice_update(flat, head, mx.array([0]), axes=(0,))
 
     def unpack(leaves: Sequence[int], flat: mx.array) -> None:
@@ -121,11 +116,11 @@ def mean_over_workers(
     return Sums(means, head[0], head[1], head[2], before)
 
 
-def sum_arrays(arrays: Sequence[mx.array], group: mx.distributed.Group, limit: int = LIMIT) -> list[mx.array]:
+def sum_arrays(arrays: Sequence[mx.array], group: mx.distributed.Group) -> list[mx.array]:
     """Each array summed over all workers. All have the same dtype. Evaluates the sums, a buffer at a time."""
     summed: list[mx.array] = []
-    for some in packed(arrays, [a.nbytes for a in arrays], limit):
-        summed += _split(mx.distributed.all_sum(_flat(some), group=group), some)
+    for some in packed(arrays, [a.nbytes for a in arrays]):
+        summed += _split(mx.distributed.all_sum(joined(some), group=group), some)
         mx.eval(summed)
     return summed
 
@@ -151,7 +146,8 @@ def packed(items: Sequence[Item], nbytes: Iterable[int], limit: int = LIMIT) -> 
         yield some
 
 
-def _flat(arrays: Sequence[mx.array]) -> mx.array:
+def joined(arrays: Sequence[mx.array]) -> mx.array:
+    """All elements of the arrays, one array after the other."""
     return arrays[0].reshape(-1) if len(arrays) == 1 else mx.concatenate([a.reshape(-1) for a in arrays])
 
 

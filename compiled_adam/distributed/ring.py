@@ -26,14 +26,6 @@ class Place(NamedTuple):
     rank: int
     addresses: list[list[str]]
 
-    @property
-    def size(self) -> int:
-        return len(self.addresses)
-
-    @property
-    def own(self) -> list[str]:
-        return self.addresses[self.rank]
-
 
 def place() -> Place | None:
     """The place according to ``MLX_HOSTFILE`` and ``MLX_RANK``. None for other backends, which have no host file.
@@ -53,34 +45,33 @@ def place() -> Place | None:
 
 
 def _read(file: Path) -> list[list[str]]:
+    said = f"MLX_HOSTFILE is {str(file)!r}"
     form = 'a list with the addresses of each rank, such as [["10.0.0.1:5000"], ["10.0.0.2:5000"]]'
     alone = "start a single worker without mlx.launch and without MLX_HOSTFILE"
     try:
         content = file.read_bytes() if file.is_file() else None
         hosts = json.loads(content) if content and content.strip() else None
     except OSError as error:
-        raise InputError(f"MLX_HOSTFILE is {str(file)!r}, which cannot be read: {error.strerror}") from None
+        raise InputError(f"{said}, which cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"MLX_HOSTFILE is {str(file)!r}, which is not JSON ({error}); it must be {form}") from None
+        raise InputError(f"{said}, which is not JSON ({error}); it must be {form}") from None
     if content is None:
-        raise InputError(f"MLX_HOSTFILE is {str(file)!r}, which is no file; it must name one that has {form}")
+        raise InputError(f"{said}, which is no file; it must name one that has {form}")
     if hosts is None:  # mlx.launch -n 1 makes an empty file
-        raise InputError(f"MLX_HOSTFILE is {str(file)!r}, which is empty; {alone}")
+        raise InputError(f"{said}, which is empty; {alone}")
     hosts = [[host] if isinstance(host, str) else host for host in hosts] if isinstance(hosts, list) else []
     if not hosts or not all(isinstance(host, list) and host and all(map(_is_address, host)) for host in hosts):
-        raise InputError(f"MLX_HOSTFILE is {str(file)!r}, which is not {form} (mlx.launch makes it of --hostfile)")
+        raise InputError(f"{said}, which is not {form} (mlx.launch makes it of --hostfile)")
     if len(hosts) == 1:
-        raise InputError(f"MLX_HOSTFILE is {str(file)!r}, with one host; {alone}")
+        raise InputError(f"{said}, with one host; {alone}")
     if len({len(host) for host in hosts}) > 1:
-        raise InputError(f"MLX_HOSTFILE is {str(file)!r}; every rank in it must have equally many addresses")
+        raise InputError(f"{said}; every rank in it must have equally many addresses")
     owners: dict[str, int] = {}
     for rank, host in enumerate(hosts):
         for address in host:
             if address in owners:
-                raise InputError(
-                    f"MLX_HOSTFILE is {str(file)!r}, where {address} is of rank {owners[address]} and of rank {rank};"
-                    " give each a port of its own"
-                )
+                ranks = f"of rank {owners[address]} and of rank {rank}"
+                raise InputError(f"{said}, where {address} is {ranks}; give each a port of its own")
             owners[address] = rank
     return hosts
 
@@ -109,7 +100,7 @@ class Connections:
 
     def __init__(self) -> None:
         # They are found now, because a reset connection has no address. The descriptors are copies of MLX's.
-        self._open = list(_connections(_ports()))
+        self._open = list(_connections())
 
     def is_cut(self) -> bool:
         """Whether a neighbour has closed a connection."""
@@ -120,16 +111,15 @@ class Connections:
             each.close()
 
 
-def _ports() -> set[int]:
+def _connections() -> Iterator[socket.socket]:
     try:
-        hosts = json.loads(Path(os.environ["MLX_HOSTFILE"]).read_text())
-        return {int(address.rsplit(":", 1)[1]) for host in hosts for address in host}
-    except (KeyError, OSError, ValueError, AttributeError, IndexError, TypeError):
-        return set()
-
-
-def _connections(ports: set[int]) -> Iterator[socket.socket]:
-    for name in os.listdir("/dev/fd") if ports else []:
+        here = place()
+    except InputError:  # the host file was removed after the start
+        here = None
+    if here is None:
+        return
+    ports = {int(address.rpartition(":")[2]) for host in here.addresses for address in host}
+    for name in os.listdir("/dev/fd"):
         with suppress(OSError, ValueError):  # the descriptor was closed in the meantime
             if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
                 continue

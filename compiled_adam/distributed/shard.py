@@ -22,7 +22,7 @@ from ..base import InputError, along, indexed
 from ..optimizers import Adam, Compensated, ForSteps, any_optimizer
 from ..update import Part, global_norm
 from . import workers
-from .reduce import AT_ONCE, LIMIT
+from .reduce import AT_ONCE, LIMIT, joined
 
 
 def owners(sizes: Sequence[int], count: int) -> list[int]:
@@ -101,26 +101,16 @@ def gathered(
     """All new ``weights``. Each worker sends the weights in ``mine``, after the communication that gave ``after``."""
     found = list(weights)
     for call in calls:
-        pieces = [mine[i].reshape(-1) for i in call.leaves[group.rank()]]
+        pieces = [mine[i] for i in call.leaves[group.rank()]]
         if padding := call.length - sum(piece.size for piece in pieces):
             pieces.append(mx.zeros(padding, call.dtype))
-        flat = pieces[0] if len(pieces) == 1 else mx.concatenate(pieces)
         # Each call depends on the one before, as in `reduce`: all workers must make the calls in the same order.
-        after = mx.distributed.all_gather(mx.depends(flat, after), group=group)
-        places: list[int] = []  # the index of the leaf that begins at each cut
-        cuts: list[int] = []
+        after = mx.distributed.all_gather(mx.depends(joined(pieces), after), group=group)
         for worker, leaves in enumerate(call.leaves):
             at = worker * call.length
             for i in leaves:
-                places.append(i)
-                cuts.append(at)
+                found[i] = after[at : at + weights[i].size].reshape(weights[i].shape)
                 at += weights[i].size
-            if at < (worker + 1) * call.length:
-                places.append(-1)  # padding
-                cuts.append(at)
-        for i, piece in zip(places, mx.split(after, cuts[1:]), strict=True):
-            if i >= 0:
-                found[i] = piece.reshape(weights[i].shape)
     return found
 
 
@@ -132,13 +122,13 @@ class _Part(NamedTuple):
     own: Any  # those that this worker keeps
 
 
-def _parts(optimizer: optim.Optimizer, parameters: Any, indices: dict[str, int], own: set[int]) -> Iterator[_Part]:
+def _parts(optimizer: optim.Optimizer, parameters: Any, every: dict[str, int], own: dict[str, int]) -> Iterator[_Part]:
+    """The parts of the optimizer, from the indices of all parameters, and of those of this worker, by path."""
     if isinstance(optimizer, optim.MultiOptimizer):
         for child, its in any_optimizer.split(optimizer, parameters):
-            yield from _parts(child, its, indices, own)
+            yield from _parts(child, its, every, own)
     else:
-        mine = {path: i for path, i in indices.items() if i in own}
-        yield _Part(optimizer, indexed(parameters, indices), indexed(parameters, mine))
+        yield _Part(optimizer, indexed(parameters, every), indexed(parameters, own))
 
 
 def _values(tree: Any) -> list[Any]:
@@ -178,14 +168,13 @@ class Shard:
         self, optimizer: optim.Optimizer, parameters: Any, paths: Sequence[str], group: mx.distributed.Group
     ) -> None:
         self._optimizer, self._group = optimizer, group
-        leaves = [container[key] for _, container, key in along(parameters, parameters)]
+        leaves = _values(parameters)
         sizes = [leaf.size for leaf in leaves]
         owned = owners(sizes, group.size())
-        own = {i for i, owner in enumerate(owned) if owner == group.rank()}
-        self._parts = list(_parts(optimizer, parameters, {path: i for i, path in enumerate(paths)}, own))
-        self._others = {
-            f"{before}{path}" for before in _prefixes(optimizer) for i, path in enumerate(paths) if i not in own
-        }
+        every = {path: i for i, path in enumerate(paths)}
+        own = {path: i for path, i in every.items() if owned[i] == group.rank()}
+        self._parts = list(_parts(optimizer, parameters, every, own))
+        self._others = {f"{before}{path}" for before in _prefixes(optimizer) for path in every.keys() - own.keys()}
         self._rounds = rounds(sizes, [leaf.dtype for leaf in leaves], group.size())
 
     def has(self, path: str) -> bool:

@@ -30,8 +30,8 @@ class Watchdog:
     def __init__(self, timeout: float, explain: Callable[[], str]) -> None:
         self._timeout, self._explain = timeout, explain
         self._ended = threading.Event()
-        self._last, self._longest = time.monotonic(), 0.0
-        self._beaten = False
+        self._last = time.monotonic()
+        self._longest: float | None = None  # seconds between two beats; None before the first beat
         self._patient = self._busy = 0
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -49,9 +49,8 @@ class Watchdog:
     def beat(self) -> None:
         """Tells the watchdog that an operation that needs the other workers has finished."""
         now = time.monotonic()
-        if self._beaten:
-            self._longest = max(self._longest, now - self._last)
-        self._last, self._beaten = now, True
+        self._longest = 0.0 if self._longest is None else max(self._longest, now - self._last)
+        self._last = now
 
     @contextmanager
     def patient(self) -> Iterator[None]:
@@ -76,7 +75,7 @@ class Watchdog:
 
     def limit(self) -> float:
         """The present limit in seconds for the time since the last beat."""
-        if self._patient or not self._beaten:
+        if self._patient or self._longest is None:
             return PATIENCE * self._timeout
         return max(self._timeout, SLOWER * self._longest)
 

@@ -74,7 +74,10 @@ def share(group: Group, state: State, keep: Callable[[str, str], bool] = lambda 
     If several workers have an array, the array of the first of them counts. A worker receives the arrays for which
     ``keep(part, path)`` is true. The others are freed, a buffer at a time.
     """
-    forms = {part: {path: _form(array) for path, array in arrays.items()} for part, arrays in state.items()}
+    forms = {
+        part: {path: [array.shape, str(array.dtype).removeprefix("mlx.core.")] for path, array in arrays.items()}
+        for part, arrays in state.items()
+    }
     places: dict[tuple[str, str], tuple[int, list[int], mx.Dtype]] = {}
     shared: State = {}
     for rank, theirs in enumerate(gather(group, forms)):
@@ -98,10 +101,6 @@ def share(group: Group, state: State, keep: Callable[[str, str], bool] = lambda 
     return shared
 
 
-def _form(array: mx.array) -> tuple[tuple[int, ...], str]:
-    return array.shape, str(array.dtype).removeprefix("mlx.core.")
-
-
 def first_does(group: Group, function: Callable[[], Any], alone: Callable[[], Any] = nullcontext) -> Any:
     """Calls ``function`` on the first worker, and returns the result (which JSON can hold) on all workers.
 
@@ -109,43 +108,37 @@ def first_does(group: Group, function: Callable[[], Any], alone: Callable[[], An
     raises an error, all workers raise this error.
     """
     gather(group, None)
-    value, error = None, None
-    if group.rank() == 0:
-        try:
-            with alone():
-                value = function()
-        except _TOLD as caught:
-            error = caught
-    return _agreed(group, value, error)[0]
 
+    def first() -> Any:
+        if group.rank() > 0:
+            return None
+        with alone():
+            return function()
 
-def all_do(group: Group, function: Callable[[], Any]) -> Any:
-    """Calls ``function`` on every worker, and returns the result of this worker. If one raises, all raise."""
-    value, error = None, None
-    try:
-        value = function()
-    except _TOLD as caught:
-        error = caught
-    _agreed(group, None, error)
-    return value
+    return gather(group, all_do(group, first))[0]
 
 
 # Errors about input, options or files, which all workers raise. Other errors end one worker, and then the others.
 _TOLD = (InputError, OSError, ValueError, TypeError)
 
 
-def _agreed(group: Group, value: Any, error: Exception | None) -> list[Any]:
-    """The ``value`` of every worker. Raises the error of this worker, or else of the first worker with an error."""
-    kind = next((i for i, kind in enumerate(_TOLD) if isinstance(error, kind)), None)
-    found = gather(group, [value, None if error is None else [kind, str(error)]])
+def all_do(group: Group, function: Callable[[], Any]) -> Any:
+    """Calls ``function`` on every worker, and returns the result of this worker. If one raises, all raise."""
+    value, error, failure = None, None, None
+    try:
+        value = function()
+    except _TOLD as caught:
+        error = caught
+        # The same class on all: a fault of the program must not look like a fault of the input elsewhere.
+        failure = [next(i for i, kind in enumerate(_TOLD) if isinstance(caught, kind)), str(caught)]
+    failures = gather(group, failure)
     if error is not None:
         raise error
-    for rank, (_, told) in enumerate(found):
-        if told is not None:
-            # The same class of error on all: a fault of the program must not look like a fault of the input elsewhere.
-            kind, text = told
+    for rank, failure in enumerate(failures):
+        if failure is not None:
+            kind, text = failure
             raise _TOLD[kind](text if rank == 0 else f"rank {rank}: {text}")
-    return [each for each, _ in found]
+    return value
 
 
 class Workers:
@@ -156,8 +149,8 @@ class Workers:
     """
 
     def __init__(self, group: Group, timeout: float) -> None:
-        self.group, self.rank, self.size = group, group.rank(), group.size()
-        self.first, self.many = self.rank == 0, self.size > 1
+        self.group, self.size = group, group.size()
+        self.first, self.many = group.rank() == 0, self.size > 1
         self.saved = "nothing was saved"
         self._watchdog = Watchdog(timeout, self._explain)
         self._open = ExitStack()
@@ -197,13 +190,11 @@ class Workers:
 
     def first_does(self, function: Callable[[], Any]) -> Any:
         """The function `first_does` with a long time limit."""
-        if not self.many:
-            return function()
         return self.together(lambda: first_does(self.group, function, self._watchdog.busy))
 
     def all_do(self, function: Callable[[], Any]) -> Any:
         """The function `all_do` with a long time limit."""
-        return self.together(lambda: all_do(self.group, function)) if self.many else function()
+        return self.together(lambda: all_do(self.group, function))
 
     def share(self, state: State, keep: Callable[[str, str], bool]) -> State:
         """The function `share` with a long time limit. A single worker gets ``state`` back."""

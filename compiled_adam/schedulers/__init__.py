@@ -2,9 +2,11 @@
 
 from . import picture
 from .config import check_values, from_config, last_update
-from .described import Schedule, Step
 from .picture import plot
 from .schedules import (
+    SCHEDULES,
+    Schedule,
+    Step,
     constant,
     cosine,
     exponential,

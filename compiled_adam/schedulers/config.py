@@ -11,36 +11,13 @@ import mlx.optimizers as optim
 
 from ..base import InputError
 from ..optimizers import check_number
-from .described import Described, Schedule
-from .schedules import (
-    constant,
-    cosine,
-    exponential,
-    inverse_sqrt,
-    linear,
-    one_cycle,
-    polynomial,
-    warmup_stable_decay,
-    with_warmup,
-)
+from .schedules import SCHEDULES, Described, Schedule, with_warmup
 
 _CONFIG_KEYS = ("name", "arguments", "warmup", "warmup_init")
 _MLX: dict[str, Callable[..., Any]] = {
     f.__name__: f for f in (optim.cosine_decay, optim.linear_schedule, optim.exponential_decay, optim.step_decay)
 }
-_OURS: dict[str, Callable[..., Any]] = {
-    f.__name__: f
-    for f in (
-        constant,
-        linear,
-        cosine,
-        polynomial,
-        warmup_stable_decay,
-        inverse_sqrt,
-        exponential,
-        one_cycle,
-    )
-}
+_FUNCTIONS = {**_MLX, **{name: function for name, function in SCHEDULES.items() if name not in _MLX}}
 
 
 def from_config(config: Mapping[str, Any]) -> Schedule:
@@ -59,18 +36,18 @@ def from_config(config: Mapping[str, Any]) -> Schedule:
     if unknown := [key for key in config if key not in _CONFIG_KEYS]:
         raise InputError(f"lr_schedule has the key {unknown[0]!r}; the keys are {', '.join(_CONFIG_KEYS)}")
     name, arguments = config.get("name"), config.get("arguments")
-    if name not in (*_MLX, *_OURS):
-        raise InputError(f"lr_schedule: name is {name!r}; it must be one of {', '.join((*_MLX, *_OURS))}")
+    if name not in list(_FUNCTIONS):  # not the dict, because in a file the name may be a list or a mapping
+        raise InputError(f"lr_schedule: name is {name!r}; it must be one of {', '.join(_FUNCTIONS)}")
     if not isinstance(arguments, Sequence) or isinstance(arguments, str) or not arguments:
         raise InputError(f"lr_schedule: arguments is {arguments!r}; it must be a list that begins with a learning rate")
     warmup = {key: config[key] for key in ("warmup", "warmup_init") if config.get(key) is not None}
-    function, keywords = (_MLX[name], {}) if name in _MLX else (_OURS[name], warmup)
+    function, keywords = _FUNCTIONS[name], {} if name in _MLX else warmup
     try:
         inspect.signature(function).bind(*arguments, **keywords)
     except TypeError as error:
         raise InputError(f"lr_schedule: arguments is {arguments!r}, which does not fit {name}: {error}") from None
     try:
-        if name in _OURS:
+        if name not in _MLX:
             return function(*arguments, **keywords)
         for i, value in enumerate(arguments):
             check_number(f"arguments[{i}]", value)
@@ -83,14 +60,15 @@ def from_config(config: Mapping[str, Any]) -> Schedule:
 def last_update(config: Mapping[str, Any]) -> int | None:
     """The update from which a schedule of `from_config` stays at its last value; None if it never ends.
 
-    >>> last_update({"name": "cosine_decay", "arguments": [1.0, 100], "warmup": 10})
-    110
+    >>> cosine = {"name": "cosine_decay", "arguments": [1.0, 100], "warmup": 10}
+    >>> line = {"name": "linear_schedule", "arguments": [1.0, 0.0, 100], "warmup": 10}
+    >>> last_update(cosine), last_update(line), last_update({"name": "cosine", "arguments": [1.0, 100], "warmup": 10})
+    (110, 110, 100)
     """
-    stock = config["name"] in _MLX
-    function = (_MLX if stock else _OURS)[config["name"]]
-    given = inspect.signature(function).bind(*config["arguments"]).arguments
+    name = config["name"]
+    given = inspect.signature(_FUNCTIONS[name]).bind(*config["arguments"]).arguments
     steps = given.get("decay_steps", given.get("steps"))
-    return steps + (config.get("warmup") or 0) if stock and steps is not None else steps
+    return steps + (config.get("warmup") or 0) if name in _MLX and steps is not None else steps
 
 
 def check_values(schedule: Schedule, updates: int) -> None:

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import mlx.core as mx
 
 from ..base import InputError
-from .described import Schedule
-from .schedules import check_count
+from .schedules import Schedule, check_count
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,12 +21,12 @@ BLOCKS, ASCII = " ▁▂▃▄▅▆▇█", "    ####"
 
 def curve(schedule: Callable[[Any], Any], steps: int) -> tuple[list[int], list[float]]:
     """The steps from 0 to ``steps``, at most `MOST` evenly spaced ones, and the learning rate at each."""
-    count = min(steps + 1, MOST)
-    points = [round(i * steps / (count - 1)) for i in range(count)] if count > 1 else [0]
-    return points, at(schedule, points)
+    last = min(steps, MOST - 1)
+    points = [round(i * steps / last) for i in range(last + 1)]
+    return points, rates_at(schedule, points)
 
 
-def at(schedule: Callable[[Any], Any], points: Sequence[int]) -> list[float]:
+def rates_at(schedule: Callable[[Any], Any], points: Sequence[int]) -> list[float]:
     """The learning rate at each of ``points``."""
     # Adding zero times the step gives a constant schedule one value per step, like the others.
     rates = mx.vmap(lambda step: schedule(step) + 0.0 * step)(mx.array(list(points), mx.float32))
@@ -53,32 +52,10 @@ def text(rates: Sequence[float], steps: int, width: int = 64, height: int = 10, 
         label = f"{highest:.2e}" if row == height - 1 else f"{highest / 2:.2e}" if 2 * (row + 1) == height else ""
         cells = "".join(blocks[min(max(level - row * full, 0), full)] for level in filled)
         lines.append(f"{label:>8} |{cells}".rstrip())
-    middle, last = f"{steps // 2:^{max(width - 2 - len(str(steps)), 0)}}", str(steps)
+    middle, last = str(steps // 2), str(steps)
     gap = max(width - 1 - len(last), 1)
-    ticks = middle[:gap].ljust(gap) if len(middle.strip()) < gap - 1 else " " * gap
+    ticks = f"{middle:^{gap - 1}} " if len(middle) < gap - 1 else " " * gap
     return [*lines, f"{'0':>8} +{'-' * width}", f"{'':9} 0{ticks}{last}"]
-
-
-def figure(schedules: Mapping[str, Callable[[Any], Any]], steps: int, marks: Sequence[int] = ()) -> Figure:
-    """A figure with a curve for each label in ``schedules``, and points at the steps ``marks``.
-
-    Raises ImportError if matplotlib is missing.
-    """
-    made = canvas()
-    axes = made.subplots()
-    for label, schedule in schedules.items():
-        (line,) = axes.plot(*curve(schedule, steps), label=label)
-        if marks:
-            axes.plot(marks, at(schedule, marks), "o", color=line.get_color(), markersize=4)
-    axes.set_xlabel("update")
-    axes.set_ylabel("learning rate")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    if len(schedules) > 1:
-        axes.legend(fontsize="small")
-    else:
-        axes.set_title(next(iter(schedules), ""), fontsize="medium")
-    return made
 
 
 def canvas() -> Figure:
@@ -120,4 +97,18 @@ def plot(schedule: Schedule | Mapping[str, Schedule], steps: int, *, at: Sequenc
     schedules = schedule if isinstance(schedule, Mapping) else {"": schedule}
     if not schedules or not all(callable(each) for each in schedules.values()):
         raise InputError(f"schedule is {schedule!r}; it must be a schedule, or a mapping of labels to schedules")
-    return figure(schedules, steps, at)
+    made = canvas()
+    axes = made.subplots()
+    for label, each in schedules.items():
+        (line,) = axes.plot(*curve(each, steps), label=label)
+        if at:
+            axes.plot(at, rates_at(each, at), "o", color=line.get_color(), markersize=4)
+    axes.set_xlabel("update")
+    axes.set_ylabel("learning rate")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    if len(schedules) > 1:
+        axes.legend(fontsize="small")
+    else:
+        axes.set_title(next(iter(schedules)), fontsize="medium")
+    return made

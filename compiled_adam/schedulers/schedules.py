@@ -13,15 +13,45 @@ Bad arguments raise ValueError with the name and the value of the argument.
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 from collections.abc import Callable, Sequence
+from typing import ParamSpec
 
 import mlx.core as mx
 
-from ..base import InputError
+from ..base import InputError, shown
 from ..optimizers import check_number
-from .described import Schedule, Step, described
+
+Step = int | float | mx.array
+Schedule = Callable[[Step], mx.array]
+P = ParamSpec("P")
+
+
+class Described:
+    """A schedule with a text as its representation."""
+
+    def __init__(self, schedule: Schedule, text: str) -> None:
+        self._schedule, self._text = schedule, text
+        self.__qualname__ = text  # for messages about schedules
+
+    def __call__(self, step: Step) -> mx.array:
+        return self._schedule(step)
+
+    def __repr__(self) -> str:
+        return self._text
+
+
+def described(function: Callable[P, Schedule]) -> Callable[P, Schedule]:
+    """Lets the schedules that ``function`` returns show the call that made them."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> Schedule:
+        given = [*map(shown, args), *(f"{name}={shown(value)}" for name, value in kwargs.items())]
+        return Described(function(*args, **kwargs), f"{function.__name__}({', '.join(given)})")
+
+    return call
 
 
 @described
@@ -60,13 +90,7 @@ def cosine(peak: float, steps: int, end: float = 0.0, *, warmup: int = 0, warmup
 
 @described
 def polynomial(
-    peak: float,
-    steps: int,
-    end: float = 0.0,
-    power: float = 2.0,
-    *,
-    warmup: int = 0,
-    warmup_init: float = 0.0,
+    peak: float, steps: int, end: float = 0.0, power: float = 2.0, *, warmup: int = 0, warmup_init: float = 0.0
 ) -> Schedule:
     """``end + (peak - end) (1 - t)^power``, where ``t`` goes from 0 at step ``warmup`` to 1 at ``steps``.
 
@@ -85,13 +109,7 @@ def polynomial(
 
 @described
 def warmup_stable_decay(
-    peak: float,
-    steps: int,
-    end: float = 0.0,
-    decay: int | None = None,
-    *,
-    warmup: int = 0,
-    warmup_init: float = 0.0,
+    peak: float, steps: int, end: float = 0.0, decay: int | None = None, *, warmup: int = 0, warmup_init: float = 0.0
 ) -> Schedule:
     """``peak`` until step ``steps - decay``, then a straight line to ``end``. Default ``decay``: a fifth of ``steps``.
 
@@ -141,29 +159,21 @@ def exponential(
     >>> [round(exponential(1.0, 0.5, 0.2)(step).item(), 6) for step in (0, 1, 2, 3)]
     [1.0, 0.5, 0.25, 0.2]
     """
-    _falling(peak, decay_rate, end)
-    log_rate = math.log(decay_rate)
+    log_rate = _log_rate(peak, decay_rate, end)
     return with_warmup(lambda step: mx.maximum(peak * mx.exp(log_rate * step), end), peak, warmup, warmup_init)
 
 
 @described
 def step_decay(
-    peak: float,
-    decay_rate: float,
-    step_size: int,
-    end: float = 0.0,
-    *,
-    warmup: int = 0,
-    warmup_init: float = 0.0,
+    peak: float, decay_rate: float, step_size: int, end: float = 0.0, *, warmup: int = 0, warmup_init: float = 0.0
 ) -> Schedule:
     """``max(peak decay_rate^floor((step - warmup) / step_size), end)``, with ``decay_rate`` in (0, 1].
 
     >>> [round(step_decay(1.0, 0.1, 10)(step).item(), 6) for step in (0, 9, 10, 20)]
     [1.0, 1.0, 0.1, 0.01]
     """
-    _falling(peak, decay_rate, end)
+    log_rate = _log_rate(peak, decay_rate, end)
     check_count("step_size", step_size, 1)
-    log_rate = math.log(decay_rate)
 
     def decay(step: mx.array) -> mx.array:
         # Half a step is added, so that a quotient that a GPU rounds down cannot miss a boundary.
@@ -174,12 +184,7 @@ def step_decay(
 
 @described
 def one_cycle(
-    peak: float,
-    steps: int,
-    end: float | None = None,
-    *,
-    warmup: int | None = None,
-    warmup_init: float | None = None,
+    peak: float, steps: int, end: float | None = None, *, warmup: int | None = None, warmup_init: float | None = None
 ) -> Schedule:
     """Half a cosine up from ``warmup_init`` to ``peak`` at ``warmup``, and half a cosine down to ``end`` at ``steps``.
 
@@ -196,11 +201,7 @@ def one_cycle(
     end = warmup_init / 10_000 if end is None else end
     length = _decay_length(peak, steps, end, warmup)
     return with_warmup(
-        lambda step: _mix(peak, end, _half_cosine(step / length)),
-        peak,
-        warmup,
-        warmup_init,
-        ramp=_half_cosine,
+        lambda step: _mix(peak, end, _half_cosine(step / length)), peak, warmup, warmup_init, ramp=_half_cosine
     )
 
 
@@ -220,7 +221,7 @@ def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
         check_count(f"boundaries[{i}]", boundary, 1 if i == 0 else boundaries[i - 1] + 1)
 
     def schedule(step: Step) -> mx.array:
-        step = _float(step)
+        step = mx.array(step, mx.float32)
         value = schedules[0](step)
         for boundary, following in zip(boundaries, schedules[1:], strict=True):
             value = mx.where(step < boundary, value, following(mx.maximum(step - boundary, 0)))
@@ -241,17 +242,13 @@ def with_warmup(
     check_number("warmup_init", warmup_init)
 
     def schedule(step: Step) -> mx.array:
-        step = _float(step)
+        step = mx.array(step, mx.float32)
         value = decay(mx.maximum(step - warmup, 0))
         if warmup == 0:
             return value
         return mx.where(step < warmup, _mix(warmup_init, peak, ramp(mx.minimum(step / warmup, 1))), value)
 
     return schedule
-
-
-def _float(step: Step) -> mx.array:
-    return step.astype(mx.float32) if isinstance(step, mx.array) else mx.array(step, mx.float32)
 
 
 def _mix(first: float, last: float, t: mx.array) -> mx.array:
@@ -274,12 +271,13 @@ def _decay_length(peak: float, steps: int, end: float, warmup: int) -> int:
     return steps - warmup
 
 
-def _falling(peak: float, decay_rate: float, end: float) -> None:
+def _log_rate(peak: float, decay_rate: float, end: float) -> float:
     check_number("peak", peak)
     check_number("end", end)
     _positive("decay_rate", decay_rate)
     if decay_rate > 1:
         raise InputError(f"decay_rate is {decay_rate!r}; it must be at most 1")
+    return math.log(decay_rate)
 
 
 def _positive(name: str, value: float) -> None:
@@ -291,3 +289,13 @@ def _positive(name: str, value: float) -> None:
 def check_count(name: str, value: int, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
         raise InputError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+
+
+# The functions that make a schedule from numbers, as the documentation orders them.
+SCHEDULES: dict[str, Callable[..., Schedule]] = {
+    function.__name__: function
+    for function in (
+        *(constant, linear, cosine, polynomial, warmup_stable_decay),
+        *(inverse_sqrt, exponential, step_decay, one_cycle),
+    )
+}

@@ -174,6 +174,9 @@ def test_workers_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for rank, here in ((0, 2), (1, 2), (2, 1), (3, 1), ("x", 1)):
         monkeypatch.setenv("MLX_RANK", str(rank))
         assert cores.workers_here() == here
+    monkeypatch.setenv("MLX_RANK", "0")
+    hosts.write_text('["10.0.0.1:5000", "10.0.0.2:5000"]')  # MLX takes that, too
+    assert cores.workers_here() == 1
     for damaged in ("{", "3", "[[]]", "[3]"):
         hosts.write_text(damaged)
         assert cores.workers_here() == 1

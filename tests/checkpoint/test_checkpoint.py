@@ -74,13 +74,9 @@ def test_an_older_checkpoint_of_the_name_is_replaced_but_nothing_else(tmp_path: 
     with pytest.raises(ValueError, match="thesis exists and is not a checkpoint; name another folder"):
         ca.save_checkpoint(tmp_path / "thesis", step)
     assert os.listdir(tmp_path / "thesis") == ["thesis.txt"]
-
-
-def test_killed_between_the_two_renamings(tmp_path: Path) -> None:
-    step = make()
-    ca.save_checkpoint(tmp_path / "last", step, {"iteration": 1})
-    (tmp_path / "last").rename(tmp_path / ".last.old")  # as `replacing` does just before the new one takes its place
-    assert ca.load_checkpoint(tmp_path / "last", step) == {"iteration": 1}
+    (tmp_path / "empty").mkdir()
+    ca.save_checkpoint(tmp_path / "empty", step)
+    assert ca.load_checkpoint(tmp_path / "empty", step) == {}
 
 
 # Damage.
@@ -247,12 +243,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"layers\.0\.weight has values that are infinite or not a number \(1 of"):
         ca.save_checkpoint(tmp_path / "0001", step)
     assert not list(tmp_path.iterdir())
-
-
-def test_extra_that_is_no_json(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match=r"stored as JSON, but .*array.*; use numbers"):
-        ca.save_checkpoint(tmp_path / "0001", make(), {"weights": mx.zeros(1)})
-    assert not list(tmp_path.iterdir())
+    checkpoint.check_finite({"empty": mx.zeros((0, 3)), "whole": mx.array([1]), "last": mx.ones(2, mx.complex64)})
 
 
 def test_a_folder_is_locked_while_its_process_lives(tmp_path: Path) -> None:
@@ -270,12 +261,6 @@ def test_a_folder_is_locked_while_its_process_lives(tmp_path: Path) -> None:
         process.communicate()
     with durable.locked(tmp_path):
         pass
-
-
-def test_names_that_json_makes_text(tmp_path: Path) -> None:
-    step = make()
-    ca.save_checkpoint(tmp_path / "0001", step, {"loss_by_epoch": {i: (i, 0.5) for i in range(12)}})
-    assert ca.load_checkpoint(tmp_path / "0001", step)["loss_by_epoch"]["11"] == [11, 0.5]
 
 
 def test_a_reader_between_the_renamings_does_not_disturb_the_writer(tmp_path: Path) -> None:
@@ -321,13 +306,6 @@ def test_options_of_one_of_several_optimizers_may_change(tmp_path: Path) -> None
         ca.load_checkpoint(tmp_path / "0003", second)
     ca.load_checkpoint(tmp_path / "0003", second, allow=["optimizers.0.moments"])
     assert advance(second, 3, 6)[-1] == pytest.approx(advance(first, 3, 6)[-1], rel=2e-2)  # bfloat16's digits
-
-
-def test_a_leftover_of_a_killed_save_goes_with_the_next_pruning(tmp_path: Path) -> None:
-    (tmp_path / ".0000007.partial").mkdir()
-    ca.save_checkpoint(tmp_path / "0000008", make())
-    series.prune(tmp_path, 1)
-    assert os.listdir(tmp_path) == ["0000008"]
 
 
 def test_fingerprints_see_rows_and_columns_that_moved() -> None:

@@ -150,6 +150,18 @@ def test_another_writer_in_the_gap_between_the_two_renamings(tmp_path: Path, mon
     assert read(last) == {"1"} and os.listdir(tmp_path) == ["last"]
 
 
+def test_what_is_discarded_does_not_come_back_from_its_old_place(tmp_path: Path) -> None:
+    write(tmp_path / "1", "0")
+    (tmp_path / ".1.old").mkdir()
+    assert durable.discard(tmp_path / "1") and not os.listdir(tmp_path)
+
+
+def test_of_a_link_only_the_link_is_discarded(tmp_path: Path) -> None:
+    write(tmp_path / "there", "0")
+    (tmp_path / "1").symlink_to(tmp_path / "there")
+    assert durable.discard(tmp_path / "1") and os.listdir(tmp_path) == ["there"] and read(tmp_path / "there") == {"0"}
+
+
 def test_who_waits_for_a_lock_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "last", "0")
     monkeypatch.setattr(claims, "PATIENCE", 0.0)
@@ -213,6 +225,20 @@ def test_whatever_fails_leaves_the_old_folder_and_nothing_else(error, tmp_path: 
         assert read(last) == {left}, (name, call)
         assert os.listdir(tmp_path) == ["last"], (name, call)
         write(last, "0")
+
+
+def test_a_renaming_that_is_refused_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, failures = Path.rename, [PermissionError(errno.EACCES, "Permission denied")]
+
+    def refused(path: Path, target: Path) -> Path:
+        if failures:
+            raise failures.pop()
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(PermissionError):
+        write(tmp_path / "last", "1")
+    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, RuntimeError])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import compiled_adam as ca
 import pytest
-from compiled_adam.checkpoint import series
+from compiled_adam.checkpoint import durable, series
 
 from tests.conftest import ROOT
 from tests.written_folders import load, save, write
@@ -75,6 +75,7 @@ def test_what_is_left_between_two_renamings_is_pruned_like_others(tmp_path: Path
     (tmp_path / "2").rename(tmp_path / ".2.old")
     save(tmp_path / "2", 4)
     (tmp_path / ".3.old").mkdir()  # killed just before it was gone
+    assert durable.present(tmp_path / "3") == tmp_path / "3"
     assert series.prune(tmp_path, 2) == [tmp_path / "1"]
     assert sorted(os.listdir(tmp_path)) == ["2", "3"] and load(tmp_path / "2") == 4
 
@@ -93,6 +94,7 @@ def test_leftovers_of_killed_writers_go_and_those_of_living_ones_stay(tmp_path: 
     assert len(list(run.glob(".2.*.partial"))) == 1
     killed_in("_put", run / "2", lives)
     assert load(run / "2") == 3 and len(list(run.glob(".2.*.partial"))) == 1
+    (run / ".0000007.partial").mkdir()  # of version 0.1
     series.prune(run, 5)
     assert sorted(os.listdir(run)) == ["1", "2"]
 

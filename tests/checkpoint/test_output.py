@@ -25,9 +25,10 @@ def test_new_and_old_files(tmp_path: Path) -> None:
     file.chmod(0o640)
     output.write(file, b"two")
     assert file.read_bytes() == b"two" and stat.S_IMODE(file.stat().st_mode) == 0o640
-    longest = tmp_path / ("n" * 255)
-    output.write(longest, b"three")
-    assert sorted(tmp_path.iterdir()) == [file, longest]
+    longest, suffix = tmp_path / ("n" * 255), tmp_path / f"n.{'s' * 253}"
+    for each in (longest, suffix):
+        output.write(each, b"three")
+    assert sorted(tmp_path.iterdir()) == sorted([file, longest, suffix])
 
 
 @pytest.mark.parametrize("old", [True, False])

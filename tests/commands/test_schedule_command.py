@@ -143,6 +143,8 @@ def test_the_characters_are_the_curve() -> None:
     # A peak of one step in a long run is not lost.
     assert picture.text([0.0] * 500 + [1.0] + [0.0] * 500, 1000)[0].count("█") == 1
     assert picture.text([0.0, 0.0], 1)[0].strip().endswith("|")
+    top, *_, bottom, _, ticks = picture.text([1.0] * 101, 100, width=40)
+    assert top.startswith("1.00e+00 |") and bottom.startswith("         |") and ticks.split() == ["0", "50", "100"]
 
 
 def test_plot_gives_a_figure_of_the_values() -> None:

@@ -22,6 +22,7 @@ def test_a_closed_connection_is_seen(side: str, unread: bool, tmp_path: Path, mo
         hosts = tmp_path / "hosts.json"
         hosts.write_text(json.dumps([[f"127.0.0.1:{server.getsockname()[1]}"], ["127.0.0.1:1"]]))
         monkeypatch.setenv("MLX_HOSTFILE", str(hosts))
+        monkeypatch.setenv("MLX_RANK", "0")
         assert not ring.Connections().is_cut()
         sockets = {"right": socket.create_connection(server.getsockname()), "left": server.accept()[0]}
         seen = ring.Connections()

@@ -38,7 +38,8 @@ def workers_here() -> int:
         if "MLX_HOSTFILE" not in environment:
             return 1
         addresses = json.loads(Path(environment["MLX_HOSTFILE"]).read_text())
-        hosts = [str(of_rank[0]).rpartition(":")[0] for of_rank in addresses]
+        first = [of_rank if isinstance(of_rank, str) else str(of_rank[0]) for of_rank in addresses]
+        hosts = [address.rpartition(":")[0] for address in first]
         return hosts.count(hosts[int(environment["MLX_RANK"])])
     except (OSError, ValueError, LookupError, TypeError):
         return 1

@@ -20,6 +20,7 @@ _CORES = {
 # Of MKL: layers, and the code branches that it takes on different processors.
 _LP64, _INTEL_THREADS, _SEQUENTIAL, _AUTO, _STRICT = 0, 0, 1, 2, 0x10000
 _BRANCHES = {9: "AVX", 10: "AVX2", 12: "AVX512", 14: "AVX512_E1"}
+_MARKS = {"MKL": "MKL_Set_Threading_Layer", "OpenBLAS": "openblas_get_num_threads"}  # functions that only they have
 _THREADS = {
     "OpenBLAS": ("OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREADS"),
     "MKL": ("MKL_NUM_THREADS", "OMP_NUM_THREADS"),
@@ -43,13 +44,8 @@ class Library:
         self._calls = _opened(path)
         if missing := [name for name in _NEEDED if not hasattr(self._calls, name)]:
             raise Unusable(f"{path} has no function {missing[0]}")
-        self.kind = (
-            "MKL"
-            if hasattr(self._calls, "MKL_Set_Threading_Layer")
-            else "OpenBLAS"
-            if hasattr(self._calls, "openblas_get_num_threads")
-            else Path(path).name
-        )
+        known = (kind for kind, function in _MARKS.items() if hasattr(self._calls, function))
+        self.kind = next(known, Path(path).name)
 
     def check(self) -> None:
         """Raises Unusable unless ``cblas_sgemm`` computes ``0.5 * a @ b + 2 * c`` as it must."""
@@ -100,10 +96,9 @@ class Library:
 
     def _mend_core(self) -> None:
         """Opens OpenBLAS again if it does not know the processor, and has taken its oldest code for x86 instead."""
-        core = (
-            _core() if "OPENBLAS_CORETYPE" not in os.environ and self._text("openblas_get_corename") == _OLDEST else ""
-        )
-        if core:
+        if "OPENBLAS_CORETYPE" in os.environ or self._text("openblas_get_corename") != _OLDEST:
+            return
+        if core := _core():
             _ctypes.dlclose(self._calls._handle)  # nobody else uses it yet
             os.environ["OPENBLAS_CORETYPE"] = core
             try:
