@@ -5,6 +5,7 @@ from .checkpoint import (
     COLUMNS,
     Contents,
     OtherRun,
+    check_checkpoint,  # this and `_sealed` are names of 0.1's checkpoint.py that others may have found
     check_exists,
     check_finite,
     is_whole,
@@ -14,4 +15,5 @@ from .checkpoint import (
     write_checkpoint,
 )
 from .durable import locked, present, replace_arrays, replacing, save_arrays
+from .meta import sealed as _sealed
 from .series import latest_checkpoint, numbered, prune

@@ -32,7 +32,7 @@ from rich.table import Table
 from ..base import InputError
 from ..finetune.adapters import read_arrays
 from ..finetune.batches import Batches
-from ..finetune.console import make_console
+from ..finetune.console import RunConsole
 from ..finetune.names import LOG, REPORT, WEIGHTS
 from ..finetune.trainable import cast
 from ..finetune.trainer import train
@@ -113,7 +113,7 @@ def run(folder: Path, pretraining: int, iterations: int, seed: int) -> None:
     Raises ValueError for a folder that holds something else, and for numbers out of range.
     """
     _check(folder, pretraining, iterations, seed)
-    console = make_console()
+    console = RunConsole()
     say, stage = partial(_say, console), partial(_stage, console)
     start = time.perf_counter()
     mx.random.seed(seed)

@@ -26,7 +26,7 @@ _SELDOM = 0.5  # seconds between two updates
 _PAGE = '<pre style="white-space:pre;overflow-x:auto;line-height:1.25">{code}</pre>'
 
 
-class _Console(Console):
+class RunConsole(Console):
     """A console that never ends a run: its reader may leave (``| head``), the disk may be full."""
 
     def __init__(self, quiet: bool = False) -> None:
@@ -50,7 +50,7 @@ def stage(what: str, clock: Callable[[], float] = time.perf_counter) -> Iterator
 
     Not a bar, because packages draw their own bars meanwhile, for downloads.
     """
-    console, start = _Console(), clock()
+    console, start = RunConsole(), clock()
     if console.replaces:  # one line at most, which is removed again
         console.print(Text(what, "dim"), end="", no_wrap=True, overflow="ellipsis")
     else:
@@ -112,7 +112,7 @@ class TrainingProgress:
         self.total, self.completed, self.doing, self.best = total, 0, "", ""
         self._what, self._clock = what, clock
         self._first: tuple[float, int] | None = None  # when a step was first finished, and how many there were
-        self.console = _Console(quiet)
+        self.console = RunConsole(quiet)
         self._output = _NotebookOutput() if self.console.is_jupyter and not quiet else None
         self._live = Live(console=self.console, transient=True, get_renderable=self._bar)
 

@@ -27,7 +27,7 @@ class RunLog:
         self._file, self._warn = file, warn
         self._stream: IO[str] | None = None
         try:
-            kept = [line for line in _salvaged(file, warn) if line["iteration"] <= keep] if keep else []
+            kept = [line for line in _salvaged(file, warn) if line["iteration"] <= keep]
             # Written anew rather than cut: the last line of a run that was killed may be half a line.
             output.write(file, "".join(map(_line, kept)).encode())
             self._stream = open(file, "a", encoding="utf-8")  # noqa: SIM115, closed by `close`
@@ -71,7 +71,8 @@ def _salvaged(file: Path, warn: Callable[[str], None]) -> list[dict[str, Any]]:
     if not file.is_file():
         return []
     entries = []
-    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    *lines, last = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    lines += [last] if last and not last.startswith("{") else []  # else the half line of a run that was killed
     for line in lines:
         with suppress(InputError):
             entries.append(_entry(line))

@@ -130,3 +130,9 @@ def test_a_file_that_cannot_be_read_is_like_a_damaged_one(tmp_path: Path, monkey
     monkeypatch.setattr(checkpoint, "record", failing)
     with pytest.warns(UserWarning, match=r"Input/output error.*0002/.*safetensors"):
         assert ca.latest_checkpoint(tmp_path) == tmp_path / "0001"
+
+
+def test_names_of_the_first_release_are_where_they_were() -> None:
+    from compiled_adam.checkpoint import _sealed, check_checkpoint
+
+    assert check_checkpoint is checkpoint.check_checkpoint and "sha256" in _sealed({})

@@ -79,3 +79,13 @@ def test_a_full_disk_is_said_once(tmp_path: Path) -> None:
         log.write({"iteration": 1})
     log.close()
     assert len(said) == 1 and "cannot be written any more" in said[0] and "No space left" in said[0]
+
+
+@pytest.mark.parametrize("text", ["mine\nmine too\n", "mine", '{"mine": 1}\n'])
+@pytest.mark.parametrize("keep", [0, 3])
+def test_a_file_that_is_no_log_is_kept(text: str, keep: int, tmp_path: Path) -> None:
+    file, said = tmp_path / "log.jsonl", []
+    file.write_text(text)
+    RunLog(file, keep, said.append).close()
+    assert (tmp_path / "damaged-log.jsonl").read_text() == text and file.read_text() == ""
+    assert len(said) == 1 and "damaged-log.jsonl now" in said[0]
