@@ -1,4 +1,4 @@
-"""Layers of experts in a trace of `activations`.
+"""Layers of experts in a trace of `step_memory`.
 
 mlx-lm sorts tokens by expert. The gradient of the experts' weights is then a ``SegmentedMM``, which MLX cannot export.
 Of tokens in any order MLX exports it: a product for each token, and a ``Scatter`` that adds the products. So layers are
