@@ -32,10 +32,13 @@ def recomputed(layers: Sequence[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def replaced(layers: Sequence[nn.Module], call: Callable[[type[nn.Module]], Callable[..., Any]]) -> Iterator[None]:
-    """Inside the block a call of each of these layers is ``call(class of the layer)(layer, ...)``."""
+def replaced(layers: Sequence[nn.Module], by: Callable[..., Any]) -> Iterator[None]:
+    """Inside the block ``layer(*args, **kwargs)``, of each of these, is ``by(layer, call, args, kwargs)``.
+
+    ``call`` is the layer's own ``__call__``, which is called as ``call(layer, *args, **kwargs)``.
+    """
     before = [(layer, type(layer)) for layer in layers]
-    classes = {kind: type(kind.__name__, (kind,), {"__call__": call(kind)}) for _, kind in before}
+    classes = {kind: _subclass(kind, by) for _, kind in before}
     # The class of these objects, and not the method of their class: other models have layers of the same class.
     try:
         for layer, kind in before:
@@ -46,15 +49,11 @@ def replaced(layers: Sequence[nn.Module], call: Callable[[type[nn.Module]], Call
             layer.__class__ = kind
 
 
-def _recomputing(kind: type[nn.Module]) -> Callable[..., Any]:
-    call: Callable[..., Any] = kind.__call__
+def _subclass(kind: type[nn.Module], by: Callable[..., Any]) -> type[nn.Module]:
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return by(self, kind.__call__, args, kwargs)
 
-    def recomputing(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if _has_object((args, kwargs)):
-            return call(self, *args, **kwargs)
-        return _recomputed(Call(self, call, args, kwargs))
-
-    return recomputing
+    return type(kind.__name__, (kind,), {"__call__": __call__})
 
 
 class Call:
@@ -79,14 +78,17 @@ class Call:
         return own, [mx.depends([each], own)[0] for each in given]
 
 
-def _recomputed(call: Call) -> Any:
+def _recomputing(layer: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    if not all(leaf is None or isinstance(leaf, (mx.array, str, int, float)) for leaf in _leaves((args, kwargs))):
+        return call(layer, *args, **kwargs)
+    of_arrays = Call(layer, call, args, kwargs)
     result: Any = None
     key = random_state.get()
 
     @mx.custom_function
     def checkpointed(inputs: list[mx.array]) -> list[mx.array]:
         nonlocal result
-        result = call(inputs)
+        result = of_arrays(inputs)
         return floats(result)
 
     @checkpointed.vjp
@@ -94,11 +96,11 @@ def _recomputed(call: Call) -> Any:
         # Nothing is computed again before the backward pass is here. A mask would else stay from the first pass.
         *primals, its_key = mx.depends([*primals, key], cotangents)
         with random_state.repeated(its_key):
-            _, found = mx.vjp(lambda *inputs: floats(call(inputs)), primals, cotangents)
-        own, given = call.gradients(found)
+            _, found = mx.vjp(lambda *inputs: floats(of_arrays(inputs)), primals, cotangents)
+        own, given = of_arrays.gradients(found)
         return [*own, *given]
 
-    outputs: Any = checkpointed(call.inputs)
+    outputs: Any = checkpointed(of_arrays.inputs)
     return with_floats(result, iter(outputs))
 
 
@@ -131,10 +133,6 @@ def with_floats(tree: Any, floats: Iterator[mx.array]) -> Any:
 
 def _is_float(leaf: Any) -> bool:
     return isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)
-
-
-def _has_object(tree: Any) -> bool:
-    return not all(leaf is None or isinstance(leaf, (mx.array, str, int, float)) for leaf in _leaves(tree))
 
 
 def _leaves(tree: Any) -> list[Any]:

@@ -10,16 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import compress
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 
-from ..base import Graph, InputError, Places, operations, peak, reached, strided, traced
+from ..base import Graph, InputError, Places, operations, peak, strided, traced
 from ..optimizers import Adam
-from ..step import chunk_rows, kept, kept_gradient, losses, update_of
+from ..step import chunk_rows, kept, kept_gradient, losses, trainable_of, update_of
 from .attention import in_blocks
 from .experts import traceable
 from .head import Parts, place
@@ -181,11 +180,9 @@ def _head(model: nn.Module, parts: Parts, batch: Batch, hidden: mx.array, tokens
 def _head_in_chunks(model: nn.Module, parts: Parts, hidden: mx.array, tokens: mx.array) -> list[mx.array]:
     """What `losses.linear_cross_entropy` computes, in the same order: the loss, and its gradients with respect to the
     hidden states and the trained parameters of the head."""
-    head, trained = parts.head(model), _trained(model)
+    head = parts.head(model)
     shape, hidden, targets = hidden.shape, hidden.reshape(-1, hidden.shape[-1]), tokens[:, 1:].reshape(-1)
-    sample = head(mx.zeros((1, shape[-1]), hidden.dtype))
-    used = reached([sample], trained.read())
-    own = Places(list(compress(zip(trained.paths, trained.containers, trained.keys, strict=True), used)))
+    own, sample = trainable_of(head, mx.zeros((1, shape[-1]), hidden.dtype))
     size = chunk_rows(sample.shape[-1])
     total, pieces, counts = mx.array(0.0), list[mx.array](), mx.ones(targets.shape, mx.bool_)
     sums = [mx.zeros(array.shape, mx.float32) for array in own.read()]
@@ -219,14 +216,9 @@ def _calls(model: nn.Module, parts: Parts, tokens: mx.array) -> tuple[list[Call]
     """The calls of the layers in a forward pass, from the first layer that is trained, and the hidden states."""
     calls: list[Call] = []
 
-    def recording(kind: type[nn.Module]) -> Callable[..., Any]:
-        call: Callable[..., Any] = kind.__call__
-
-        def recorded(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            calls.append(Call(self, call, args, kwargs))
-            return call(self, *args, **kwargs)
-
-        return recorded
+    def recording(layer: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        calls.append(Call(layer, call, args, kwargs))
+        return call(layer, *args, **kwargs)
 
     layers: Any = model.layers
     with replaced(layers, recording):
