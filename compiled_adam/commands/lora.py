@@ -198,7 +198,7 @@ def _options(args: types.SimpleNamespace, base: Any, valid_set: Any) -> TrainOpt
 def _batches(args: types.SimpleNamespace, bucket: float | None) -> partial[Batches]:
     """`Batches` with the options of a job."""
     grouped = like_mlx_lm.is_grouped(args)
-    lengths = padding.chosen(bucket, grouped, cuda=False if args.like_mlx_lm else None)
+    lengths = padding.chosen(bucket, grouped, cuda=not args.like_mlx_lm and padding.on_cuda())
     return partial(Batches, padding=lengths, group_by_length=grouped, batch_tokens=args.batch_tokens)
 
 

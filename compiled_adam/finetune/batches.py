@@ -85,21 +85,19 @@ class Batches:
             np.random.seed(seed)
         self._epoch_start: Any = None
         self._epoch = -1
-        self._drawn: list[Members] | None = None  # when the first batch is asked for, as a generator does it
+        self._drawn: list[Members] = []  # drawn when the first batch is asked for, as a generator does it
         self._next = 0
-        self.share = mx.array(
-            1.0
-        )  # tokens to predict in the last batch, of all processes, to those of an average batch
+        # Tokens to predict in the last batch, of all processes, to those of an average batch.
+        self.share = mx.array(1.0)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        if self._drawn is None or (self._loop and self._next == len(self._drawn)):
-            self._begin_epoch(self._epoch + 1)
-        assert self._drawn is not None
         if self._next == len(self._drawn):
-            raise StopIteration
+            if self._epoch >= 0 and not self._loop:
+                raise StopIteration
+            self._begin_epoch(self._epoch + 1)
         members = self._drawn[self._next]
         self._next += 1
         if self.grouped and self._targets:
@@ -180,7 +178,7 @@ class Batches:
                 " begins",
                 stacklevel=2,
             )
-        self._epoch_start, self._drawn, self._epoch, self._next = None, None, -1, 0
+        self._epoch_start, self._drawn, self._epoch, self._next = None, [], -1, 0
         if found.epoch_start is not None and now is None:
             np.random.set_state(found.epoch_start)
             self._begin_epoch(found.epoch)
