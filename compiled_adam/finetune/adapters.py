@@ -19,8 +19,6 @@ from .names import CONFIG, WEIGHTS
 from .options import called
 from .trainable import ADAPTERS, DTYPES, add_adapters
 
-_PEFT = "; the file has the names of Hugging Face's PEFT, and mlx-lm cannot read PEFT adapters"
-
 
 def load_weights(model: nn.Module, file: str | Path, *, wanted: Collection[str], allowed: Collection[str]) -> str:
     """Puts the arrays of a file into a model without a change of dtype; returns a line that says how many.
@@ -68,16 +66,12 @@ def load_adapters(model: nn.Module, folder: str | Path) -> str:
     Raises:
         ValueError: the folder, its configuration or its weights cannot be used, as for `load_weights`.
     """
-    check_folder(folder)
-    folder = Path(folder)
-    kind, num_layers, parameters = _read_config(folder / CONFIG)
-    if kind != "full":
-        add_adapters(model, num_layers, parameters, dora=kind == "dora")
-    every = list(dict(tree_flatten(model.parameters())))
-    adapters = [name for name in every if name.rsplit(".", 1)[-1] in ADAPTERS]
-    file = folder / WEIGHTS
+    file = Path(folder) / WEIGHTS
+    kind, num_layers, parameters = _read_config(Path(folder) / CONFIG)
     if kind == "full":
-        return load_weights(model, file, wanted=(), allowed=every)
+        return load_weights(model, file, wanted=(), allowed=dict(tree_flatten(model.parameters())))
+    add_adapters(model, num_layers, parameters, dora=kind == "dora")
+    adapters = [name for name in dict(tree_flatten(model.parameters())) if name.rsplit(".", 1)[-1] in ADAPTERS]
     if left := sorted(set(read_arrays(file)) - set(adapters)):
         # mlx-lm refuses them, too: with other layers than the configuration says a test would be of something else.
         raise InputError(
@@ -164,7 +158,7 @@ def _read_config(file: Path) -> tuple[str, int, dict[str, Any]]:
     if kind == "full":
         return kind, -1, {}
     num_layers, parameters = config.get("num_layers"), config.get("lora_parameters")
-    if isinstance(num_layers, bool) or not isinstance(num_layers, int):
+    if type(num_layers) is not int:
         raise InputError(f"{file}: num_layers is {num_layers!r}; it must be a whole number")
     if not isinstance(parameters, Mapping):
         raise InputError(f"{file}: lora_parameters is {parameters!r}; it must be a mapping")
@@ -190,7 +184,9 @@ def _some(names: Collection[str]) -> str:
 
 
 def _peft(names: Collection[str]) -> str:
-    return _PEFT if any("lora_A" in name or name.startswith("base_model.") for name in names) else ""
+    """The end of a sentence about names that do not fit, if they are those of PEFT."""
+    theirs = any("lora_A" in name or name.startswith("base_model.") for name in names)
+    return "; the file has the names of Hugging Face's PEFT, and mlx-lm cannot read PEFT adapters" if theirs else ""
 
 
 def _described(array: mx.array) -> str:

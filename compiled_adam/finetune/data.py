@@ -29,14 +29,14 @@ def load(args: types.SimpleNamespace, tokenizer: Any) -> tuple[Any, Any, Any]:
     needed = [*(["train", "valid"] if args.train else []), *(["test"] if args.test else [])]
     folder = Path(args.data)
     if getattr(args, "hf_dataset", None):
-        found = _from_hub(args, tokenizer, needed)
+        found = _from_hub(args, tokenizer)
     elif folder.exists():
         if not folder.is_dir():
             raise InputError(f"data is {args.data!r}, which is a file; give the folder of train.jsonl")
         found = {name: read(folder / f"{name}.jsonl", tokenizer, args) for name in needed}
     else:
         print(f"Loading Hugging Face dataset {args.data}.")
-        found = _from_hub(args, tokenizer, needed)
+        found = _from_hub(args, tokenizer)
     for name, title, why in (
         ("train", "Training", "Must provide training set for fine-tuning"),
         ("test", "Test", "Must provide test set for evaluation"),
@@ -73,13 +73,9 @@ def read(file: Path, tokenizer: Any, config: Any) -> Any:
     if not rows:
         raise InputError(f"{file} has no examples; give it some, or remove it")
     found = _format(rows, tokenizer, config, f"{file} line {lines[0]}")
-    made = Located(found, lambda i: f"{file} line {lines[i]}", _turns_only(config))
+    made = Located(found, lambda i: f"{file} line {lines[i]}", getattr(config, "assistant_only_loss", False))
     made.check()
     return made
-
-
-def _turns_only(config: Any) -> bool:
-    return bool(getattr(config, "assistant_only_loss", None))
 
 
 def _parsed(line: bytes, place: str) -> Any:
@@ -124,16 +120,11 @@ def _format(rows: Any, tokenizer: Any, config: Any, place: str) -> Any:
     return create_dataset(rows, tokenizer, config)
 
 
-def _from_hub(args: types.SimpleNamespace, tokenizer: Any, needed: list[str]) -> dict[str, Any]:
+def _from_hub(args: types.SimpleNamespace, tokenizer: Any) -> dict[str, Any]:
     """The data sets as mlx-lm loads them. Rows are checked when they are tokenized, because there may be many."""
     sets = getattr(args, "hf_dataset", None) or []
     sets = [sets] if isinstance(sets, dict) else sets
-    what = " and ".join(str(each.get("path")) for each in sets) or args.data
-    for each in sets:
-        if not isinstance(each.get("path"), str):
-            raise InputError("hf_dataset has no path; give the name of a data set on Hugging Face")
-        if "test" in needed and not each.get("test_split"):
-            raise InputError(f"hf_dataset {what} has no test_split, which --test needs")
+    what = " and ".join(each["path"] for each in sets) or args.data
     subject = (
         f"hf_dataset {what}"
         if sets
@@ -150,6 +141,8 @@ def _from_hub(args: types.SimpleNamespace, tokenizer: Any, needed: list[str]) ->
     except (exceptions.DatasetsError, ValueError, OSError) as error:  # no such name, split, configuration or format
         raise InputError(f"{subject} cannot be used: {error}") from error
     return {
-        name: Located(data, partial(example, name=title), _turns_only(args)) if len(data) else []
+        name: Located(data, partial(example, name=title), getattr(args, "assistant_only_loss", False))
+        if len(data)
+        else []
         for (name, title), data in zip(NAMES.items(), found, strict=True)
     }
