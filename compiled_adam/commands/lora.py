@@ -305,8 +305,8 @@ def make_trainable(args: types.SimpleNamespace, model: nn.Module) -> None:
 
 def _begin_with(args: types.SimpleNamespace, model: nn.Module) -> None:
     """Puts the weights of ``resume_adapter_file`` into the model, and says how many."""
-    every, trained = (list(dict(tree_flatten(tree))) for tree in (model.parameters(), model.trainable_parameters()))
-    print(load_weights(model, args.resume_adapter_file, wanted=trained, allowed=every))
+    trained = dict(tree_flatten(model.trainable_parameters()))
+    print(load_weights(model, args.resume_adapter_file, wanted=trained))
     cast(model, args.dtype)  # the file may have another one
     if note := other_scale(args.resume_adapter_file, args.lora_parameters):
         print(f"note: {note}")

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..base import InputError, Row, table
+from ..base import InputError, differences, table
 from ..checkpoint import check_finite
 from .lora_values import lora_parameters
 from .model_files import check_safetensors
@@ -20,14 +20,15 @@ from .options import called
 from .trainable import ADAPTERS, DTYPES, add_adapters
 
 
-def load_weights(model: nn.Module, file: str | Path, *, wanted: Collection[str], allowed: Collection[str]) -> str:
+def load_weights(model: nn.Module, file: str | Path, wanted: Collection[str]) -> str:
     """Puts the arrays of a file into a model without a change of dtype; returns a line that says how many.
 
     Args:
         model: gets the arrays, by the paths of its parameters.
         file: a .safetensors or .npz file.
-        wanted: the paths that the file should have, such as those of all trained parameters. Some may be missing.
-        allowed: the paths that are used. Others are ignored, as in mlx-lm, if the file has at least one wanted path.
+        wanted: the paths that the file should have, such as those of all trained parameters. Some may be missing, and
+            paths that the model does not have are ignored, as in mlx-lm, if the file has at least one wanted path. None
+            wanted: any path of the model will do.
 
     Raises:
         ValueError: the file cannot be read, nothing of it fits, or an array has another shape or kind of dtype, or
@@ -35,19 +36,15 @@ def load_weights(model: nn.Module, file: str | Path, *, wanted: Collection[str],
     """
     arrays = read_arrays(Path(file))
     parameters = dict(tree_flatten(model.parameters()))
-    used = {name: array for name, array in arrays.items() if name in allowed}
+    used = {name: array for name, array in arrays.items() if name in parameters}
     if not used or (wanted and not used.keys() & set(wanted)):
         raise InputError(
-            f"nothing that is trained is in {file}: it has {_some(arrays)}; the model has {_some(wanted or allowed)}"
-            f"{_peft(arrays)}"
+            f"nothing that is trained is in {file}: it has {_some(arrays)}; the model has"
+            f" {_some(wanted or parameters)}{_peft(arrays)}"
         )
-    rows: list[Row] = []
-    for name, array in sorted(used.items()):
-        here = parameters[name]
-        both_floats = mx.issubdtype(array.dtype, mx.floating) and mx.issubdtype(here.dtype, mx.floating)
-        if array.shape != here.shape or not (both_floats or array.dtype == here.dtype):
-            rows.append((name, _described(here), _described(array)))
-    if rows:
+    others = {name: array for name, array in used.items() if not _fits(array, parameters[name])}
+    if others:
+        rows = differences({name: parameters[name] for name in others}, others)
         raise InputError(
             f"{file} does not fit the model; was it made with another rank (lora_parameters), or for another model?\n"
             + table(("array", "here", "file"), rows, most=8)
@@ -69,7 +66,7 @@ def load_adapters(model: nn.Module, folder: str | Path) -> str:
     file = Path(folder) / WEIGHTS
     kind, num_layers, parameters = _read_config(Path(folder) / CONFIG)
     if kind == "full":
-        return load_weights(model, file, wanted=(), allowed=dict(tree_flatten(model.parameters())))
+        return load_weights(model, file, wanted=())
     add_adapters(model, num_layers, parameters, dora=kind == "dora")
     adapters = [name for name in dict(tree_flatten(model.parameters())) if name.rsplit(".", 1)[-1] in ADAPTERS]
     if left := sorted(set(read_arrays(file)) - set(adapters)):
@@ -78,7 +75,7 @@ def load_adapters(model: nn.Module, folder: str | Path) -> str:
             f"{file} has {len(left)} arrays that the model does not have: {_some(left)}; the model has"
             f" {_some(adapters)}{_peft(left)}"
         )
-    return load_weights(model, file, wanted=adapters, allowed=adapters)
+    return load_weights(model, file, wanted=adapters)
 
 
 def trained_dtype(folder: str | Path) -> str | None:
@@ -189,5 +186,6 @@ def _peft(names: Collection[str]) -> str:
     return "; the file has the names of Hugging Face's PEFT, and mlx-lm cannot read PEFT adapters" if theirs else ""
 
 
-def _described(array: mx.array) -> str:
-    return f"{str(array.dtype).removeprefix('mlx.core.')} {array.shape}"
+def _fits(array: mx.array, parameter: mx.array) -> bool:
+    both_floats = all(mx.issubdtype(each.dtype, mx.floating) for each in (array, parameter))
+    return array.shape == parameter.shape and (both_floats or array.dtype == parameter.dtype)
