@@ -17,7 +17,7 @@ from .lora_values import lora_parameters
 from .model_files import check_safetensors
 from .names import CONFIG, WEIGHTS
 from .options import called
-from .trainable import ADAPTERS, DTYPES, add_adapters
+from .trainable import DTYPES, add_adapters, is_adapter
 
 
 def load_weights(model: nn.Module, file: str | Path, wanted: Collection[str]) -> str:
@@ -68,7 +68,7 @@ def load_adapters(model: nn.Module, folder: str | Path) -> str:
     if kind == "full":
         return load_weights(model, file, wanted=())
     add_adapters(model, num_layers, parameters, dora=kind == "dora")
-    adapters = [name for name in dict(tree_flatten(model.parameters())) if name.rsplit(".", 1)[-1] in ADAPTERS]
+    adapters = list(filter(is_adapter, dict(tree_flatten(model.parameters()))))
     if left := sorted(set(read_arrays(file)) - set(adapters)):
         # mlx-lm refuses them, too: with other layers than the configuration says a test would be of something else.
         raise InputError(

@@ -108,12 +108,13 @@ def _format(rows: Any, tokenizer: Any, config: Any, place: str) -> Any:
         for key, default in (("text", "text"), ("chat", "messages"), ("prompt", "prompt"), ("completion", "completion"))
     )
     first = rows[0]
-    if not ((prompt in first and completion in first) or chat in first or text in first):
+    has_prompt = (prompt in first and completion in first) or chat in first
+    if not (has_prompt or text in first):
         raise InputError(
             f"{place} has the keys {', '.join(map(repr, first)) or 'of nothing'}; an example has {text!r}, or {chat!r},"
             f" or {prompt!r} and {completion!r}. Rename them, or name yours in YAML, as in text_feature: ..."
         )
-    if getattr(config, "mask_prompt", False) and not ((prompt in first and completion in first) or chat in first):
+    if getattr(config, "mask_prompt", False) and not has_prompt:
         raise InputError(
             f"{place} has only a text; {called('mask_prompt')} needs a prompt and a completion, or messages"
         )

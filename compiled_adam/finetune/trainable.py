@@ -17,8 +17,12 @@ from .options import called
 _QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
 _DORA = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
 _LORA = (*_DORA, SwitchLinear, QuantizedSwitchLinear)  # beside modules that have a `to_lora` of their own
-ADAPTERS = ("lora_a", "lora_b", "m")  # the last parts of the names of parameters of LoRA and DoRA
 DTYPES = {"bfloat16": mx.bfloat16, "float32": mx.float32}  # of weights that are cast
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a parameter is one of LoRA or DoRA."""
+    return path.rsplit(".", 1)[-1] in ("lora_a", "lora_b", "m")
 
 
 def cast(model: nn.Module, dtype: str | None) -> None:
@@ -37,8 +41,7 @@ def cast(model: nn.Module, dtype: str | None) -> None:
     kept = getattr(model, "cast_predicate", lambda path: True)
 
     def as_asked(path: str, array: mx.array) -> mx.array:
-        adapter = path.rsplit(".", 1)[-1] in ADAPTERS
-        casts = mx.issubdtype(array.dtype, mx.floating) and kept(path) and not adapter
+        casts = mx.issubdtype(array.dtype, mx.floating) and kept(path) and not is_adapter(path)
         return array.astype(DTYPES[dtype]) if casts else array
 
     model.update(tree_map_with_path(as_asked, model.parameters()))
