@@ -42,7 +42,7 @@ def tokenized(tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Any)
     all characters of the token are. The last turn of a conversation has the tokens that ``mask_prompt`` trains.
 
     Args:
-        tokenizer: mlx-lm's, or one of transformers.
+        tokenizer: mlx-lm's, which wraps one of transformers.
         messages, tools: what the chat template gets.
 
     Raises:
@@ -56,7 +56,7 @@ def tokenized(tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Any)
     else:
         whole = text(messages)
         found = [_turn(text, messages, k, whole) for k, message in enumerate(messages) if is_turn(message)]
-        spans = _tokens_of(tokenizer, whole, tokens, found)
+        spans = _tokens_of(tokenizer._tokenizer, whole, tokens, found)
     if not spans:
         raise InputError(f"the chat template marks no token as the assistant's; {_REMEDY}")
     return tokens, spans
@@ -104,9 +104,8 @@ def _turn(text: Text, messages: Sequence[Mapping[str, Any]], k: int, whole: str)
 
 def _tokens_of(tokenizer: Any, whole: str, tokens: list[int], found: list[Span]) -> list[Span]:
     """The tokens of each turn; ``found`` has the characters of ``whole``, the text of all ``tokens``."""
-    inner = getattr(tokenizer, "_tokenizer", tokenizer)
-    if getattr(inner, "is_fast", False):
-        encoded = inner(whole, add_special_tokens=False, return_offsets_mapping=True)
+    if getattr(tokenizer, "is_fast", False):
+        encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
         same, offsets = encoded["input_ids"] == tokens, encoded["offset_mapping"]
         begins, ends = ([each[side] for each in offsets] for side in (0, 1))
         spans = [(bisect_left(begins, begin), bisect_right(ends, end)) for begin, end in found]
@@ -123,18 +122,16 @@ def _tokens_of(tokenizer: Any, whole: str, tokens: list[int], found: list[Span])
 
 
 def _marks_turns(tokenizer: Any, tools: Any) -> bool:
-    if getattr(tokenizer, "_chat_template", None) is not None:  # a function of mlx-lm
+    if tokenizer._chat_template is not None:  # a function of mlx-lm
         return False
-    inner = getattr(tokenizer, "_tokenizer", tokenizer)
-    return _MARK.search(inner.get_chat_template(tools=tools)) is not None
+    return _MARK.search(tokenizer._tokenizer.get_chat_template(tools=tools)) is not None
 
 
 def _marked(tokenizer: Any, messages: Any, tools: Any, tokens: list[int]) -> list[Span]:
     """The spans that the template marks, as transformers finds them."""
-    inner = getattr(tokenizer, "_tokenizer", tokenizer)
     # What mlx-lm adds to each call of a template.
-    more = {getattr(tokenizer, "_thinking_kwarg", "enable_thinking"): getattr(tokenizer, "has_thinking", False)}
-    found = inner.apply_chat_template(
+    more = {getattr(tokenizer, "_thinking_kwarg", "enable_thinking"): tokenizer.has_thinking}
+    found = tokenizer._tokenizer.apply_chat_template(
         messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True, **more
     )
     if found["input_ids"] != tokens:

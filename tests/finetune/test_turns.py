@@ -216,7 +216,10 @@ class Adds:
     """A tokenizer that writes one more token after a conversation than its text has."""
 
     def __init__(self, tokenizer) -> None:
-        self._own, self._tokenizer = tokenizer, tokenizer._tokenizer
+        self._own = tokenizer
+
+    def __getattr__(self, name: str):
+        return getattr(self._own, name)
 
     def apply_chat_template(self, *args, tokenize: bool = True, **options):
         found = self._own.apply_chat_template(*args, tokenize=tokenize, **options)
