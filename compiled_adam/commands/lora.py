@@ -31,11 +31,11 @@ from ..finetune.adapters import check_folder, load_adapters, load_weights, other
 from ..finetune.batches import Batches
 from ..finetune.chunked import ChunkedLoss
 from ..finetune.console import TrainingProgress, stage
+from ..finetune.data import tokenize
 from ..finetune.lora_values import OPTIMIZERS, check_rates
 from ..finetune.names import LOG, REPORT, WEIGHTS
 from ..finetune.options import TrainOptions, called
 from ..finetune.saving import has_checkpoints
-from ..finetune.tokenizing import tokenize
 from ..finetune.trainable import add_adapters, cast, check_layers, unfreeze_last
 from ..finetune.trainer import Job
 from ..finetune.validation import mean_loss, no_targets

@@ -13,11 +13,13 @@ from typing import Any
 from mlx_lm.tuner.datasets import create_dataset, load_dataset
 
 from ..base import InputError
+from .console import TrainingProgress
 from .options import called
 from .places import near
 from .rows import Located, example
 
 NAMES = {"train": "train set", "valid": "validation set", "test": "test set"}
+_MANY = 1000  # examples, whose tokenizing takes a second
 
 
 def load(args: types.SimpleNamespace, tokenizer: Any) -> tuple[Any, Any, Any]:
@@ -141,9 +143,23 @@ def _from_hub(args: types.SimpleNamespace, tokenizer: Any) -> dict[str, Any]:
         raise InputError(f"{subject} has a split without examples") from error
     except (exceptions.DatasetsError, ValueError, OSError) as error:  # no such name, split, configuration or format
         raise InputError(f"{subject} cannot be used: {error}") from error
+    turns_only = getattr(args, "assistant_only_loss", False)
     return {
-        name: Located(data, partial(example, name=title), getattr(args, "assistant_only_loss", False))
-        if len(data)
-        else []
+        name: Located(data, partial(example, name=title), turns_only) if len(data) else []
         for (name, title), data in zip(NAMES.items(), found, strict=True)
     }
+
+
+def tokenize(dataset: Any, quiet: bool = False) -> None:
+    """Tokenizes the examples of a `CacheDataset` that are not tokenized yet; says so unless they are few.
+
+    Checkpoints need it, to notice that a resumed run has other data, and batches of similar length.
+    """
+    missing = [i for i, item in enumerate(getattr(dataset, "_proc_data", ())) if item is None]
+    if len(missing) <= _MANY:
+        return  # whoever needs the examples tokenizes them
+    what = f"tokenizing {len(missing):,} examples"
+    with TrainingProgress(len(missing), quiet, "tokenize") as progress, progress.stage(what):
+        for index in missing:
+            dataset[index]
+            progress.advance()
