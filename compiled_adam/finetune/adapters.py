@@ -37,7 +37,7 @@ def load_weights(model: nn.Module, file: str | Path, wanted: Collection[str]) ->
     arrays = read_arrays(Path(file))
     parameters = dict(tree_flatten(model.parameters()))
     used = {name: array for name, array in arrays.items() if name in parameters}
-    if not used or (wanted and not used.keys() & set(wanted)):
+    if not used.keys() & set(wanted or parameters):
         raise InputError(
             f"nothing that is trained is in {file}: it has {_some(arrays)}; the model has"
             f" {_some(wanted or parameters)}{_peft(arrays)}"
@@ -123,10 +123,10 @@ def read_arrays(file: Path) -> dict[str, mx.array]:
     if file.suffix == ".safetensors":
         check_safetensors(file)
     try:
-        arrays = mx.load(str(file))
+        arrays: Any = mx.load(str(file))
     except (RuntimeError, ValueError) as error:
         raise InputError(f"{file} cannot be read: {error}") from None
-    if not isinstance(arrays, dict) or not arrays:
+    if not arrays:
         raise InputError(f"{file} has no arrays; give a file of weights")
     return arrays
 
@@ -177,7 +177,7 @@ def _counted(arrays: Collection[str], used: Collection[str], wanted: Collection[
 
 def _some(names: Collection[str]) -> str:
     shown = sorted(names)[:3]
-    return ", ".join(shown) + (", ..." if len(names) > len(shown) else "") if shown else "nothing"
+    return ", ".join([*shown, "..."] if len(names) > len(shown) else shown)
 
 
 def _peft(names: Collection[str]) -> str:

@@ -148,9 +148,9 @@ def optimizer_config(given: Mapping[str, Any], optimizer: str) -> dict[str, dict
     for name, config in given.items():
         if config is not None and not isinstance(config, Mapping):
             raise InputError(f"optimizer_config: {name} is {config!r}; it must be a mapping of arguments to values")
-        checked[name] = {key: as_float(value) for key, value in (config or {}).items()}
+        values = checked[name] = {key: as_float(value) for key, value in (config or {}).items()}
         keywords = _keywords(name)
-        for key, value in checked[name].items():
+        for key, value in values.items():
             if key not in keywords:
                 hint = "; the learning rate is an option of its own" if key == "learning_rate" else ""
                 raise InputError(
@@ -158,10 +158,10 @@ def optimizer_config(given: Mapping[str, Any], optimizer: str) -> dict[str, dict
                 )
             if name not in ("adam", "adamw"):  # ours check their own
                 _check_like(f"optimizer_config of {name}: {key}", value, keywords[key])
-        if (factor := checked[name].get(ADAMW_FACTOR)) == 0:
+        if (factor := values.get(ADAMW_FACTOR)) == 0:
             raise InputError(f"optimizer_config of {name}: {ADAMW_FACTOR} is {factor!r}; it must be above 0")
         try:
-            OPTIMIZERS[name](learning_rate=0.0, **{k: x for k, x in checked[name].items() if k != ADAMW_FACTOR})
+            OPTIMIZERS[name](learning_rate=0.0, **{key: values[key] for key in values if key != ADAMW_FACTOR})
         except (TypeError, ValueError) as error:
             raise InputError(f"optimizer_config of {name}: {error}") from None
     return checked
