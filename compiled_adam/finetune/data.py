@@ -44,9 +44,10 @@ def load(args: types.SimpleNamespace, tokenizer: Any) -> tuple[Any, Any, Any]:
         ("test", "Test", "Must provide test set for evaluation"),
     ):
         if name in needed and not len(found[name]):
-            here = sorted(path.name for path in folder.iterdir())[:5] if folder.is_dir() else []
-            other = f", but {', '.join(here)}" if here else ": it is empty"
-            has = f": {folder} has no {name}.jsonl{other}" if folder.is_dir() else ""
+            has = ""
+            if folder.is_dir():
+                here = sorted(path.name for path in folder.iterdir())[:5]
+                has = f": {folder} has no {name}.jsonl" + (f", but {', '.join(here)}" if here else ": it is empty")
             raise InputError(f"{title} set not found or empty{has}. {why}.")
     if "valid" in needed and not len(found["valid"]):
         print("Warning: Validation set not found or empty. Training will proceed without validation.")

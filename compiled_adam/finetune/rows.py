@@ -71,8 +71,7 @@ class Located:
         except Exception as error:
             if isinstance(error, TemplateError) or _in_a_template(error):
                 raise InputError(f"{row.place}: the model's chat template refuses it: {error}") from error
-            is_text = isinstance(error, IndexError) and isinstance(row.data, TextDataset)
-            if is_text and not row.data.tokenizer.encode(row[row.data.text_key]):
+            if isinstance(row.data, TextDataset) and not row.data.tokenizer.encode(row[row.data.text_key]):
                 raise InputError(f"{row.place}: the tokenizer makes no token of it; remove the row") from error
             raise
 

@@ -305,6 +305,9 @@ def test_sets_of_several_formats_from_hugging_face(chat) -> None:
     assert rows.process(rows[1]) == turns.tokenized(tokenizer, TALK, None)
     with pytest.raises(InputError, match=r"^row 2 has only a text; assistant_only_loss"):
         rows.process(rows[2])
+    parts[2] = TextDataset([{"txt": "2 + 2"}], tokenizer)
+    with pytest.raises(InputError, match=r"^row 2 has no 'text', .*; it has 'txt'$"):  # and not what mlx-lm adds
+        rows.process(rows[2])
 
 
 # Batches of such examples, and the loss.
