@@ -31,11 +31,11 @@ from ..finetune.adapters import check_folder, load_adapters, load_weights, other
 from ..finetune.batches import Batches
 from ..finetune.chunked import ChunkedLoss
 from ..finetune.console import TrainingProgress, stage
+from ..finetune.data import tokenize
 from ..finetune.lora_values import OPTIMIZERS, check_rates
 from ..finetune.names import LOG, REPORT, WEIGHTS
 from ..finetune.options import TrainOptions, called
 from ..finetune.saving import has_checkpoints
-from ..finetune.tokenizing import tokenize
 from ..finetune.trainable import add_adapters, cast, check_layers, unfreeze_last
 from ..finetune.trainer import Job
 from ..finetune.validation import mean_loss, no_targets
@@ -199,7 +199,7 @@ def _options(args: types.SimpleNamespace, base: Any, valid_set: Any) -> TrainOpt
 
 def _batches(args: types.SimpleNamespace, bucket: float | None) -> partial[Batches]:
     grouped = like_mlx_lm.is_grouped(args)
-    lengths = padding.chosen(bucket, grouped, cuda=False if args.like_mlx_lm else None)
+    lengths = padding.chosen(bucket, grouped, cuda=not args.like_mlx_lm and padding.on_cuda())
     return partial(Batches, padding=lengths, group_by_length=grouped, batch_tokens=args.batch_tokens)
 
 
@@ -302,8 +302,8 @@ def make_trainable(args: types.SimpleNamespace, model: nn.Module) -> None:
 
 def _begin_with(args: types.SimpleNamespace, model: nn.Module) -> None:
     """Puts the weights of ``resume_adapter_file`` into the model, and says how many."""
-    every, trained = (list(dict(tree_flatten(tree))) for tree in (model.parameters(), model.trainable_parameters()))
-    print(load_weights(model, args.resume_adapter_file, wanted=trained, allowed=every))
+    trained = dict(tree_flatten(model.trainable_parameters()))
+    print(load_weights(model, args.resume_adapter_file, wanted=trained))
     cast(model, args.dtype)  # the file may have another one
     if note := other_scale(args.resume_adapter_file, args.lora_parameters):
         print(f"note: {note}")

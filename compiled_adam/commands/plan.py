@@ -22,10 +22,9 @@ from rich.table import Table
 
 from ..base import InputError
 from ..distributed import reduce, shard
-from ..finetune import activations, model_config
-from ..finetune.activations import Batch, Pass
+from ..finetune import model_config, step_memory
 from ..finetune.metrics import machine_memory
-from ..finetune.update_memory import of_update
+from ..finetune.step_memory import Batch, Pass, of_update
 from ..optimizers import Adam, ForSteps, any_optimizer
 from ..step import losses
 from ..update import POLICIES
@@ -254,9 +253,9 @@ def describe(made: Plan, link: float) -> list[str]:
 def _followed(built: _Built, workers: int) -> tuple[Callable[[Batch], Pass], Callable[[str, int], int]]:
     """Functions that follow a forward and backward pass, and an update with a policy. Both remember what they found."""
     args, model, _, _ = built
-    passed: Callable[[Batch], Pass] = cache(partial(activations.of_pass, model))
+    passed: Callable[[Batch], Pass] = cache(partial(step_memory.of_pass, model))
     passed(of_batch(args, workers))
-    layout = activations.layout(model)
+    layout = step_memory.layout(model)
 
     @cache
     def updated(policy: str, accumulate: int) -> int:

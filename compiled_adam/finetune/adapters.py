@@ -11,25 +11,24 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..base import InputError, Row, table
+from ..base import InputError, differences, table
 from ..checkpoint import check_finite
 from .lora_values import lora_parameters
 from .model_files import check_safetensors
 from .names import CONFIG, WEIGHTS
 from .options import called
-from .trainable import ADAPTERS, DTYPES, add_adapters
-
-_PEFT = "; the file has the names of Hugging Face's PEFT, and mlx-lm cannot read PEFT adapters"
+from .trainable import DTYPES, add_adapters, is_adapter
 
 
-def load_weights(model: nn.Module, file: str | Path, *, wanted: Collection[str], allowed: Collection[str]) -> str:
+def load_weights(model: nn.Module, file: str | Path, wanted: Collection[str]) -> str:
     """Puts the arrays of a file into a model without a change of dtype; returns a line that says how many.
 
     Args:
         model: gets the arrays, by the paths of its parameters.
         file: a .safetensors or .npz file.
-        wanted: the paths that the file should have, such as those of all trained parameters. Some may be missing.
-        allowed: the paths that are used. Others are ignored, as in mlx-lm, if the file has at least one wanted path.
+        wanted: the paths that the file should have, such as those of all trained parameters. Some may be missing, and
+            paths that the model does not have are ignored, as in mlx-lm, if the file has at least one wanted path. None
+            wanted: any path of the model will do.
 
     Raises:
         ValueError: the file cannot be read, nothing of it fits, or an array has another shape or kind of dtype, or
@@ -37,19 +36,15 @@ def load_weights(model: nn.Module, file: str | Path, *, wanted: Collection[str],
     """
     arrays = read_arrays(Path(file))
     parameters = dict(tree_flatten(model.parameters()))
-    used = {name: array for name, array in arrays.items() if name in allowed}
-    if not used or (wanted and not used.keys() & set(wanted)):
+    used = {name: array for name, array in arrays.items() if name in parameters}
+    if not used.keys() & set(wanted or parameters):
         raise InputError(
-            f"nothing that is trained is in {file}: it has {_some(arrays)}; the model has {_some(wanted or allowed)}"
-            f"{_peft(arrays)}"
+            f"nothing that is trained is in {file}: it has {_some(arrays)}; the model has"
+            f" {_some(wanted or parameters)}{_peft(arrays)}"
         )
-    rows: list[Row] = []
-    for name, array in sorted(used.items()):
-        here = parameters[name]
-        both_floats = mx.issubdtype(array.dtype, mx.floating) and mx.issubdtype(here.dtype, mx.floating)
-        if array.shape != here.shape or not (both_floats or array.dtype == here.dtype):
-            rows.append((name, _described(here), _described(array)))
-    if rows:
+    others = {name: array for name, array in used.items() if not _fits(array, parameters[name])}
+    if others:
+        rows = differences({name: parameters[name] for name in others}, others)
         raise InputError(
             f"{file} does not fit the model; was it made with another rank (lora_parameters), or for another model?\n"
             + table(("array", "here", "file"), rows, most=8)
@@ -68,23 +63,19 @@ def load_adapters(model: nn.Module, folder: str | Path) -> str:
     Raises:
         ValueError: the folder, its configuration or its weights cannot be used, as for `load_weights`.
     """
-    check_folder(folder)
-    folder = Path(folder)
-    kind, num_layers, parameters = _read_config(folder / CONFIG)
-    if kind != "full":
-        add_adapters(model, num_layers, parameters, dora=kind == "dora")
-    every = list(dict(tree_flatten(model.parameters())))
-    adapters = [name for name in every if name.rsplit(".", 1)[-1] in ADAPTERS]
-    file = folder / WEIGHTS
+    file = Path(folder) / WEIGHTS
+    kind, num_layers, parameters = _read_config(Path(folder) / CONFIG)
     if kind == "full":
-        return load_weights(model, file, wanted=(), allowed=every)
+        return load_weights(model, file, wanted=())
+    add_adapters(model, num_layers, parameters, dora=kind == "dora")
+    adapters = list(filter(is_adapter, dict(tree_flatten(model.parameters()))))
     if left := sorted(set(read_arrays(file)) - set(adapters)):
         # mlx-lm refuses them, too: with other layers than the configuration says a test would be of something else.
         raise InputError(
             f"{file} has {len(left)} arrays that the model does not have: {_some(left)}; the model has"
             f" {_some(adapters)}{_peft(left)}"
         )
-    return load_weights(model, file, wanted=adapters, allowed=adapters)
+    return load_weights(model, file, wanted=adapters)
 
 
 def trained_dtype(folder: str | Path) -> str | None:
@@ -132,10 +123,10 @@ def read_arrays(file: Path) -> dict[str, mx.array]:
     if file.suffix == ".safetensors":
         check_safetensors(file)
     try:
-        arrays = mx.load(str(file))
+        arrays: Any = mx.load(str(file))
     except (RuntimeError, ValueError) as error:
         raise InputError(f"{file} cannot be read: {error}") from None
-    if not isinstance(arrays, dict) or not arrays:
+    if not arrays:
         raise InputError(f"{file} has no arrays; give a file of weights")
     return arrays
 
@@ -164,7 +155,7 @@ def _read_config(file: Path) -> tuple[str, int, dict[str, Any]]:
     if kind == "full":
         return kind, -1, {}
     num_layers, parameters = config.get("num_layers"), config.get("lora_parameters")
-    if isinstance(num_layers, bool) or not isinstance(num_layers, int):
+    if type(num_layers) is not int:
         raise InputError(f"{file}: num_layers is {num_layers!r}; it must be a whole number")
     if not isinstance(parameters, Mapping):
         raise InputError(f"{file}: lora_parameters is {parameters!r}; it must be a mapping")
@@ -186,12 +177,15 @@ def _counted(arrays: Collection[str], used: Collection[str], wanted: Collection[
 
 def _some(names: Collection[str]) -> str:
     shown = sorted(names)[:3]
-    return ", ".join(shown) + (", ..." if len(names) > len(shown) else "") if shown else "nothing"
+    return ", ".join([*shown, "..."] if len(names) > len(shown) else shown)
 
 
 def _peft(names: Collection[str]) -> str:
-    return _PEFT if any("lora_A" in name or name.startswith("base_model.") for name in names) else ""
+    """The end of a sentence about names that do not fit, if they are those of PEFT."""
+    theirs = any("lora_A" in name or name.startswith("base_model.") for name in names)
+    return "; the file has the names of Hugging Face's PEFT, and mlx-lm cannot read PEFT adapters" if theirs else ""
 
 
-def _described(array: mx.array) -> str:
-    return f"{str(array.dtype).removeprefix('mlx.core.')} {array.shape}"
+def _fits(array: mx.array, parameter: mx.array) -> bool:
+    both_floats = all(mx.issubdtype(each.dtype, mx.floating) for each in (array, parameter))
+    return array.shape == parameter.shape and (both_floats or array.dtype == parameter.dtype)

@@ -21,7 +21,7 @@ MOST = 8  # blocks, so that graphs stay small
 Attention = Callable[..., mx.array]
 # Of this thread. Threads enter and leave contexts in any order, so the last one to leave gives MLX its function back.
 _wanted: ContextVar[bool] = ContextVar("wanted", default=False)
-_mlxs: list[Attention] = []  # once for each context that is open
+_mlxs: list[Attention] = []  # one for each context that is open; the first is the one to give back
 _changing = Lock()
 
 
@@ -34,7 +34,7 @@ def in_blocks(wanted: bool = True) -> Iterator[None]:
     """
     before = _wanted.set(wanted)
     with _changing:
-        _mlxs.append(_mlxs[0] if _mlxs else mx.fast.scaled_dot_product_attention)
+        _mlxs.append(mx.fast.scaled_dot_product_attention)
         if len(_mlxs) == 1:
             mx.fast.scaled_dot_product_attention = _blocks_of(_mlxs[0])
     try:

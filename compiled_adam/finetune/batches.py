@@ -85,21 +85,19 @@ class Batches:
             np.random.seed(seed)
         self._epoch_start: Any = None
         self._epoch = -1
-        self._drawn: list[Members] | None = None  # when the first batch is asked for, as a generator does it
+        self._drawn: list[Members] = []  # drawn when the first batch is asked for, as a generator does it
         self._next = 0
-        self.share = mx.array(
-            1.0
-        )  # tokens to predict in the last batch, of all processes, to those of an average batch
+        # Tokens to predict in the last batch, of all processes, to those of an average batch.
+        self.share = mx.array(1.0)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        if self._drawn is None or (self._loop and self._next == len(self._drawn)):
-            self._begin_epoch(self._epoch + 1)
-        assert self._drawn is not None
         if self._next == len(self._drawn):
-            raise StopIteration
+            if self._epoch >= 0 and not self._loop:
+                raise StopIteration
+            self._begin_epoch(self._epoch + 1)
         members = self._drawn[self._next]
         self._next += 1
         if self.grouped and self._targets:
@@ -180,7 +178,7 @@ class Batches:
                 " begins",
                 stacklevel=2,
             )
-        self._epoch_start, self._drawn, self._epoch, self._next = None, None, -1, 0
+        self._epoch_start, self._drawn, self._epoch, self._next = None, [], -1, 0
         if found.epoch_start is not None and now is None:
             np.random.set_state(found.epoch_start)
             self._begin_epoch(found.epoch)
@@ -212,10 +210,10 @@ class Batches:
         return min(self._padding(min(longest, self._longest)), self._longest + self.grouped)
 
     def _batch(self, members: Members) -> Batch:
-        mine, rows = members[self._rank :: self._workers], -(-len(members) // self._workers)
-        examples = [self._example(i) for i in mine]
+        examples = [self._example(i) for i in members]
+        mine, rows = examples[self._rank :: self._workers], -(-len(examples) // self._workers)
         # In mlx-lm each process pads its own part. Grouped, all have one shape, also one without an example.
-        longest = max(len(self._example(i)[0]) for i in (members if self.grouped else mine))
+        longest = max(len(tokens) for tokens, _ in (examples if self.grouped else mine))
         if longest > self._longest and not self._warned:
             self._warned = True
             warnings.warn(
@@ -226,14 +224,14 @@ class Batches:
         padded = np.zeros((rows, self._padded(longest)), np.int32)
         lengths = np.zeros((rows, 2), np.int32)
         masks = np.zeros(padded.shape, bool)
-        for row, (tokens, targets) in enumerate(examples):
+        for row, (tokens, targets) in enumerate(mine):
             end = min(len(tokens), self._longest)
             padded[row, :end] = tokens[:end]
             lengths[row] = 0 if isinstance(targets, Sequence) else targets, end
             masks[row] = mask(targets, end, len(masks[row]))
         batch = mx.array(padded), mx.array(lengths)
         # Only where it says more than the lengths: mlx-lm's loss and others take two arrays.
-        spans = any(isinstance(self._example(i)[1], Sequence) for i in members)
+        spans = any(isinstance(targets, Sequence) for _, targets in examples)
         return (*batch, mx.array(masks)) if spans else batch
 
 

@@ -13,11 +13,13 @@ from typing import Any
 from mlx_lm.tuner.datasets import create_dataset, load_dataset
 
 from ..base import InputError
+from .console import TrainingProgress
 from .options import called
 from .places import near
 from .rows import Located, example
 
 NAMES = {"train": "train set", "valid": "validation set", "test": "test set"}
+_MANY = 1000  # examples, whose tokenizing takes a second
 
 
 def load(args: types.SimpleNamespace, tokenizer: Any) -> tuple[Any, Any, Any]:
@@ -29,22 +31,23 @@ def load(args: types.SimpleNamespace, tokenizer: Any) -> tuple[Any, Any, Any]:
     needed = [*(["train", "valid"] if args.train else []), *(["test"] if args.test else [])]
     folder = Path(args.data)
     if getattr(args, "hf_dataset", None):
-        found = _from_hub(args, tokenizer, needed)
+        found = _from_hub(args, tokenizer)
     elif folder.exists():
         if not folder.is_dir():
             raise InputError(f"data is {args.data!r}, which is a file; give the folder of train.jsonl")
         found = {name: read(folder / f"{name}.jsonl", tokenizer, args) for name in needed}
     else:
         print(f"Loading Hugging Face dataset {args.data}.")
-        found = _from_hub(args, tokenizer, needed)
+        found = _from_hub(args, tokenizer)
     for name, title, why in (
         ("train", "Training", "Must provide training set for fine-tuning"),
         ("test", "Test", "Must provide test set for evaluation"),
     ):
         if name in needed and not len(found[name]):
-            here = sorted(path.name for path in folder.iterdir())[:5] if folder.is_dir() else []
-            other = f", but {', '.join(here)}" if here else ": it is empty"
-            has = f": {folder} has no {name}.jsonl{other}" if folder.is_dir() else ""
+            has = ""
+            if folder.is_dir():
+                here = sorted(path.name for path in folder.iterdir())[:5]
+                has = f": {folder} has no {name}.jsonl" + (f", but {', '.join(here)}" if here else ": it is empty")
             raise InputError(f"{title} set not found or empty{has}. {why}.")
     if "valid" in needed and not len(found["valid"]):
         print("Warning: Validation set not found or empty. Training will proceed without validation.")
@@ -73,13 +76,9 @@ def read(file: Path, tokenizer: Any, config: Any) -> Any:
     if not rows:
         raise InputError(f"{file} has no examples; give it some, or remove it")
     found = _format(rows, tokenizer, config, f"{file} line {lines[0]}")
-    made = Located(found, lambda i: f"{file} line {lines[i]}", _turns_only(config))
+    made = Located(found, lambda i: f"{file} line {lines[i]}", getattr(config, "assistant_only_loss", False))
     made.check()
     return made
-
-
-def _turns_only(config: Any) -> bool:
-    return bool(getattr(config, "assistant_only_loss", None))
 
 
 def _parsed(line: bytes, place: str) -> Any:
@@ -112,28 +111,24 @@ def _format(rows: Any, tokenizer: Any, config: Any, place: str) -> Any:
         for key, default in (("text", "text"), ("chat", "messages"), ("prompt", "prompt"), ("completion", "completion"))
     )
     first = rows[0]
-    if not ((prompt in first and completion in first) or chat in first or text in first):
+    has_prompt = (prompt in first and completion in first) or chat in first
+    if not (has_prompt or text in first):
         raise InputError(
             f"{place} has the keys {', '.join(map(repr, first)) or 'of nothing'}; an example has {text!r}, or {chat!r},"
             f" or {prompt!r} and {completion!r}. Rename them, or name yours in YAML, as in text_feature: ..."
         )
-    if getattr(config, "mask_prompt", False) and not ((prompt in first and completion in first) or chat in first):
+    if getattr(config, "mask_prompt", False) and not has_prompt:
         raise InputError(
             f"{place} has only a text; {called('mask_prompt')} needs a prompt and a completion, or messages"
         )
     return create_dataset(rows, tokenizer, config)
 
 
-def _from_hub(args: types.SimpleNamespace, tokenizer: Any, needed: list[str]) -> dict[str, Any]:
+def _from_hub(args: types.SimpleNamespace, tokenizer: Any) -> dict[str, Any]:
     """The data sets as mlx-lm loads them. Rows are checked when they are tokenized, because there may be many."""
     sets = getattr(args, "hf_dataset", None) or []
     sets = [sets] if isinstance(sets, dict) else sets
-    what = " and ".join(str(each.get("path")) for each in sets) or args.data
-    for each in sets:
-        if not isinstance(each.get("path"), str):
-            raise InputError("hf_dataset has no path; give the name of a data set on Hugging Face")
-        if "test" in needed and not each.get("test_split"):
-            raise InputError(f"hf_dataset {what} has no test_split, which --test needs")
+    what = " and ".join(each["path"] for each in sets) or args.data
     subject = (
         f"hf_dataset {what}"
         if sets
@@ -149,7 +144,23 @@ def _from_hub(args: types.SimpleNamespace, tokenizer: Any, needed: list[str]) ->
         raise InputError(f"{subject} has a split without examples") from error
     except (exceptions.DatasetsError, ValueError, OSError) as error:  # no such name, split, configuration or format
         raise InputError(f"{subject} cannot be used: {error}") from error
+    turns_only = getattr(args, "assistant_only_loss", False)
     return {
-        name: Located(data, partial(example, name=title), _turns_only(args)) if len(data) else []
+        name: Located(data, partial(example, name=title), turns_only) if len(data) else []
         for (name, title), data in zip(NAMES.items(), found, strict=True)
     }
+
+
+def tokenize(dataset: Any, quiet: bool = False) -> None:
+    """Tokenizes the examples of a `CacheDataset` that are not tokenized yet; says so unless they are few.
+
+    Checkpoints need it, to notice that a resumed run has other data, and batches of similar length.
+    """
+    missing = [i for i, item in enumerate(getattr(dataset, "_proc_data", ())) if item is None]
+    if len(missing) <= _MANY:
+        return  # whoever needs the examples tokenizes them
+    what = f"tokenizing {len(missing):,} examples"
+    with TrainingProgress(len(missing), quiet, "tokenize") as progress, progress.stage(what):
+        for index in missing:
+            dataset[index]
+            progress.advance()

@@ -1,4 +1,4 @@
-"""Layers of experts in a trace of `activations`.
+"""Layers of experts in a trace of `step_memory`.
 
 mlx-lm sorts tokens by expert. The gradient of the experts' weights is then a ``SegmentedMM``, which MLX cannot export.
 Of tokens in any order MLX exports it: a product for each token, and a ``Scatter`` that adds the products. So layers are
@@ -26,14 +26,9 @@ def traceable(model: nn.Module) -> Iterator[Callable[[Graph], Graph]]:
     """Inside the block layers of experts can be traced. Of such a trace, the function makes the graph of a run."""
     were_sorted = []
 
-    def unsorted(kind: type[nn.Module]) -> Callable[..., Any]:
-        call: Callable[..., Any] = kind.__call__
-
-        def called(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            were_sorted.append(kwargs.get(_SORTED, False))
-            return call(self, *args, **{**kwargs, _SORTED: False})
-
-        return called
+    def unsorted(layer: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        were_sorted.append(kwargs.get(_SORTED, False))
+        return call(layer, *args, **{**kwargs, _SORTED: False})
 
     layers = [each for each in model.modules() if _SORTED in inspect.signature(type(each).__call__).parameters]
     with replaced(layers, unsorted):

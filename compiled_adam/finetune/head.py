@@ -6,7 +6,7 @@ the head is the model itself, called with something in the backbone's place that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -16,7 +16,7 @@ import mlx.nn as nn
 from ..base import InputError
 
 # Where the classes of mlx-lm have their backbone.
-_OWNERS = ("language_model.model", "language_model.backbone", "model", "backbone", "transformer")
+_BACKBONES = ("language_model.model", "language_model.backbone", "model", "backbone", "transformer")
 # Logits of differently many rows differ by rounding: float32 sums of up to 16384 products, or half-precision results.
 _ROUNDING = {mx.float32: 1e-4, mx.float16: 2**-7, mx.bfloat16: 2**-5}
 
@@ -98,14 +98,12 @@ def parts(model: nn.Module) -> Parts:
 
 def place(model: nn.Module) -> Parts | None:
     """The backbone of ``model``, where the models of mlx-lm have it, without a test; None if there is none."""
-    return next((found for path in _OWNERS if (found := _place(model, path.split("."))) is not None), None)
-
-
-def _place(model: Any, path: Sequence[str]) -> Parts | None:
-    *owners, key = path
-    for name in owners:
-        model = model.get(name) if isinstance(model, dict) else None
-    return Parts(model, key) if isinstance(model, nn.Module) and isinstance(model.get(key), nn.Module) else None
+    modules = dict(model.named_modules())
+    for path in _BACKBONES:
+        if path in modules:
+            owner, _, key = path.rpartition(".")
+            return Parts(modules[owner], key)
+    return None
 
 
 def _compare(model: nn.Module, found: Parts) -> None:

@@ -32,16 +32,17 @@ OPTIMIZERS: dict[str, Callable[..., optim.Optimizer]] = {
 # of Muon's author, github.com/KellerJordan/Muon: 3e-4 beside 0.02 for hidden matrices.
 ADAMW_FACTOR, DEFAULT_FACTOR = "adamw_rate_factor", 0.015
 _LARGEST_RANK = 1 << 16
-_LORA = {
-    "rank": f"a whole number from 1 to {_LARGEST_RANK}",
-    "scale": "a finite number other than 0",
-    "dropout": "in [0, 1)",
+# The numbers of lora_parameters: what each must be, and whether a finite number is that.
+_LORA: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "rank": (
+        f"a whole number from 1 to {_LARGEST_RANK}",
+        lambda value: 1 <= value <= _LARGEST_RANK and value == int(value),
+    ),
+    "scale": ("a finite number other than 0", lambda value: value != 0),
+    "dropout": ("in [0, 1)", lambda value: 0 <= value < 1),
 }
-_HF_DATASET = (
-    *("path", "config", "train_split", "valid_split", "test_split"),
-    *("prompt_feature", "completion_feature", "text_feature", "chat_feature"),
-)
-FEATURES = _HF_DATASET[5:]
+FEATURES = ("prompt_feature", "completion_feature", "text_feature", "chat_feature")
+_HF_DATASET = ("path", "config", "train_split", "valid_split", "test_split", *FEATURES)
 # Arguments of MLX's optimizers that may be below 0.
 _SIGNED = ("decay_rate",)
 # Arguments of optimizers that are not for optimizer_config.
@@ -65,14 +66,14 @@ def check(args: types.SimpleNamespace) -> None:
     for name in ("learning_rate", "max_grad_norm", "weight_decay"):
         setattr(args, name, as_float(getattr(args, name)))
     optimizer_options.learning_rate(args.learning_rate, called("learning_rate"))
-    if args.max_grad_norm is not None and not 0 < args.max_grad_norm < math.inf:
-        raise InputError(f"{called('max_grad_norm')} is {args.max_grad_norm!r}; it must be a number above 0")
-    if args.epochs is not None and not 0 < args.epochs < math.inf:
-        raise InputError(f"{called('epochs')} is {args.epochs!r}; it must be a number above 0")
+    for name in ("max_grad_norm", "epochs"):
+        if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
+            raise InputError(f"{called(name)} is {value!r}; it must be a number above 0")
     if args.weight_decay is not None:
         optimizer_options.check_number(called("weight_decay"), args.weight_decay)
     check_timeout(args.worker_timeout)
-    if not SUPPORT_CALLBACK.keys() >= set(_names(args.report_to)):
+    services = [name.strip().lower() for name in (args.report_to or "").split(",")]  # as mlx-lm reads it
+    if not SUPPORT_CALLBACK.keys() >= set(filter(None, services)):
         raise InputError(
             f"{called('report_to')} is {args.report_to!r}; it must be one of {', '.join(SUPPORT_CALLBACK)}, or several"
             " with commas between them"
@@ -97,11 +98,6 @@ def check_rates(args: types.SimpleNamespace) -> None:
         schedulers.check_values(schedule, -(-args.iters // args.grad_accumulation_steps))
 
 
-def _names(report_to: str | None) -> list[str]:
-    """The services in a list with commas, as mlx-lm reads it."""
-    return [name.strip().lower() for name in (report_to or "").split(",") if name.strip()]
-
-
 def lora_parameters(given: Mapping[str, Any], *, needed: bool = True) -> dict[str, Any]:
     """The checked ``lora_parameters`` of a job; ``needed``: whether rank, scale and dropout must all be there.
 
@@ -118,17 +114,11 @@ def lora_parameters(given: Mapping[str, Any], *, needed: bool = True) -> dict[st
             " {rank: 8, scale: 20.0, dropout: 0.0}"
         )
     found = dict(given)
-    for key, allowed in _LORA.items():
-        value = given.get(key)
-        if value is None:
+    for key, (allowed, fits) in _LORA.items():
+        if (value := given.get(key)) is None:
             continue
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        fits = {
-            "rank": number and 1 <= value <= _LARGEST_RANK and value == int(value),
-            "scale": number and value != 0,
-            "dropout": number and 0 <= value < 1,
-        }
-        if not fits[key]:
+        if not (number and fits(value)):
             raise InputError(f"lora_parameters: {key} is {value!r}; it must be {allowed}")
         found[key] = int(value) if key == "rank" else as_float(value)
     keys = given.get("keys")
@@ -158,9 +148,9 @@ def optimizer_config(given: Mapping[str, Any], optimizer: str) -> dict[str, dict
     for name, config in given.items():
         if config is not None and not isinstance(config, Mapping):
             raise InputError(f"optimizer_config: {name} is {config!r}; it must be a mapping of arguments to values")
-        checked[name] = {key: as_float(value) for key, value in (config or {}).items()}
+        values = checked[name] = {key: as_float(value) for key, value in (config or {}).items()}
         keywords = _keywords(name)
-        for key, value in checked[name].items():
+        for key, value in values.items():
             if key not in keywords:
                 hint = "; the learning rate is an option of its own" if key == "learning_rate" else ""
                 raise InputError(
@@ -168,10 +158,10 @@ def optimizer_config(given: Mapping[str, Any], optimizer: str) -> dict[str, dict
                 )
             if name not in ("adam", "adamw"):  # ours check their own
                 _check_like(f"optimizer_config of {name}: {key}", value, keywords[key])
-        if (factor := checked[name].get(ADAMW_FACTOR)) == 0:
+        if (factor := values.get(ADAMW_FACTOR)) == 0:
             raise InputError(f"optimizer_config of {name}: {ADAMW_FACTOR} is {factor!r}; it must be above 0")
         try:
-            OPTIMIZERS[name](learning_rate=0.0, **{k: x for k, x in checked[name].items() if k != ADAMW_FACTOR})
+            OPTIMIZERS[name](learning_rate=0.0, **{key: values[key] for key in values if key != ADAMW_FACTOR})
         except (TypeError, ValueError) as error:
             raise InputError(f"optimizer_config of {name}: {error}") from None
     return checked
@@ -217,10 +207,9 @@ def _check_hf_dataset(given: Any, test: bool) -> None:
             hint = hints.get(str(unknown[0]), "")
             raise InputError(f"{what} has the key {unknown[0]!r}; the keys are {', '.join(_HF_DATASET)}{hint}")
         for key, value in each.items():
-            kind: tuple[type, str] = (Mapping, "a mapping") if key == "config" else (str, "text")
-            if not isinstance(value, kind[0]):
-                raise InputError(f"{what}: {key} is {value!r}; it must be {kind[1]}")
-        for key in ("path", *(["test_split"] if test else [])):
-            if not each.get(key):
-                why = ", which --test needs" if key == "test_split" else ""
-                raise InputError(f"{what} has no {key}{why}")
+            if not isinstance(value, Mapping if key == "config" else str):
+                raise InputError(f"{what}: {key} is {value!r}; it must be {'a mapping' if key == 'config' else 'text'}")
+        if not each.get("path"):
+            raise InputError(f"{what} has no path")
+        if test and not each.get("test_split"):
+            raise InputError(f"{what} has no test_split, which --test needs")

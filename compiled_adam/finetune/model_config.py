@@ -17,13 +17,12 @@ from ..base import InputError
 from .places import near
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-# The sizes that most models have under these names; a list has one size for each layer. A model with more layers would
-# be built for hours before another error is found.
-LAYERS, SIZE = 10_000, 1 << 26
+# The largest sizes under the names that most models have; a list has one size for each layer. A model with more layers
+# would be built for hours before another error is found.
 SIZES = {
-    "num_hidden_layers": LAYERS,
-    **dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size"), SIZE),
-    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), SIZE),
+    "num_hidden_layers": 10_000,
+    **dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size"), 1 << 26),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), 1 << 26),
 }
 MOST = 1 << 48  # elements of one array; MLX counts bytes in 64 bits
 # mlx-lm's classes do not check the config. Wrong values raise one of these errors: in arithmetic, as keys, as names and

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import struct
 from pathlib import Path
@@ -52,10 +51,13 @@ def check(folder: Path, trust_remote_code: bool = False) -> None:
                 f"the model in {folder} runs Python code of its own ({config['model_file']}); if you trust it, give"
                 " --trust-remote-code"
             )
-    elif not _is_known(kind):
-        raise InputError(
-            f"{folder / 'config.json'} has the model_type {kind!r}, which this mlx-lm does not have; update mlx-lm"
-        )
+    else:
+        try:
+            utils._get_classes(config)
+        except (ValueError, AttributeError):  # the latter of its modules that are no model
+            raise InputError(
+                f"{folder / 'config.json'} has the model_type {kind!r}, which this mlx-lm does not have; update mlx-lm"
+            ) from None
     model_config.check(config)
     files = sorted(folder.glob("model*.safetensors"))
     index = folder / "model.safetensors.index.json"
@@ -73,12 +75,6 @@ def check(folder: Path, trust_remote_code: bool = False) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if (folder / name).exists():
             _json(folder / name)
-
-
-def _is_known(kind: str) -> bool:
-    remapped = getattr(utils, "MODEL_REMAPPING", {}).get(kind, kind)
-    by_architecture = {key[0] for key in getattr(utils, "MODEL_ARCHITECTURE_REMAPPING", {})}
-    return kind in by_architecture or importlib.util.find_spec(f"mlx_lm.models.{remapped}") is not None
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -23,13 +23,7 @@ def multiple_of(step: int) -> Padding:
     return lambda length: 1 + step * -(-length // step)
 
 
-def multiple_of_32(length: int) -> int:
-    """mlx-lm's padded length.
-
-    >>> [multiple_of_32(length) for length in (1, 32, 33)]
-    [33, 33, 65]
-    """
-    return multiple_of(32)(length)
+multiple_of_32 = multiple_of(32)  # mlx-lm's padded length
 
 
 def spaced(step: int = 8) -> Padding:
@@ -77,16 +71,15 @@ def geometric(ratio: float, step: int = 32) -> Padding:
     return padded
 
 
-def chosen(bucket: float | None, group_by_length: bool, cuda: bool | None = None) -> Padding:
+def chosen(bucket: float | None, group_by_length: bool, cuda: bool) -> Padding:
     """The padding of a job.
 
     Args:
         bucket: the ratio for `geometric`, or None.
         group_by_length: `spaced`, which pads least; without it mlx-lm's multiples of 32.
         cuda: whether lengths are multiples of 128, as cuDNN's fused attention needs them in the backward pass. It was
-            not measured. Default None: if the default device is a GPU that is not Metal's.
+            not measured.
     """
-    cuda = on_cuda() if cuda is None else cuda
     if bucket is not None:
         return geometric(bucket, 128 if cuda else 32)
     if group_by_length:

@@ -13,9 +13,9 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_map
 
-from ..base import random_state
+from ..base import Places, along, random_state
 
 
 @contextmanager
@@ -32,10 +32,13 @@ def recomputed(layers: Sequence[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def replaced(layers: Sequence[nn.Module], call: Callable[[type[nn.Module]], Callable[..., Any]]) -> Iterator[None]:
-    """Inside the block a call of each of these layers is ``call(class of the layer)(layer, ...)``."""
+def replaced(layers: Sequence[nn.Module], by: Callable[..., Any]) -> Iterator[None]:
+    """Inside the block ``layer(*args, **kwargs)``, of each of these, is ``by(layer, call, args, kwargs)``.
+
+    ``call`` is the layer's own ``__call__``, which is called as ``call(layer, *args, **kwargs)``.
+    """
     before = [(layer, type(layer)) for layer in layers]
-    classes = {kind: type(kind.__name__, (kind,), {"__call__": call(kind)}) for _, kind in before}
+    classes = {kind: _subclass(kind, by) for _, kind in before}
     # The class of these objects, and not the method of their class: other models have layers of the same class.
     try:
         for layer, kind in before:
@@ -46,49 +49,76 @@ def replaced(layers: Sequence[nn.Module], call: Callable[[type[nn.Module]], Call
             layer.__class__ = kind
 
 
-def _recomputing(kind: type[nn.Module]) -> Callable[..., Any]:
-    call: Callable[..., Any] = kind.__call__
+def _subclass(kind: type[nn.Module], by: Callable[..., Any]) -> type[nn.Module]:
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return by(self, kind.__call__, args, kwargs)
 
-    def recomputing(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if _has_object((args, kwargs)):
-            return call(self, *args, **kwargs)
-        return _call(self, call, args, kwargs)
-
-    return recomputing
+    return type(kind.__name__, (kind,), {"__call__": __call__})
 
 
-def _call(layer: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    parameters: Any = tree_flatten(layer.trainable_parameters())
-    paths, values = [path for path, _ in parameters], [value for _, value in parameters]
+class Call:
+    """A call of a layer as a function of arrays: its trained parameters, and the floats in its arguments."""
+
+    def __init__(self, layer: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        self._layer, self._call, self._arguments = layer, call, (args, kwargs)
+        self.trained = places_of(layer.trainable_parameters(), layer)
+        self.inputs = [*self.trained.read(), *floats(self._arguments)]
+
+    def __call__(self, inputs: Sequence[mx.array]) -> Any:
+        """The result for these ``inputs``."""
+        count = len(self.trained)
+        args, kwargs = with_floats(self._arguments, iter(inputs[count:]))
+        with holding(self.trained, inputs[:count]):
+            return self._call(self._layer, *args, **kwargs)
+
+    def gradients(self, found: Sequence[mx.array]) -> tuple[list[mx.array], list[mx.array]]:
+        """Those of the parameters, and those of the arguments, which wait for them."""
+        own, given = list(found[: len(self.trained)]), found[len(self.trained) :]
+        # One by one: what nobody asks for, as the gradient of a mask, is not computed.
+        return own, [mx.depends([each], own)[0] for each in given]
+
+
+def _recomputing(layer: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    if not all(leaf is None or isinstance(leaf, (mx.array, str, int, float)) for leaf in _leaves((args, kwargs))):
+        return call(layer, *args, **kwargs)
+    of_arrays = Call(layer, call, args, kwargs)
     result: Any = None
     key = random_state.get()
 
-    def function(arrays: list[mx.array]) -> list[mx.array]:
+    @mx.custom_function
+    def checkpointed(inputs: list[mx.array]) -> list[mx.array]:
         nonlocal result
-        own, given = arrays[: len(values)], iter(arrays[len(values) :])
-        own_args, own_kwargs = with_floats((args, kwargs), given)
-        before = layer.trainable_parameters()
-        layer.update(tree_unflatten(list(zip(paths, own, strict=True))))
-        try:
-            result = call(layer, *own_args, **own_kwargs)
-        finally:
-            layer.update(before)
+        result = of_arrays(inputs)
         return floats(result)
-
-    checkpointed = mx.custom_function(function)
 
     @checkpointed.vjp
     def gradients(primals: Any, cotangents: Any, outputs: Any) -> list[mx.array]:
         # Nothing is computed again before the backward pass is here. A mask would else stay from the first pass.
         *primals, its_key = mx.depends([*primals, key], cotangents)
         with random_state.repeated(its_key):
-            _, found = mx.vjp(lambda *arrays: function(list(arrays)), primals, cotangents)
-        own, given = found[: len(values)], found[len(values) :]
-        # One by one: what nobody asks for, as the gradient of a mask, is not computed.
-        return [*own, *(mx.depends([each], own)[0] for each in given)]
+            _, found = mx.vjp(lambda *inputs: floats(of_arrays(inputs)), primals, cotangents)
+        own, given = of_arrays.gradients(found)
+        return [*own, *given]
 
-    outputs: Any = checkpointed([*values, *floats((args, kwargs))])
+    outputs: Any = checkpointed(of_arrays.inputs)
     return with_floats(result, iter(outputs))
+
+
+def places_of(tree: Any, module: nn.Module) -> Places:
+    """The places in ``module`` of the arrays of ``tree``. A tied module has two paths, and counts once."""
+    found = {(id(container), key): (path, container, key) for path, container, key in along(tree, module)}
+    return Places(list(found.values()))
+
+
+@contextmanager
+def holding(places: Places, arrays: Sequence[mx.array]) -> Iterator[None]:
+    """Inside the block these ``arrays`` are at the ``places``."""
+    before = places.read()
+    try:
+        places.write(arrays)
+        yield
+    finally:
+        places.write(before)
 
 
 def floats(tree: Any) -> list[mx.array]:
@@ -103,10 +133,6 @@ def with_floats(tree: Any, floats: Iterator[mx.array]) -> Any:
 
 def _is_float(leaf: Any) -> bool:
     return isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)
-
-
-def _has_object(tree: Any) -> bool:
-    return not all(leaf is None or isinstance(leaf, (mx.array, str, int, float)) for leaf in _leaves(tree))
 
 
 def _leaves(tree: Any) -> list[Any]:

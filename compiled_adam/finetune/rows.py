@@ -22,9 +22,10 @@ _FORMATS = (ChatDataset, CompletionsDataset, ConcatenatedDataset, TextDataset)
 
 
 class Row(dict[str, Any]):
-    """A row that knows its ``place``, in words."""
+    """A row that knows its ``place``, in words, and mlx-lm's ``data`` set that tokenizes it, one of several maybe."""
 
     place: str
+    data: Any
 
 
 class Located:
@@ -45,6 +46,7 @@ class Located:
             raise InputError(f"{self._place(index)} is {_kind(item)}; it must be an object such as {{'text': '...'}}")
         row = Row(item)
         row.place = self._place(index)
+        row.data = self.data._data[row["_dataset"]] if isinstance(self.data, ConcatenatedDataset) else self.data
         return row
 
     def check(self) -> None:
@@ -53,23 +55,23 @@ class Located:
             self._check(self[index])
 
     def _check(self, row: Row) -> None:
-        _check(self.data, row, row.place)
+        _check_format(row)
         if self._turns_only:
-            _check_turns(*conversation(self.data, row), row.place)
+            _check_turns(row)
 
     def process(self, row: Row) -> Example:
         """The tokens of a row, and where its prompt ends, or where the assistant's turns are."""
         self._check(row)
         try:
             if self._turns_only:
-                data, messages = conversation(self.data, row)
-                return turns.tokenized(data.tokenizer, messages, row.get("tools"), row.place)
-            return self.data.process(row)
+                return turns.tokenized(row.data.tokenizer, conversation(row), row.get("tools"))
+            return row.data.process(row)
+        except InputError as error:
+            raise InputError(f"{row.place}: {error}") from error
         except Exception as error:
             if isinstance(error, TemplateError) or _in_a_template(error):
                 raise InputError(f"{row.place}: the model's chat template refuses it: {error}") from error
-            is_text = isinstance(error, IndexError) and isinstance(self.data, TextDataset)
-            if is_text and not self.data.tokenizer.encode(row[self.data.text_key]):
+            if isinstance(row.data, TextDataset) and not row.data.tokenizer.encode(row[row.data.text_key]):
                 raise InputError(f"{row.place}: the tokenizer makes no token of it; remove the row") from error
             raise
 
@@ -97,55 +99,53 @@ def _in_a_template(error: BaseException) -> bool:
     return "<template>" in frames
 
 
-def _check(data: Any, row: Mapping[str, Any], place: str) -> None:
-    if isinstance(data, ConcatenatedDataset):
-        _check(data._data[row["_dataset"]], row, place)
-    elif isinstance(data, TextDataset):
-        _check_text(_value(row, data.text_key, place), repr(data.text_key), place)
-    elif isinstance(data, CompletionsDataset):
-        for key in (data.prompt_key, data.completion_key):
-            _check_text(_value(row, key, place), repr(key), place, empty=True)
-    elif isinstance(data, ChatDataset):
-        _check_conversation(_value(row, data.chat_key, place), repr(data.chat_key), data.mask_prompt, place)
-    if isinstance(data, (ChatDataset, CompletionsDataset)):
-        if not getattr(data.tokenizer, "has_chat_template", True):
-            raise InputError(
-                f"{place} is a conversation, but the tokenizer of the model has no chat template; use a model that has"
-                " one (an -Instruct or -it model), or data with 'text'"
-            )
-        if (tools := row.get("tools")) is not None:
-            if not isinstance(tools, list):
-                raise InputError(f"{place}: 'tools' is {_kind(tools)}; it must be a list of objects")
-            for tool in tools:
-                if not isinstance(tool, Mapping):
-                    raise InputError(f"{place}: 'tools' has {_kind(tool)} in it; it must be a list of objects")
+def conversation(row: Row) -> list[dict[str, Any]]:
+    """The messages of a row; none of a text."""
+    if isinstance(row.data, CompletionsDataset):
+        texts = (("user", row[row.data.prompt_key]), ("assistant", row[row.data.completion_key]))
+        return [{"role": role, "content": text} for role, text in texts]
+    return row[row.data.chat_key] if isinstance(row.data, ChatDataset) else []
 
 
-def conversation(data: Any, row: Mapping[str, Any]) -> tuple[Any, list[dict[str, Any]]]:
-    """The data set that a row is of, one of several maybe, and its messages; none for a text."""
-    if isinstance(data, ConcatenatedDataset):
-        return conversation(data._data[row["_dataset"]], row)
-    if isinstance(data, CompletionsDataset):
-        texts = (("user", row[data.prompt_key]), ("assistant", row[data.completion_key]))
-        return data, [{"role": role, "content": text} for role, text in texts]
-    return data, row[data.chat_key] if isinstance(data, ChatDataset) else []
-
-
-def _check_turns(data: Any, messages: list[dict[str, Any]], place: str) -> None:
-    option = called("assistant_only_loss")
+def _check_format(row: Row) -> None:
+    data = row.data
     if isinstance(data, TextDataset):
-        raise InputError(f"{place} has only a text; {option} needs messages, or a prompt and a completion")
+        _check_text(_value(row, data.text_key), repr(data.text_key), row.place)
+        return
+    if isinstance(data, CompletionsDataset):
+        for key in (data.prompt_key, data.completion_key):
+            _check_text(_value(row, key), repr(key), row.place, empty=True)
+    else:
+        _check_conversation(_value(row, data.chat_key), repr(data.chat_key), data.mask_prompt, row.place)
+    if not getattr(data.tokenizer, "has_chat_template", True):
+        raise InputError(
+            f"{row.place} is a conversation, but the tokenizer of the model has no chat template; use a model that has"
+            " one (an -Instruct or -it model), or data with 'text'"
+        )
+    tools = row.get("tools")
+    if tools is not None and not isinstance(tools, list):
+        raise InputError(f"{row.place}: 'tools' is {_kind(tools)}; it must be a list of objects")
+    for tool in tools or ():
+        if not isinstance(tool, Mapping):
+            raise InputError(f"{row.place}: 'tools' has {_kind(tool)} in it; it must be a list of objects")
+
+
+def _check_turns(row: Row) -> None:
+    option = called("assistant_only_loss")
+    if isinstance(row.data, TextDataset):
+        raise InputError(f"{row.place} has only a text; {option} needs messages, or a prompt and a completion")
+    messages = conversation(row)
     if not any(map(turns.is_turn, messages)):
         roles = ", ".join(dict.fromkeys(repr(message["role"]) for message in messages))
         raise InputError(
-            f"{place}: no message has the role 'assistant', but {option} trains only these; the roles are {roles}"
+            f"{row.place}: no message has the role 'assistant', but {option} trains only these; the roles are {roles}"
         )
 
 
-def _value(row: Mapping[str, Any], key: str, place: str) -> Any:
+def _value(row: Row, key: str) -> Any:
     if key not in row:
-        keys = ", ".join(repr(name) for name in row if name != "_dataset")
-        raise InputError(f"{place} has no {key!r}, which the first row of its data set has; it has {keys or 'nothing'}")
+        keys = ", ".join(repr(name) for name in row if name != "_dataset") or "nothing"
+        raise InputError(f"{row.place} has no {key!r}, which the first row of its data set has; it has {keys}")
     return row[key]
 
 

@@ -47,7 +47,7 @@ def prompts(dataset: Located, count: int, max_seq_length: int) -> list[Prompt]:
 
 def _prompt(dataset: Located, index: int, max_seq_length: int) -> Prompt:
     row = dataset[index]
-    data, messages = conversation(dataset.data, row)
+    data, messages = row.data, conversation(row)
     tokenizer = data.tokenizer
     if not messages:
         tokens = tokenizer.encode(row[data.text_key])

@@ -17,8 +17,12 @@ from .options import called
 _QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
 _DORA = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
 _LORA = (*_DORA, SwitchLinear, QuantizedSwitchLinear)  # beside modules that have a `to_lora` of their own
-ADAPTERS = ("lora_a", "lora_b", "m")  # the last parts of the names of parameters of LoRA and DoRA
 DTYPES = {"bfloat16": mx.bfloat16, "float32": mx.float32}  # of weights that are cast
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a parameter is one of LoRA or DoRA."""
+    return path.rsplit(".", 1)[-1] in ("lora_a", "lora_b", "m")
 
 
 def cast(model: nn.Module, dtype: str | None) -> None:
@@ -37,8 +41,7 @@ def cast(model: nn.Module, dtype: str | None) -> None:
     kept = getattr(model, "cast_predicate", lambda path: True)
 
     def as_asked(path: str, array: mx.array) -> mx.array:
-        adapter = path.rsplit(".", 1)[-1] in ADAPTERS
-        casts = mx.issubdtype(array.dtype, mx.floating) and kept(path) and not adapter
+        casts = mx.issubdtype(array.dtype, mx.floating) and kept(path) and not is_adapter(path)
         return array.astype(DTYPES[dtype]) if casts else array
 
     model.update(tree_map_with_path(as_asked, model.parameters()))
@@ -77,22 +80,19 @@ def add_adapters(model: nn.Module, num_layers: int, parameters: Mapping[str, Any
             the possible keys.
     """
     inside = {path: module for layer in _last(model, num_layers) for path, module in layer.named_modules()}
-    whole = dict(model.named_modules())
-    keys = parameters.get("keys")
-    if keys is None:
-        chosen = {path: module for path, module in inside.items() if _adaptable(module, dora=False)}
-    else:
-        possible = _possible(model, inside, dora)
-        for key in keys:
-            if key not in inside and key not in whole:
-                raise InputError(f"lora_parameters: {key!r} of keys fits no layer{_among(key, possible)}")
-        chosen = {key: inside.get(key, whole.get(key)) for key in keys}
-    for path, module in chosen.items():
-        if not _adaptable(module, dora):
+    every = {**dict(model.named_modules()), **inside}
+    given = parameters.get("keys")
+    possible = [] if given is None else _possible(model, inside, dora)
+    keys = [path for path in inside if _adaptable(inside[path], dora=False)] if given is None else given
+    for key in keys:
+        if key not in every:
+            raise InputError(f"lora_parameters: {key!r} of keys fits no layer{_among(key, possible)}")
+        if not _adaptable(every[key], dora):
             kind = "DoRA" if dora else "LoRA"
-            among = "" if keys is None else _among(path, possible)
-            raise InputError(f"{path!r} is a {type(module).__name__}, which has no {kind} adapters{among}")
-    if not chosen:
+            raise InputError(
+                f"{key!r} is a {type(every[key]).__name__}, which has no {kind} adapters{_among(key, possible)}"
+            )
+    if not keys:
         raise InputError("the model has no layer that adapters can be added to")
     linear_to_lora_layers(model, num_layers, dict(parameters), use_dora=dora)
 
@@ -113,8 +113,8 @@ def _possible(model: nn.Module, inside: Mapping[str, nn.Module], dora: bool) -> 
 
 
 def _among(key: str, possible: list[str]) -> str:
-    """The end of a message with the possible keys; those with the same last part as ``key`` come first."""
+    """The end of a message with the possible keys, if there are any; those that end like ``key`` come first."""
     last = key.rsplit(".", 1)[-1]
-    ordered = sorted(possible, key=lambda path: not path.endswith(last))
-    shown = ordered[:20]
-    return f"; possible are {', '.join(shown)}{' and others' if len(ordered) > len(shown) else ''}"
+    shown = sorted(possible, key=lambda path: not path.endswith(last))[:20]
+    others = " and others" if len(possible) > len(shown) else ""
+    return f"; possible are {', '.join(shown)}{others}" if shown else ""

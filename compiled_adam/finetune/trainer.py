@@ -33,6 +33,7 @@ from ..step import TrainStep, losses, make_step
 from .batches import Batches
 from .chunked import most_traces
 from .console import TrainingProgress
+from .data import tokenize
 from .history import History
 from .log import RunLog, is_log, read
 from .loop import TrainingLoop
@@ -47,7 +48,6 @@ from .samples import Sampling
 from .saving import RunFolder, has_checkpoints
 from .screen import RunScreen
 from .stopping import asked_to_stop
-from .tokenizing import tokenize
 from .validation import Validation
 from .weighing import are_weighed, weighed
 

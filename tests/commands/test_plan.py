@@ -18,7 +18,7 @@ from compiled_adam.commands.lora import make_optimizer, make_trainable
 from compiled_adam.commands.lora_options import settings
 from compiled_adam.distributed import Shard
 from compiled_adam.finetune import model_config
-from compiled_adam.finetune.activations import Pass
+from compiled_adam.finetune.step_memory import Pass
 from compiled_adam.step import losses
 from compiled_adam.update.moments import POLICIES
 from hypothesis import given
@@ -222,7 +222,7 @@ def test_no_smaller_batch_is_traced_if_the_weights_do_not_fit(
 ) -> None:
     """Each trace of a large model takes seconds."""
     followed: list[object] = []
-    monkeypatch.setattr(plan.activations, "of_pass", lambda _, batch: followed.append(batch) or Pass(1, 1))
+    monkeypatch.setattr(plan.step_memory, "of_pass", lambda _, batch: followed.append(batch) or Pass(1, 1))
     job = ["plan", str(tiny_model), "--batch-size", "16"]
     assert cli.main([*job, "--memory", "0.00001"]) == 1
     assert len(followed) == 1  # that of the table

@@ -300,7 +300,7 @@ def test_which_device_is_cuda(gpu: bool, metal: bool, expected: bool, monkeypatc
     monkeypatch.setattr(mx, "default_device", lambda: mx.gpu if gpu else mx.cpu)
     monkeypatch.setattr(mx.metal, "is_available", lambda: metal)
     assert on_cuda() is expected
-    assert (chosen(None, True)(1) == 129) is expected
+    assert (chosen(None, True, cuda=on_cuda())(1) == 129) is expected
 
 
 def test_shapes_follow_from_the_sizes_alone() -> None:

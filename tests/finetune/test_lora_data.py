@@ -159,6 +159,7 @@ def test_conversations_that_templates_know(chat, tmp_path: Path) -> None:
         (STRICT, messages(("system", "be brief"), ("user", "a")), "refuses it: System role not supported"),
         (ADDING, '{"messages": [{"role": "a", "content": ["b"]}]}', "refuses it: can only concatenate str"),
         ("{{ messages[3].content }}", TALK, "refuses it: .*no element 3"),
+        ("{% if %}", TALK, "refuses it: Expected an expression"),
     ],
 )
 def test_a_conversation_that_the_template_refuses(template: str, line: str, message: str, chat, tmp_path: Path) -> None:
@@ -242,10 +243,16 @@ def test_sets_that_are_missing(tokenizer, tmp_path: Path) -> None:
         data.load(job(tmp_path / "train.jsonl"), tokenizer)
 
 
-def test_files_that_a_job_does_not_read_may_be_anything(tokenizer, tmp_path: Path) -> None:
-    (tmp_path / "train.jsonl").write_text(text("a"))
+def test_files_that_a_job_does_not_read_may_be_anything(tokenizer, tmp_path: Path, capsys) -> None:
+    (tmp_path / "elsewhere.jsonl").write_text(text("a"))
+    (tmp_path / "train.jsonl").symlink_to(tmp_path / "elsewhere.jsonl")
     (tmp_path / "test.jsonl").write_bytes(b"\xff\xfe")
     assert len(data.load(job(tmp_path), tokenizer)[0]) == 1
+    warning = "Warning: Validation set not found or empty. Training will proceed without validation.\n"
+    assert capsys.readouterr().out == warning
+    (tmp_path / "valid.jsonl").write_text(text("a"))
+    data.load(job(tmp_path), tokenizer)
+    assert capsys.readouterr().out == ""
 
 
 def test_rows_that_are_given_in_python(tokenizer, tmp_path: Path) -> None:
@@ -259,6 +266,10 @@ def test_rows_that_are_given_in_python(tokenizer, tmp_path: Path) -> None:
     half = located(CacheDataset(TextDataset([{"text": "a\ud800"}], tokenizer)), "train set")
     with pytest.raises(InputError, match=r"'text' has half of a character \('\\ud800'\)"):
         half[0]
+    with pytest.raises(
+        InputError, match=r"^example 0 \(counted from 0\) of the train set is text; it must be an object"
+    ):
+        located(CacheDataset(TextDataset(["a text"], tokenizer)), "train set")[0]
     # What is no data set of mlx-lm's rows stays what it is; tokens that are there already are used.
     own = [([1, 2], 0)]
     assert located(own, "train set") is own and located(None, "train set") is None
@@ -342,18 +353,15 @@ def test_sets_of_hugging_face(tiny_model: Path, tokenizer, tmp_path: Path, monke
     assert len(train) == 4 and len(valid) == 2 and train.process(train[0])[0]
     with pytest.raises(InputError, match=r"^example 3 \(counted from 0\) of the train set: 'text' is empty"):
         train.process(train[3])
-    for changes, message in (
-        ({"train_split": "tain"}, "hf_dataset json cannot be used: .*tain"),
-        ({"path": None}, "hf_dataset has no path"),
-    ):
-        with pytest.raises(InputError, match=message):
-            data.load(job(tmp_path, hf_dataset={**described, **changes}), tokenizer)
-    with pytest.raises(InputError, match="hf_dataset json has no test_split, which --test needs"):
-        data.load(job(tmp_path, hf_dataset=described, test=True), tokenizer)
+    with pytest.raises(InputError, match=r"hf_dataset json cannot be used: .*tain"):
+        data.load(job(tmp_path, hf_dataset={**described, "train_split": "tain"}), tokenizer)
     # Of several sets each row is checked by its own format.
     train, _, _ = data.load(job(tmp_path, hf_dataset=[described, described]), tokenizer)
     with pytest.raises(InputError, match=r"^example 7 .* of the train set: 'text' is empty"):
         train.process(train[7])
+    monkeypatch.setattr(data, "load_dataset", lambda *_: ([], [], []))  # as of a name that has no such splits
+    with pytest.raises(InputError, match=r"^Training set not found or empty\. Must provide"):
+        data.load(job(tmp_path / "none"), tokenizer)
 
 
 @pytest.mark.parametrize("name", ["train", "valid", "test"])

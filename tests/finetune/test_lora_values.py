@@ -177,6 +177,7 @@ def test_the_ends_of_the_ranges(tmp_path: Path) -> None:
         ("hf_dataset: []", "hf_dataset is an empty list"),
         ("hf_dataset: [billsum]", r"hf_dataset\[0\] is 'billsum'; it must be a mapping"),
         ("hf_dataset: {path: 3}", "hf_dataset: path is 3; it must be text"),
+        ("hf_dataset: {path: }", "hf_dataset: path is None; it must be text"),
         ("hf_dataset: {path: a, config: main}", "hf_dataset: config is 'main'; it must be a mapping"),
         ("{test: true, hf_dataset: {path: a}}", "hf_dataset has no test_split, which --test needs"),
         ("prompt_feature: 3", "prompt_feature is 3; it must be text"),

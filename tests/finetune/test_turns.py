@@ -152,10 +152,10 @@ def test_the_tokens_of_every_turn(template, messages, tools, expected, fast, cha
     if not fast and "generation %}" not in template:
         make_slow(type(tokenizer._tokenizer), monkeypatch)
     if expected is None:
-        with pytest.raises(InputError, match="here: the chat template writes messages 1 to 2 differently"):
-            turns.tokenized(tokenizer, messages, tools, "here")
+        with pytest.raises(InputError, match=r"^the chat template writes messages 1 to 2 differently"):
+            turns.tokenized(tokenizer, messages, tools)
         return
-    found = turns.tokenized(tokenizer, messages, tools, "here")
+    found = turns.tokenized(tokenizer, messages, tools)
     assert found[0] == tokenizer.apply_chat_template(messages, tools=tools)
     assert texts(tokenizer, found) == expected
 
@@ -164,7 +164,7 @@ def test_the_tokens_of_every_turn(template, messages, tools, expected, fast, cha
 def test_a_single_turn_is_what_mask_prompt_trains(template: str, chat) -> None:
     tokenizer = chat(template)
     tokens, offset = ChatDataset([], tokenizer, mask_prompt=True).process({"messages": SYSTEM[:3]})
-    assert turns.tokenized(tokenizer, SYSTEM[:3], None, "here") == (tokens, [(offset, len(tokens))])
+    assert turns.tokenized(tokenizer, SYSTEM[:3], None) == (tokens, [(offset, len(tokens))])
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -174,10 +174,10 @@ def test_a_token_with_characters_of_both_sides_is_not_trained(fast: bool, chat, 
     messages = said(("user", "= " + word[:2]), ("assistant", word[2:] + " ="), ("user", "="))
     if not fast:
         make_slow(type(tokenizer._tokenizer), monkeypatch)
-        with pytest.raises(InputError, match="here: the tokens of a part of the conversation are not a part"):
-            turns.tokenized(tokenizer, messages, None, "here")
+        with pytest.raises(InputError, match=r"^the tokens of a part of the conversation are not a part"):
+            turns.tokenized(tokenizer, messages, None)
         return
-    tokens, spans = turns.tokenized(tokenizer, messages, None, "here")
+    tokens, spans = turns.tokenized(tokenizer, messages, None)
     trained = [tokenizer.decode(tokens[begin:end]) for begin, end in spans]
     assert word in tokenizer.decode(tokens) and len(trained) == 1 and trained[0] in (" =", " ")
 
@@ -191,7 +191,7 @@ def test_a_tokenizer_that_adds_tokens_by_itself(fast: bool, chat, monkeypatch) -
     assert tokenizer.encode("a")[0] == 5
     if not fast:
         make_slow(type(tokenizer._tokenizer), monkeypatch)
-    found = turns.tokenized(tokenizer, TALK, None, "here")
+    found = turns.tokenized(tokenizer, TALK, None)
     assert texts(tokenizer, found) == ["A lamp 💡.<|im_end|>\n", "Still\na lamp.<|im_end|>\n"]
 
 
@@ -199,16 +199,16 @@ def test_which_template_of_a_tokenizer_marks_turns(chat) -> None:
     with_end, without_end = (["A lamp 💡." + end, "Still\na lamp." + end] for end in ("<|im_end|>\n", "<|im_end|>"))
     both = chat(CHATML)
     both.chat_template = {"default": CHATML, "tool_use": MARKS_TEXT}
-    assert texts(both, turns.tokenized(both, TALK, None, "here")) == with_end
-    assert texts(both, turns.tokenized(both, TALK, OFFERED, "here")) == ["A lamp 💡.", "Still\na lamp."]
+    assert texts(both, turns.tokenized(both, TALK, None)) == with_end
+    assert texts(both, turns.tokenized(both, TALK, OFFERED)) == ["A lamp 💡.", "Still\na lamp."]
     # A function of mlx-lm takes the place of the template.
     own, chatml = chat(MARKED), chat(CHATML)
     own._chat_template = lambda *args, **options: chatml.apply_chat_template(*args, tokenize=False, **options)
-    assert texts(own, turns.tokenized(own, TALK, None, "here")) == with_end
+    assert texts(own, turns.tokenized(own, TALK, None)) == with_end
     # mlx-lm lets models that can think do so.
     thinking = chat(THINKS)
     thinking._think_start = "<|think|>"
-    tokens, spans = turns.tokenized(thinking, TALK, None, "here")
+    tokens, spans = turns.tokenized(thinking, TALK, None)
     assert thinking.decode(tokens).startswith("<|think|>") and texts(thinking, (tokens, spans)) == without_end
 
 
@@ -216,7 +216,10 @@ class Adds:
     """A tokenizer that writes one more token after a conversation than its text has."""
 
     def __init__(self, tokenizer) -> None:
-        self._own, self._tokenizer = tokenizer, tokenizer._tokenizer
+        self._own = tokenizer
+
+    def __getattr__(self, name: str):
+        return getattr(self._own, name)
 
     def apply_chat_template(self, *args, tokenize: bool = True, **options):
         found = self._own.apply_chat_template(*args, tokenize=tokenize, **options)
@@ -228,8 +231,8 @@ class Adds:
     [(CHATML, "the tokens of a part of the"), (MARKED, "the tokens that the chat template marks")],
 )
 def test_tokens_that_are_not_those_of_the_text(template: str, message: str, chat) -> None:
-    with pytest.raises(InputError, match=f"here: {message}"):
-        turns.tokenized(Adds(chat(template)), TALK, None, "here")
+    with pytest.raises(InputError, match=f"^{message}"):
+        turns.tokenized(Adds(chat(template)), TALK, None)
 
 
 @pytest.mark.parametrize(
@@ -299,8 +302,11 @@ def test_sets_of_several_formats_from_hugging_face(chat) -> None:
     parts = [pairs, ChatDataset([{"messages": TALK}], tokenizer), TextDataset([{"text": "2 + 2"}], tokenizer)]
     rows = Located(ConcatenatedDataset(parts), lambda index: f"row {index}", turns_only=True)
     assert texts(tokenizer, rows.process(rows[0])) == ["4<|im_end|>\n"]
-    assert rows.process(rows[1]) == turns.tokenized(tokenizer, TALK, None, "here")
+    assert rows.process(rows[1]) == turns.tokenized(tokenizer, TALK, None)
     with pytest.raises(InputError, match=r"^row 2 has only a text; assistant_only_loss"):
+        rows.process(rows[2])
+    parts[2] = TextDataset([{"txt": "2 + 2"}], tokenizer)
+    with pytest.raises(InputError, match=r"^row 2 has no 'text', .*; it has 'txt'$"):  # and not what mlx-lm adds
         rows.process(rows[2])
 
 
@@ -381,7 +387,7 @@ def test_the_command_trains_validates_and_tests_on_turns_alone(job, chat, tmp_pa
     capsys.readouterr()
     tokenizer = chat(CHATML)
     rows = [TALK, SYSTEM, TALK[:2], SYSTEM[:3]]
-    expected = sum(end - begin for row in rows for begin, end in turns.tokenized(tokenizer, row, None, "")[1])
+    expected = sum(end - begin for row in rows for begin, end in turns.tokenized(tokenizer, row, None)[1])
     entries = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     tokens = [entry["tokens"] for entry in entries if "loss" in entry]
     assert sum(tokens[:2]) == sum(tokens[2:]) == expected  # each epoch, of two batches

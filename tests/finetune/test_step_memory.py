@@ -13,12 +13,11 @@ from compiled_adam.base import peak, traced
 from compiled_adam.commands.lora import make_trainable
 from compiled_adam.commands.lora_options import settings
 from compiled_adam.finetune import model_config
-from compiled_adam.finetune.activations import Batch, layout, of_pass
 from compiled_adam.finetune.attention import in_blocks
 from compiled_adam.finetune.chunked import ChunkedLoss
 from compiled_adam.finetune.experts import traceable
 from compiled_adam.finetune.recompute import recomputed
-from compiled_adam.finetune.update_memory import of_update
+from compiled_adam.finetune.step_memory import Batch, layout, of_pass, of_update
 from compiled_adam.optimizers import ForSteps
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchGLU
