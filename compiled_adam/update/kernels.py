@@ -91,7 +91,8 @@ class Runner(Generic[T]):
     def __init__(self, shared: T, copy: Callable[[T], T], parameters: Sequence[mx.array]) -> None:
         self._copy = copy
         self._shared = {False: shared}  # key: whether the arrays are for the second stream
-        self._last: dict[bool, mx.array] = {}  # the weight that was updated last, by the same key
+        # By the same key: of each large leaf the elements of the stream up to its end, and its new weight.
+        self._done: dict[bool, list[tuple[int, mx.array]]] = {False: [], True: []}
         # MLX merges two broadcasts of a constant to the same shape, also on different streams. A kernel cannot fuse an
         # array of another stream: it would wait for the constant, read it as a strided array, and be twice as slow.
         # So on the second stream all shapes begin with additional axes of length one, and are never the same.
@@ -111,9 +112,8 @@ class Runner(Generic[T]):
         with mx.stream(how.stream):
             if how.second not in self._shared:
                 self._shared[how.second] = self._copy(self._shared[False])
-            if in_turn and how.second in self._last:
-                # The moments are in the cache when the weight's kernel reads them. MLX would compute all moments first.
-                (gradient,) = mx.depends([gradient], [self._last[how.second]])
+            if in_turn and (before := self._before(how.second)):
+                (gradient,) = mx.depends([gradient], before)
             new, stored = leaf(
                 self._shared[how.second],
                 gradient.reshape((*front, *gradient.shape)),
@@ -123,8 +123,21 @@ class Runner(Generic[T]):
             stored = {name: array.reshape(state[name].shape) for name, array in stored.items()}
             new = new.reshape(parameter.shape)
         if in_turn:
-            self._last[how.second] = new
+            done = self._done[how.second]
+            done.append((parameter.size + (done[-1][0] if done else 0), new))
         return new, stored
+
+    def _before(self, second: bool) -> list[mx.array]:
+        """The weights that are updated before the next large leaf of a stream.
+
+        The last of the stream itself: then the moments are in the cache when the kernel of their weight reads them,
+        while MLX would compute all moments first. And the last of the other stream that ends before the leaf begins,
+        so that nobody waits for it: else MLX could put all leaves of one stream into its queues, which hold about a
+        hundred operations together, while the other stream has none.
+        """
+        own, other = self._done[second], self._done[not second]
+        earlier = [weight for end, weight in other if own and end < own[-1][0]]
+        return [weight for _, weight in own[-1:]] + earlier[-1:]
 
 
 def in_place(moments: Callable[[mx.array], tuple[mx.array, mx.array]], gradient: mx.array) -> tuple[mx.array, mx.array]:

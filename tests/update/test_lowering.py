@@ -258,3 +258,16 @@ def test_large_leaves_of_a_stream_are_updated_one_after_the_other() -> None:
     new = ca.AdamW(1e-3).apply_gradients(parameters, parameters)
     # The next leaf of the stream waits for a weight. Two streams have two leaves each; the small leaf waits for none.
     assert reached([*new.values()], [*new.values()]) == [True, True, False, False, False]
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_no_stream_gets_far_ahead_of_the_other() -> None:
+    sizes = [kernels.LARGE] * 6 + [3 * kernels.LARGE] + [kernels.LARGE] * 2
+    parameters = [mx.zeros((size,)) for size in sizes]
+    runner = kernels.Runner(None, lambda shared: shared, parameters)
+    new, before = [], []
+    for how, parameter in zip(kernels.of_leaves("inplace", sizes), parameters, strict=True):
+        before.append([[each is weight for each in new].index(True) for weight in runner._before(how.second)])
+        new.append(runner.run(how, lambda _, g, p, state: (p + g, state), parameter, parameter, {})[0])
+    # Of the own stream the last leaf, of the other stream the last one that has ended before, if both go equally fast.
+    assert before == [[], [], [0], [1], [2, 1], [3, 0], [4, 3], [5, 2], [7, 4]]
