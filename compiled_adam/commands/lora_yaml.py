@@ -11,7 +11,7 @@ import yaml
 from mlx_lm import lora as mlx_lm_lora
 
 from ..base import InputError, did_you_mean
-from ..finetune.lora_values import FEATURES
+from ..finetune.lora_values import FEATURES, as_float
 
 YAML_ONLY = {"hf_dataset", *FEATURES}  # keys without a flag
 
@@ -74,7 +74,7 @@ def _parsed(file: str, action: argparse.Action, value: Any) -> Any:
     elif action.nargs == 0:
         fits, kind = isinstance(value, bool), "true or false"
     elif action.type is int:
-        fits, kind = number and math.isfinite(value) and value == int(value), "a whole number"
+        fits, kind = number and math.isfinite(as_float(value)) and value == int(value), "a whole number"
         found = int(value) if fits else value
     elif action.type is float:
         fits, kind = number, "a number, without quotes" if isinstance(value, str) and _is_float(value) else "a number"

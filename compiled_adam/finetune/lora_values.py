@@ -7,6 +7,7 @@ import math
 import sys
 import types
 from collections.abc import Callable, Mapping
+from decimal import Decimal
 from typing import Any
 
 import mlx.optimizers as optim
@@ -52,10 +53,10 @@ _ELSEWHERE = ("self", "learning_rate", "decay_filter")
 def as_float(value: Any) -> Any:
     """A whole number that MLX's 64 bits cannot hold, as a float; anything else as it is.
 
-    >>> as_float(10**20), as_float(20), as_float("20")
-    (1e+20, 20, '20')
+    >>> as_float(10**20), as_float(20), as_float("20"), as_float(-(10**400))
+    (1e+20, 20, '20', -inf)
     """
-    return float(value) if isinstance(value, int) and abs(value) > sys.maxsize else value
+    return float(Decimal(value)) if isinstance(value, int) and abs(value) > sys.maxsize else value
 
 
 def check(args: types.SimpleNamespace) -> None:
@@ -63,7 +64,7 @@ def check(args: types.SimpleNamespace) -> None:
     for name, value in vars(args).items():
         if name in WHOLE and value is not None:
             check_whole(name, value)
-    for name in ("learning_rate", "max_grad_norm", "weight_decay"):
+    for name in ("learning_rate", "max_grad_norm", "weight_decay", "epochs"):
         setattr(args, name, as_float(getattr(args, name)))
     optimizer_options.learning_rate(args.learning_rate, called("learning_rate"))
     for name in ("max_grad_norm", "epochs"):
@@ -117,7 +118,7 @@ def lora_parameters(given: Mapping[str, Any], *, needed: bool = True) -> dict[st
     for key, (allowed, fits) in _LORA.items():
         if (value := given.get(key)) is None:
             continue
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(as_float(value))
         if not (number and fits(value)):
             raise InputError(f"lora_parameters: {key} is {value!r}; it must be {allowed}")
         found[key] = int(value) if key == "rank" else as_float(value)

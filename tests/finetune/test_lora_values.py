@@ -278,3 +278,16 @@ def test_whole_numbers_beyond_64_bits_are_floats(tmp_path: Path) -> None:
     found = lora_options.settings(["-c", str(tmp_path / "job.yaml")])
     values = found.learning_rate, found.max_grad_norm, found.optimizer_config["sgd"]["momentum"]
     assert [(type(each), each) for each in (*values, found.lora_parameters["scale"])] == [(float, 1e23)] * 4
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("learning_rate: N", "max_grad_norm: N", "weight_decay: N", "iters: N", "seed: N", "bucket: N", "epochs: N"),
+        *("optimizer_config: {adamw: {eps: N}}", "lora_parameters: {rank: 8, dropout: 0.0, scale: N}"),
+    ],
+)
+def test_whole_numbers_that_no_float_can_hold_are_refused_in_a_sentence(text: str, tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(text.replace("N", f"1{'0' * 400}"))
+    with pytest.raises(InputError, match="must be"):
+        lora_options.settings(["-c", str(tmp_path / "job.yaml"), "--optimizer", "adamw", "--max-seq-length", "64"])
