@@ -82,7 +82,7 @@ def test_pictures(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> No
         assert out.endswith(f"wrote {tmp_path / name}\n")
         assert (tmp_path / name).read_bytes().startswith(start) and (tmp_path / name).stat().st_size > 5000
     drawn: list[list[int]] = []
-    monkeypatch.setattr(picture, "figure", lambda *given: drawn.append(given[2]) or picture.canvas())
+    monkeypatch.setattr(picture, "plot", lambda *_, at: drawn.append(at) or picture.canvas())
     printed(capsys, "linear", "1", "50", "--at", "3,99", "--out", str(tmp_path / "a.svg"))
     assert drawn == [[3]]  # the others would make the axis longer
 

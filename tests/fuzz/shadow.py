@@ -133,7 +133,7 @@ class Shadow:
         dv = b2 * self.dv[path] + (1 - b2) * (2 * np.abs(g) * dg + dg**2) + 4 * EPS32 * v
         c1, c2 = self._corrections(numbers)
         root = np.sqrt(v / c2)
-        droot = np.minimum(np.sqrt(dv / c2), dv / c2 / np.maximum(root, 1e-300)) + 8 * EPS32 * root + 2e-20
+        droot = np.minimum(np.sqrt(dv / c2), dv / c2 / np.maximum(root, 1e-100)) + 8 * EPS32 * root + 2e-20
         bottom = root + numbers.eps
         low = np.maximum(bottom - droot, numbers.eps)
         change = self._change(path, self.p[path], m, v, rate)
