@@ -108,7 +108,7 @@ class Runner(Generic[T]):
     ) -> tuple[mx.array, Stored]:
         """Runs ``leaf(shared, gradient, parameter, state)``. The new parameter and state keep the old shapes."""
         front = self._front if how.second else ()
-        in_turn = how.inplace and parameter.size >= LARGE
+        in_turn = how.inplace and parameter.size >= LARGE and how.stream.device.type == mx.DeviceType.cpu
         with mx.stream(how.stream):
             if how.second not in self._shared:
                 self._shared[how.second] = self._copy(self._shared[False])
