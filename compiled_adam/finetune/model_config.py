@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,11 @@ def read(name: str) -> dict[str, Any]:
         file = file / "config.json"
     elif not file.exists():
         from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
 
-        cached = try_to_load_from_cache(name, "config.json") if name.count("/") == 1 else None
+        cached: object = None
+        with suppress(HFValidationError):  # no name on Hugging Face, such as a path that begins with a slash
+            cached = try_to_load_from_cache(name, "config.json")
         if not isinstance(cached, str):
             hint = near(name) or "; give a folder that has a config.json"
             raise InputError(f"{name} does not exist here, and is not in the cache of Hugging Face{hint}")

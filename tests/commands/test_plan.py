@@ -371,8 +371,9 @@ def test_arguments_that_cannot_be_used(tiny_model: Path, tmp_path: Path, capsys)
     (tmp_path / "job.yaml").write_text("memory: 16 GB\n")
     assert cli.main(["plan", str(tiny_model), "-c", str(tmp_path / "job.yaml")]) == 2
     assert "memory is '16 GB'; it must be a number" in capsys.readouterr().err
-    assert cli.main(["plan", "no/such"]) == 2
-    assert "not in the cache of Hugging Face" in capsys.readouterr().err
+    for name in ("no/such", "/nonexist", "no/such/folder", "-.", "a b/c", "nosuch"):
+        assert cli.main(["plan", "--", name]) == 2
+        assert f"{name} does not exist here, and is not in the cache of Hugging Face" in capsys.readouterr().err
     assert cli.main(["plan", str(tiny_model), "--workers", "0"]) == 2
     assert "workers is 0" in capsys.readouterr().err
     assert cli.main(["plan", str(tiny_model), "--workers", str(10**9), "--shard-state"]) == 2
