@@ -37,6 +37,11 @@ class Apart:
         its.close()
         try:
             figures, unavailable = self._connection.recv()
+        except EOFError:
+            self.close()
+            raise RuntimeError(
+                f"the process of {name} has ended: see its error above, or there is too little memory"
+            ) from None
         except BaseException:
             self.close()
             raise

@@ -241,15 +241,18 @@ def test_a_contender_in_a_process_of_its_own_does_the_same() -> None:
     times = [[runner.time() for _ in range(2)] for runner in made]
     assert min(map(min, times)) > 0
     assert [runner.traces() for runner in made] == [1, 1]
-    same = ("kernels", "state_bytes", "peak_extra_bytes", "traces")
-    assert [{name: runner.figures[name] for name in same} for runner in made[:1]] == [
-        {name: made[1].figures[name] for name in same}
-    ]
+    for name in ("kernels", "state_bytes", "traces"):  # times and the peak of the memory are never quite the same
+        assert made[0].figures[name] == made[1].figures[name], name
     process = made[0]._process
     assert process.is_alive()
     for runner in made:
         runner.close()
     assert not process.is_alive()
+
+
+def test_a_process_that_ends_is_said() -> None:
+    with pytest.raises(RuntimeError, match="the process of compiled_adam has ended"):
+        apart.Apart("compiled_adam", {"a": (-1,)}, "float32")
 
 
 def test_numerics_measures_movement_and_decay() -> None:
